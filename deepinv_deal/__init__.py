@@ -1,0 +1,30 @@
+r"""
+Learned, interpretable, convergent image reconstruction for deepinv.
+
+* :mod:`deepinv_deal.models`: what to start with, :class:`DEAL`
+* :mod:`deepinv_deal.priors`: the learned regularizers as deepinv priors
+* :mod:`deepinv_deal.optim`: the deepinv optimizer that runs a prior to its fixed point
+* :mod:`deepinv_deal.solvers`: conjugate gradients, fixed points, implicit differentiation
+* :mod:`deepinv_deal.operators`, :mod:`deepinv_deal.splines`: the learned building blocks
+* :mod:`deepinv_deal.training`: data, losses, recipes
+* :mod:`deepinv_deal.weights`: bundled weights, checkpoints, converters
+"""
+
+from importlib.metadata import version
+
+from deepinv_deal.models import DEAL, ReconstructionInfo
+from deepinv_deal.optim import FixedPointOptim, FrozenIteration
+from deepinv_deal.priors import DEALPrior
+from deepinv_deal.solvers import ConvergenceWarning
+
+__version__ = version("deepinv-deal")
+
+__all__ = [
+    "DEAL",
+    "ConvergenceWarning",
+    "DEALPrior",
+    "FixedPointOptim",
+    "FrozenIteration",
+    "ReconstructionInfo",
+    "__version__",
+]

@@ -1,0 +1,248 @@
+r"""The multi-convolution :math:`W`: several convolutions without anything in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Normalization = Literal["published", "exact", "none"]
+NORMALIZATIONS: tuple[str, ...] = ("published", "exact", "none")
+
+#: Size of the DFT on which the published rule evaluates the spectrum of W^T W. The
+#: official weights are only reproduced with this size.
+PUBLISHED_DFT_SIZE = 256
+
+
+class Convolution:
+    """
+    A zero-padded convolution of stride 1, evaluated in the layout that is fastest.
+
+    CPU kernels compute 16 output channels at once, so a layer with 1 to 8 of them wastes
+    most of the machine. There, 2 x 2 neighbouring output pixels are computed as four times
+    as many channels, by a kernel enlarged by one pixel and a stride of 2: the same sums,
+    1.5 to 8 times faster.
+
+    :param torch.Tensor kernel: shape ``(C_out, C_in, k, k)``, k odd.
+    """
+
+    def __init__(self, kernel: Tensor):
+        c_out, c_in, k, _ = kernel.shape
+        self.pad = k // 2
+        self.polyphase = kernel.device.type == "cpu" and c_out <= 8
+        if self.polyphase:
+            shifted = [F.pad(kernel, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
+            kernel = torch.stack(shifted, 1).reshape(4 * c_out, c_in, k + 1, k + 1)
+        # Channels-last kernels make PyTorch choose the faster layout for the features.
+        self.kernel = kernel.contiguous(memory_format=torch.channels_last)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.polyphase:
+            return F.conv2d(x, self.kernel, padding=self.pad)
+        height, width = x.shape[-2:]
+        odd = (0, width % 2, 0, height % 2)
+        phases = F.conv2d(F.pad(x, odd) if any(odd) else x, self.kernel, None, 2, self.pad)
+        return F.pixel_shuffle(phases, 2)[..., :height, :width]
+
+
+class MultiConvOperator:
+    r"""
+    The linear map :math:`W = C_n \cdots C_1` for given kernels, and its exact adjoint.
+
+    Every layer is a convolution with zero padding, stride 1 and no bias, so all maps keep
+    the image size. Kernels are odd-sized, hence the adjoint of a layer is the
+    convolution with the flipped kernel and the channels exchanged.
+
+    :param tuple kernels: the layers, shapes ``(C_out, C_in, k, k)``, first applied first.
+    """
+
+    def __init__(self, kernels: Sequence[Tensor]):
+        self.in_channels = kernels[0].shape[1]
+        self.layers = [Convolution(kernel) for kernel in kernels]
+        self.adjoint_layers = [
+            Convolution(kernel.flip(-2, -1).transpose(0, 1)) for kernel in reversed(kernels)
+        ]
+        #: Largest distance, in pixels, at which a pixel influences another.
+        self.reach = sum(layer.pad for layer in self.layers)
+
+    def __call__(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H, W)
+        """Applies :math:`W`."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def adjoint(self, z: Tensor) -> Tensor:  # (B, C_out, H, W) -> (B, C_in, H, W)
+        r"""Applies :math:`W^{\top}`."""
+        for layer in self.adjoint_layers:
+            z = layer(z)
+        return z
+
+    def normal_kernel(self) -> Tensor:
+        r"""
+        Returns the impulse responses of :math:`W^{\top} W`, away from any border.
+
+        :return: shape ``(C, C, n, n)``: entry ``[i, j]`` is channel ``j`` of the response to
+            a Dirac in channel ``i``, with :math:`n = 1 + 2 \sum_i (k_i - 1)`.
+        """
+        centre, channels = 2 * self.reach, self.in_channels
+        dirac = self.layers[0].kernel.new_zeros(
+            channels, channels, 2 * centre + 1, 2 * centre + 1
+        )
+        dirac[range(channels), range(channels), centre, centre] = 1.0
+        return self.adjoint(self(dirac))
+
+
+class MultiConv(nn.Module):
+    r"""
+    Learned multi-convolution :math:`W` with zero-mean first layer and unit norm.
+
+    .. math::
+        W = \frac{1}{\sqrt{L}} \, C_n \cdots C_1, \qquad \text{each output channel of }
+        C_1 \text{ has zero mean over (input channel, height, width)},
+
+    so :math:`W` annihilates constant images away from the border and
+    :math:`\|W\|_2 \approx 1` (:footcite:t:`pourya2025dealing`, Section 3.1.3). The number
+    :math:`L` is differentiable and follows one of two rules, which must be stored with the
+    weights since they give different operators:
+
+    * ``"published"``: the rule of the authors' code. The response of the unnormalised
+      :math:`W^{\top} W` to one Dirac is Fourier transformed; gray: :math:`L` is the largest
+      modulus; colour: the Dirac is in the green channel only and :math:`L` is the *sum*
+      over channels of the largest moduli, which over-estimates :math:`\|W\|_2^2` by
+      1.5 to 1.7.
+    * ``"exact"``: the largest eigenvalue over all frequencies of the symbol of
+      :math:`W^{\top} W` (a Hermitian ``C x C`` matrix per frequency).
+    * ``"none"``: :math:`L = 1`.
+
+    Both refer to images without border: with zero padding in every layer the norm on a
+    finite image differs slightly.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.operators import MultiConv
+    >>> W = MultiConv((1, 4, 8, 16))
+    >>> z = W(torch.rand(2, 1, 20, 21))
+    >>> z.shape, W.adjoint(z).shape
+    (torch.Size([2, 16, 20, 21]), torch.Size([2, 1, 20, 21]))
+
+    :param tuple channels: number of channels before, between and after the layers.
+    :param int kernel_size: odd size of every kernel.
+    :param str normalization: ``"published"``, ``"exact"`` or ``"none"``.
+    :param bool zero_mean: whether the first layer has zero-mean kernels.
+    :raises ValueError: for an even kernel size, fewer than two entries in ``channels`` or an
+        unknown ``normalization``.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        kernel_size: int = 9,
+        *,
+        normalization: Normalization = "published",
+        zero_mean: bool = True,
+    ):
+        super().__init__()
+        if kernel_size % 2 == 0 or kernel_size < 1:
+            raise ValueError(
+                f"kernel_size must be odd and positive, got {kernel_size}: with an even "
+                "size the adjoint would be shifted by one pixel."
+            )
+        if len(channels) < 2:
+            raise ValueError(
+                "channels must hold at least the input and output channels, got "
+                f"{tuple(channels)}."
+            )
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}."
+            )
+        self.channels = tuple(channels)
+        self.kernel_size = kernel_size
+        self.normalization = normalization
+        self.zero_mean = zero_mean
+        self.weight = nn.ParameterList()
+        for c_in, c_out in zip(channels[:-1], channels[1:], strict=True):
+            weight = torch.empty(c_out, c_in, kernel_size, kernel_size)
+            nn.init.kaiming_uniform_(weight, a=5**0.5)  # as torch.nn.Conv2d
+            self.weight.append(nn.Parameter(weight))
+
+    def operator(self) -> MultiConvOperator:
+        """
+        Returns the operator of the current weights, constraints and norm included.
+
+        Take it once and apply it often: the constraints and the norm are evaluated here.
+        Gradients flow through them into the weights.
+        """
+        # The zero mean is a plain re-parametrisation: torch's parametrize would do the same,
+        # but modules that use it cannot be pickled.
+        kernels = list(self.weight)
+        if self.zero_mean:
+            kernels[0] = kernels[0] - kernels[0].mean((1, 2, 3), keepdim=True)
+        if self.normalization != "none":
+            sqnorm = self._sqnorm(MultiConvOperator(kernels))
+            kernels[-1] = kernels[-1] / sqnorm.sqrt()
+        return MultiConvOperator(kernels)
+
+    def sqnorm(self, rule: Normalization | None = None) -> Tensor:
+        r"""
+        Estimates :math:`\|W\|_2^2` of the *unnormalised* operator.
+
+        :param str rule: ``"published"`` or ``"exact"``; ``None``: the module's own.
+        :return: scalar :math:`L`, differentiable in the weights.
+        """
+        kernels = list(self.weight)
+        if self.zero_mean:
+            kernels[0] = kernels[0] - kernels[0].mean((1, 2, 3), keepdim=True)
+        return self._sqnorm(MultiConvOperator(kernels), rule)
+
+    def _sqnorm(
+        self, operator: MultiConvOperator, rule: Normalization | None = None
+    ) -> Tensor:
+        rule = rule or self.normalization
+        if rule == "none":
+            return operator.layers[0].kernel.new_ones(())
+        kernel = operator.normal_kernel()
+        if rule == "exact":
+            # (C, C, n, n) -> one Hermitian C x C matrix per frequency.
+            symbol = torch.fft.fft2(kernel, s=(2 * PUBLISHED_DFT_SIZE,) * 2)
+            # The Dirac sits at the centre: undo the phase of that shift.
+            symbol = symbol * _centre_phase(kernel.shape[-1], symbol)
+            symbol = symbol.permute(2, 3, 1, 0)
+            if symbol.shape[-1] == 1:
+                return symbol.real.max()
+            return torch.linalg.eigvalsh(symbol)[..., -1].max()
+        green = kernel[kernel.shape[0] // 2]
+        # The authors pad (256 - 1) // 2 - reach/2 zeros on every side: 279 for 9x9 kernels.
+        size = green.shape[-1] + 2 * (
+            (PUBLISHED_DFT_SIZE - 1) // 2 - (green.shape[-1] - 1) // 4
+        )
+        spectrum = torch.fft.fft2(green, s=(size, size)).abs()
+        return spectrum.flatten(1).amax(1).sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies :math:`W` to ``x`` of shape ``(B, C, H, W)``."""
+        return self.operator()(x)
+
+    def adjoint(self, z: Tensor) -> Tensor:
+        r"""Applies :math:`W^{\top}` to ``z`` of shape ``(B, C_out, H, W)``."""
+        return self.operator().adjoint(z)
+
+    def extra_repr(self) -> str:
+        return (
+            f"channels={self.channels}, kernel_size={self.kernel_size}, "
+            f"normalization={self.normalization!r}, zero_mean={self.zero_mean}"
+        )
+
+
+def _centre_phase(n: int, symbol: Tensor) -> Tensor:
+    frequency = torch.fft.fftfreq(
+        symbol.shape[-1], device=symbol.device, dtype=symbol.real.dtype
+    )
+    phase = torch.exp(2j * torch.pi * frequency * (n // 2))
+    return phase[:, None] * phase[None, :]

@@ -1,0 +1,241 @@
+"""Implicit differentiation of solutions: gradients without the iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from deepinv_deal._batch import expand, norm
+from deepinv_deal.solvers.fixed_point import Callback, FrozenProblem, fixed_point
+from deepinv_deal.solvers.result import SolverResult
+
+AdjointSolve = Callable[[Tensor], Tensor]
+
+#: ``solve(r, rtol)``: approximate solution of a linear system, relative tolerance (B,).
+LinearSolve = Callable[[Tensor, Tensor], SolverResult]
+
+
+class Equation(Protocol):
+    r"""
+    What a model asks of an image: :math:`F(x) = 0`.
+
+    Calling the object evaluates :math:`F`, differentiable in the image and in everything
+    the model depends on.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns the residual F(x), shape of ``x``."""
+        ...
+
+    def freeze(self, x: Tensor) -> FrozenProblem:
+        """Returns the convex problem with all weights frozen at ``x``."""
+        ...
+
+    def adjoint_solver(self, x: Tensor) -> LinearSolve:
+        """Returns a solver for :math:`-F_x` with the weights frozen at ``x``."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdjointOptions:
+    r"""
+    How the backward pass solves :math:`-F_x^{\top} w = v`.
+
+    :param bool jacobian_free: freeze the weights in :math:`F_x`: one symmetric solve, an
+        approximation that is cheap and usually good enough for training.
+    :param float rtol: tolerance on the relative residual of the adjoint system.
+    :param int max_iter: largest number of outer iterations (exact gradients only).
+    :param float forcing: accuracy of the inner solves (exact gradients only).
+    :param int anderson: depth of Anderson acceleration (exact gradients only).
+    """
+
+    jacobian_free: bool = False
+    rtol: float = 1e-4
+    max_iter: int = 100
+    forcing: float = 0.1
+    anderson: int = 5
+
+
+def solve_equation(
+    equation: Equation,
+    init: Tensor,  # (B, ...)
+    *,
+    rtol: float = 1e-4,
+    max_iter: int = 100,
+    forcing: float = 0.5,
+    anderson: int = 0,
+    callback: Callback | None = None,
+    adjoint: AdjointOptions | None = None,
+) -> tuple[Tensor, SolverResult]:
+    r"""
+    Solves :math:`F(x) = 0` with :func:`fixed_point` and attaches implicit gradients.
+
+    The iterations run without gradient tracking; memory does not grow with their number.
+    If gradients are enabled and anything in the equation requires them, the solution is
+    differentiable through :func:`implicit_solution`.
+
+    :param Equation equation: the equation of the model for given data and weights.
+    :param torch.Tensor init: first image, shape ``(B, ...)``.
+    :param float rtol: see :func:`fixed_point`, as are ``max_iter``, ``forcing``,
+        ``anderson`` and ``callback``.
+    :param AdjointOptions adjoint: settings of the backward pass.
+    :return: the solution, shape of ``init``, and the :class:`SolverResult`.
+    """
+    options = adjoint or AdjointOptions()
+    with torch.no_grad():
+        result = fixed_point(
+            equation.freeze,
+            init.detach(),
+            rtol=rtol,
+            max_iter=max_iter,
+            forcing=forcing,
+            anderson=anderson,
+            callback=callback,
+        )
+    return attach_gradient(equation, result.x, options), result
+
+
+def attach_gradient(
+    equation: Equation,
+    x: Tensor,
+    options: AdjointOptions,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """
+    Makes the solution ``x`` of an equation differentiable in all that the equation holds.
+
+    Returns ``x`` itself if gradients are disabled or nothing requires them.
+
+    :param Equation equation: the equation that ``x`` solves.
+    :param torch.Tensor x: solution, shape ``(B, ...)``.
+    :param AdjointOptions options: settings of the backward pass.
+    :param torch.Tensor residual: ``equation(x)`` with gradients, if it is known already.
+    """
+    if not torch.is_grad_enabled():
+        return x
+    x = x.detach()
+    if residual is None:
+        residual = equation(x)
+    if not residual.requires_grad:
+        return x
+
+    def solve_adjoint(v: Tensor) -> Tensor:
+        solve = equation.adjoint_solver(x)
+        if options.jacobian_free:
+            answer = solve(v, torch.full_like(norm(v), options.rtol))
+        else:
+            answer = solve_adjoint_system(equation, x, v, solve=solve, options=options)
+        answer.warn(
+            "The adjoint system of the backward pass",
+            options.rtol,
+            "Gradients are inaccurate. Raise the iteration limits of the adjoint, or relax "
+            "its rtol if this accuracy is not needed.",
+        )
+        return answer.x
+
+    return implicit_solution(x, residual, solve_adjoint)
+
+
+def implicit_solution(x: Tensor, residual: Tensor, solve_adjoint: AdjointSolve) -> Tensor:
+    r"""
+    Gives the solution :math:`x` of :math:`F(x, \theta) = 0` its derivative in :math:`\theta`.
+
+    By the implicit function theorem :math:`\mathrm{d}x = -F_x^{-1} F_\theta\,
+    \mathrm{d}\theta`. For a cotangent :math:`v` the backward pass therefore solves
+
+    .. math::
+        -F_x(x, \theta)^{\top} w = v
+
+    and hands :math:`w` to the residual, whose graph continues to everything that
+    :math:`F` depends on. Nothing of the iterations that found :math:`x` is stored. Leaving
+    terms out of :math:`F_x` in ``solve_adjoint`` gives Jacobian-free variants.
+
+    :param torch.Tensor x: solution, shape ``(B, ...)``, detached.
+    :param torch.Tensor residual: :math:`F(x, \theta)`, shape of ``x``, with ``x`` held fixed
+        and the graph of :math:`\theta` attached.
+    :param Callable solve_adjoint: maps :math:`v` to :math:`w`, both shape of ``x``.
+    :return: the values of ``x``, differentiable in :math:`\theta`.
+    """
+    return _ImplicitSolution.apply(residual, x.detach(), solve_adjoint)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ImplicitSolution(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, x: Tensor, solve_adjoint: AdjointSolve
+    ) -> Tensor:
+        ctx.solve_adjoint = solve_adjoint
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.solve_adjoint(v), None, None
+
+
+def solve_adjoint_system(
+    F: Callable[[Tensor], Tensor],  # (B, ...) -> (B, ...)
+    x: Tensor,  # (B, ...)
+    v: Tensor,  # (B, ...)
+    *,
+    solve: LinearSolve,
+    options: AdjointOptions,
+) -> SolverResult:
+    r"""
+    Solves :math:`-F_x^{\top} w = v` with the fixed-point engine.
+
+    With :math:`P` the symmetric part of :math:`-F_x` that ``solve`` can invert (for frozen
+    weights: the normal operator), the iteration is :math:`w \leftarrow w + P^{-1}(v +
+    F_x^{\top} w)`. It starts at zero, so its first step is the Jacobian-free answer.
+
+    :param Callable F: the residual as a function of the image alone.
+    :param torch.Tensor x: solution of :math:`F(x) = 0`.
+    :param torch.Tensor v: cotangent.
+    :param Callable solve: ``solve(r, rtol)`` approximates :math:`P^{-1} r` to the per-sample
+        relative tolerance ``rtol (B,)``.
+    :param AdjointOptions options: tolerance on :math:`\|v + F_x^{\top} w\| / \|v\|`, limits.
+    :return: (:class:`SolverResult`) with :math:`w` in ``x``.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = F(x)
+    v_norm = norm(v)
+    v_norm = v_norm.where(v_norm != 0, 1)
+
+    def freeze(w: Tensor) -> _AdjointStep:
+        (pullback,) = torch.autograd.grad(value, x, w, retain_graph=True)
+        return _AdjointStep(w, v + pullback, v_norm, solve)
+
+    return fixed_point(
+        freeze,
+        torch.zeros_like(v),
+        rtol=options.rtol,
+        max_iter=options.max_iter,
+        forcing=options.forcing,
+        anderson=options.anderson,
+    )
+
+
+class _AdjointStep:
+    """One step of the adjoint iteration: the part :math:`F_x` beyond P is frozen."""
+
+    def __init__(
+        self,
+        w: Tensor,
+        r: Tensor,
+        v_norm: Tensor,
+        solve: LinearSolve,
+    ):
+        self.w, self.r, self.invert = w, r, solve
+        self.residual = norm(r) / v_norm
+
+    def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
+        step = self.invert(self.r * expand(active, self.r), rtol)
+        step.x = self.w + step.x
+        return step

@@ -1,0 +1,204 @@
+"""Learned linear splines: values, slopes, second-order total variation, constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+
+def linear_spline(x: Tensor, coefficients: Tensor, x_min: float, step: float) -> Tensor:
+    r"""
+    Evaluates linear splines on uniform knots, extended linearly beyond the outer knots.
+
+    .. math::
+        s(x) = (1 - f)\, c_i + f\, c_{i+1}, \qquad
+        i = \Big\lfloor \frac{\min(\max(x, x_0), x_{K-2}) - x_0}{h} \Big\rfloor, \quad
+        f = \frac{x - x_0}{h} - i.
+
+    Differentiable in ``x`` (slope of the piece; the right one at a knot) and in
+    ``coefficients``. No host synchronisation. NaN in gives NaN out.
+
+    :param torch.Tensor x: arguments, shape ``(B, C, ...)``.
+    :param torch.Tensor coefficients: values at the knots, shape ``(1, K)`` for one spline
+        shared by all channels, or ``(C, K)`` for one spline per channel.
+    :param float x_min: first knot.
+    :param float step: distance of the knots.
+    :return: values, shape of ``x``.
+    :raises ValueError: if ``coefficients`` fits neither one spline nor one per channel.
+    """
+    if coefficients.ndim != 2 or coefficients.shape[0] not in (1, x.shape[1]):
+        raise ValueError(
+            f"coefficients must have shape (1, K) or ({x.shape[1]}, K) for x with "
+            f"{x.shape[1]} channels, got {tuple(coefficients.shape)}."
+        )
+    return _LinearSpline.apply(x, coefficients, x_min, step)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LinearSpline(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, coefficients: Tensor, x_min: float, step: float
+    ) -> Tensor:
+        n_splines, n_knots = coefficients.shape
+        fraction = (x - x_min) / step
+        # The float clamp prevents overflow of the cast, the integer clamp keeps NaN (cast
+        # to INT_MIN) inside the table; the fraction stays NaN and reaches the output.
+        index = fraction.clamp(0, n_knots - 2).to(torch.int32).clamp_(0, n_knots - 2)
+        fraction -= index
+        if n_splines > 1:
+            index += _channel_offset(x, n_knots)
+        ctx.save_for_backward(fraction, index, coefficients)
+        ctx.step = step
+        left = _lookup(coefficients, index)
+        rise = _lookup(_forward_difference(coefficients), index)
+        return left.addcmul_(rise, fraction)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]  # fmt: skip
+        fraction, index, coefficients = ctx.saved_tensors
+        grad_x = grad_coefficients = None
+        if ctx.needs_input_grad[0]:
+            slopes = _forward_difference(coefficients) / ctx.step
+            grad_x = _lookup(slopes, index) * grad
+        if ctx.needs_input_grad[1]:
+            right = fraction * grad
+            n = coefficients.numel()
+            total = _histogram(index, grad, n)
+            rise = _histogram(index, right, n)
+            # d/dc_i = sum (1 - f) g,  d/dc_{i+1} = sum f g.
+            grad_coefficients = (total - rise + rise.roll(1)).view_as(coefficients)
+        return grad_x, grad_coefficients, None, None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Views ``(B, C, H, W)`` in memory order, without a copy for channels-last."""
+    if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        return t.permute(0, 2, 3, 1)
+    return t
+
+
+def _lookup(table: Tensor, index: Tensor) -> Tensor:
+    rows = _rows(index)
+    values = table.reshape(-1).index_select(0, rows.reshape(-1)).view(rows.shape)
+    return values if rows is index else values.permute(0, 3, 1, 2)
+
+
+def _forward_difference(coefficients: Tensor) -> Tensor:
+    """Differences to the next knot; the last entry of a row is never looked up."""
+    return coefficients.roll(-1, 1) - coefficients
+
+
+def _channel_offset(x: Tensor, n_knots: int) -> Tensor:
+    offset = torch.arange(x.shape[1], device=x.device, dtype=torch.int32) * n_knots
+    return offset.view(1, -1, *[1] * (x.ndim - 2))
+
+
+def _histogram(index: Tensor, weights: Tensor, n: int) -> Tensor:
+    """Sums ``weights`` by ``index`` into ``n`` bins."""
+    # Many short rows of bins keep the additions parallel (CPU) and free of contention
+    # (GPU); summing them afterwards is cheap and deterministic.
+    rows = _rows(index)
+    if rows is not index:
+        weights = weights.permute(0, 2, 3, 1)
+    n_rows = rows.shape[0] * (rows.shape[1] if rows.ndim > 2 else 1)
+    bins = weights.new_zeros(n_rows, n)
+    bins.scatter_add_(1, rows.reshape(n_rows, -1).long(), weights.reshape(n_rows, -1))
+    return bins.sum(0)
+
+
+class LinearSpline(nn.Module):
+    r"""
+    Learned linear splines on :math:`K` uniform knots of :math:`[x_0, x_{K-1}]`.
+
+    With bounds on the slope, the coefficients are re-parametrised: the slopes are clamped,
+    integrated again, and the mean of the coefficients is kept, so every gradient step stays
+    feasible (:footcite:t:`pourya2025dealing`, Section 3.1.2).
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.splines import LinearSpline
+    >>> spline = LinearSpline(4, 0.0, 3.0, init=torch.square)
+    >>> spline(torch.tensor([[0.5, 2.5, 4.0]])), spline.slopes()
+    (tensor([[ 0.5000,  6.5000, 14.0000]], grad_fn=<_LinearSplineBackward>), tensor([[1., 3., 5.]], grad_fn=<DivBackward0>))
+
+    :param int num_knots: number of knots :math:`K \geq 2`.
+    :param float x_min: first knot.
+    :param float x_max: last knot.
+    :param int num_splines: 1 (shared by all channels) or the number of channels.
+    :param Callable init: function of the knots giving the first coefficients; identity if
+        ``None``.
+    :param float slope_min: lower bound of the slopes, or ``None``.
+    :param float slope_max: upper bound of the slopes, or ``None``.
+    """
+
+    def __init__(
+        self,
+        num_knots: int,
+        x_min: float,
+        x_max: float,
+        *,
+        num_splines: int = 1,
+        init: Callable[[Tensor], Tensor] | None = None,
+        slope_min: float | None = None,
+        slope_max: float | None = None,
+    ):
+        super().__init__()
+        if num_knots < 2 or not x_min < x_max:
+            raise ValueError(
+                "A spline needs num_knots >= 2 and x_min < x_max, got "
+                f"num_knots={num_knots}, x_min={x_min}, x_max={x_max}."
+            )
+        self.x_min, self.x_max = float(x_min), float(x_max)
+        self.slope_min, self.slope_max = slope_min, slope_max
+        self.step = (self.x_max - self.x_min) / (num_knots - 1)
+        knots = torch.linspace(self.x_min, self.x_max, num_knots)
+        values = knots if init is None else init(knots)
+        self.coefficients = nn.Parameter(values.repeat(num_splines, 1))
+
+    def constrained_coefficients(self) -> Tensor:
+        """Returns the values at the knots with the slope bounds met, shape ``(n, K)``."""
+        c = self.coefficients
+        if self.slope_min is None and self.slope_max is None:
+            return c
+        slopes = (c.diff(dim=1) / self.step).clamp(self.slope_min, self.slope_max)
+        integral = nn.functional.pad(slopes.cumsum(1) * self.step, (1, 0))
+        return integral + (c - integral).mean(1, keepdim=True)
+
+    def slopes(self) -> Tensor:
+        """Returns the slopes of the pieces, shape ``(n, K - 1)``."""
+        return self.constrained_coefficients().diff(dim=1) / self.step
+
+    def tv2(self) -> Tensor:
+        r"""Returns :math:`\mathrm{TV}^{(2)}`, the sum of absolute slope changes (scalar)."""
+        return self.slopes().diff(dim=1).abs().sum()
+
+    def bind(self) -> BoundSpline:
+        """Returns the function of the current coefficients, constraints included."""
+        return BoundSpline(self.constrained_coefficients(), self.x_min, self.step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluates the splines at ``x`` of shape ``(B, C, ...)``."""
+        return self.bind()(x)
+
+    def extra_repr(self) -> str:
+        n, k = self.coefficients.shape
+        bounds = (self.slope_min, self.slope_max)
+        return f"{n} x {k} knots on [{self.x_min:g}, {self.x_max:g}], slopes {bounds}"
+
+
+class BoundSpline:
+    """A linear spline whose coefficients are given tensors: a plain function of ``x``."""
+
+    def __init__(self, coefficients: Tensor, x_min: float, step: float):
+        self.coefficients, self.x_min, self.step = coefficients, x_min, step
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluates the spline, see :func:`linear_spline`."""
+        return linear_spline(x, self.coefficients, self.x_min, self.step)

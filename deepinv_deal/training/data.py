@@ -1,0 +1,135 @@
+"""Images and noisy patches for training, reproducible from a seed and a step number."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+#: MATLAB's rgb2gray, by which the gray BSD68 was made.
+_RGB_TO_GRAY = np.array([0.298936021, 0.587043074, 0.114020904])
+
+
+def load_image(path: str | os.PathLike[str], channels: int) -> Tensor:
+    """
+    Reads an image file as ``(channels, H, W)``, 8 bit.
+
+    Colour turns gray by the weights of MATLAB's ``rgb2gray``, gray turns colour by repetition.
+
+    :param str path: image file.
+    :param int channels: 1 (gray) or 3 (colour).
+    :raises ValueError: if the file is not a readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            if channels == 1 and image.mode in ("L", "1", "P", "LA"):
+                gray = np.asarray(image.convert("L"))
+            else:
+                rgb = np.asarray(image.convert("RGB"))
+                if channels == 3:
+                    return torch.from_numpy(rgb.copy()).permute(2, 0, 1).contiguous()
+                gray = np.rint(rgb.astype(np.float64) @ _RGB_TO_GRAY).astype(np.uint8)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    return torch.from_numpy(gray.copy())[None]
+
+
+def load_images(
+    folder: str | os.PathLike[str], channels: int, *, progress: bool | None = None
+) -> list[Tensor]:
+    """
+    Reads all images of a folder and its subfolders, in the order of their paths.
+
+    :param str folder: folder with image files.
+    :param int channels: 1 (gray) or 3 (colour).
+    :param bool progress: show a progress bar; on terminals if ``None``.
+    :return: list of ``(channels, H, W)``, 8 bit.
+    :raises FileNotFoundError: if the folder does not exist or holds no image.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"The data folder {str(root)!r} does not exist. Give a folder of images."
+        )
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(
+            f"No image found in {str(root)!r} (looked for {', '.join(IMAGE_SUFFIXES)})."
+        )
+    bar = tqdm(paths, "Reading images", disable=None if progress is None else not progress)
+    return [load_image(path, channels) for path in bar]
+
+
+@dataclass
+class Problems:
+    """
+    A batch of denoising problems.
+
+    :param torch.Tensor x: clean patches, shape ``(B, C, P, P)``, in [0, 1].
+    :param torch.Tensor y: noisy patches, shape of ``x``, not clipped.
+    :param torch.Tensor sigma: noise levels ``(B,)`` in [0, 1] units.
+    """
+
+    x: Tensor
+    y: Tensor
+    sigma: Tensor
+
+    def to(self, device: torch.device | str) -> Problems:
+        """Moves all tensors to a device."""
+        return Problems(self.x.to(device), self.y.to(device), self.sigma.to(device))
+
+
+class DenoisingSampler:
+    """
+    Draws noisy patches: batch number ``i`` depends on ``(seed, i)`` and nothing else.
+
+    A training that is killed and resumed at step ``i`` therefore sees the same data.
+
+    :param list images: images ``(C, H, W)``, 8 bit.
+    :param int patch_size: side of the square patches.
+    :param float sigma_max: noise levels are uniform in ``[0, sigma_max]`` ([0, 1] units).
+    :param int seed: seed.
+    :raises ValueError: if an image is smaller than a patch, or none is given.
+    """
+
+    def __init__(
+        self, images: list[Tensor], patch_size: int, sigma_max: float, seed: int = 0
+    ):
+        if not images:
+            raise ValueError("images is empty: at least one training image is needed.")
+        for i, image in enumerate(images):
+            if min(image.shape[-2:]) < patch_size:
+                raise ValueError(
+                    f"Image {i} has size {tuple(image.shape[-2:])}, smaller than "
+                    f"patch_size={patch_size}. Remove it or choose a smaller patch_size."
+                )
+        self.images, self.patch_size = images, patch_size
+        self.sigma_max, self.seed = sigma_max, seed
+
+    def batch(self, index: int, size: int) -> Problems:
+        """Returns batch number ``index`` with ``size`` problems, on the CPU."""
+        rng = torch.Generator().manual_seed((self.seed << 32) + index)
+        patches = torch.stack([self._patch(rng) for _ in range(size)])
+        x = patches.to(torch.get_default_dtype()) / 255
+        sigma = self.sigma_max * torch.rand(size, generator=rng)
+        noise = torch.randn(x.shape, generator=rng)
+        return Problems(x, x + sigma[:, None, None, None] * noise, sigma)
+
+    def _patch(self, rng: torch.Generator) -> Tensor:
+        def draw(n: int) -> int:
+            return int(torch.randint(n, (), generator=rng))
+
+        image = self.images[draw(len(self.images))]
+        p = self.patch_size
+        top, left = (draw(n - p + 1) for n in image.shape[-2:])
+        patch = image[:, top : top + p, left : left + p]
+        patch = patch.rot90(draw(4), (1, 2))
+        return patch.flip(-1) if draw(2) else patch

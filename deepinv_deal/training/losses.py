@@ -1,0 +1,43 @@
+"""The training loss of DEAL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from deepinv_deal.splines import LinearSpline
+
+
+def deal_loss(
+    x_hat: Tensor,  # (B, C, H, W)
+    x: Tensor,  # (B, C, H, W)
+    mask: Tensor,  # (B, N, H, W)
+    previous_mask: Tensor,  # (B, N, H, W)
+    splines: Iterable[LinearSpline],
+    *,
+    gamma: float = 1e-4,
+    weights: Tensor | None = None,  # (B,)
+) -> Tensor:
+    r"""
+    Returns the loss of :footcite:t:`pourya2025dealing`, Eq. (12), averaged over the batch.
+
+    .. math::
+        \|x_K - x\|_2^2 + \frac{\gamma}{N_C} \|M(x_K) - M(x_{K-1})\|_2^2
+        + \gamma \sum_i \mathrm{TV}^{(2)}(\varphi_i)
+
+    :param torch.Tensor x_hat: reconstruction :math:`x_K`.
+    :param torch.Tensor x: ground truth.
+    :param torch.Tensor mask: mask at :math:`x_K`.
+    :param torch.Tensor previous_mask: mask one iteration earlier.
+    :param Iterable splines: splines whose second-order total variation is penalised.
+    :param float gamma: weight of the penalties.
+    :param torch.Tensor weights: weights of the samples' squared errors; ones if ``None``.
+    """
+    error = (x_hat - x).square().flatten(1).sum(1)
+    if weights is not None:
+        error = weights * error
+    drift = (mask - previous_mask).square().flatten(1).sum(1) / mask.shape[1]
+    tv2 = torch.stack([spline.tv2() for spline in splines]).sum()
+    return error.mean() + gamma * (drift.mean() + tv2)

@@ -1,0 +1,216 @@
+"""Reading, checking, converting and writing the weights of priors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deepinv_deal.priors import DEALPrior
+
+#: Names of the weights in this package, by the file that holds them.
+BUNDLED = {"deal_gray": "deal_gray.safetensors"}
+
+#: Official weights of mehrsapo/DEAL (MIT), pinned by commit and git blob id.
+_COMMIT = "4eec8298750ffebb3848e87e412c62aff6a9f411"
+_OFFICIAL_URL = "https://raw.githubusercontent.com/mehrsapo/DEAL/{}/trained_models/{}.pth"
+_OFFICIAL_BLOBS = {
+    "deal_gray": "a586e50fb384f9ff107a5593f91478bd840831cc",
+    "deal_color": "ad07f22573e1852662e62ea239f2c30eec7c73ac",
+}
+
+_FORMAT = "deepinv_deal.DEALPrior/1"
+
+#: Authors' parameter names, by ours. The last groups are plain renamings.
+_AUTHORS_KEYS = {
+    **{f"W.weight.{i}": f"W1.conv_layers.{i}.weight" for i in (1, 2)},
+    **{f"mask_network.W.weight.{i}": f"M1.conv_layers.{i}.weight" for i in (1, 2)},
+    "W.weight.0": "W1.conv_layers.0.parametrizations.weight.original",
+    "mask_network.W.weight.0": "M1.conv_layers.0.parametrizations.weight.original",
+    "mask_network.V.0": "M2.weight",
+    "mask_network.V.1": "M3.weight",
+    "mask_network.phi1.coefficients": "spline1.coefficients",
+    "mask_network.phi2.coefficients": "spline2.coefficients",
+    "mask_network.phi3.coefficients": "spline3.coefficients",
+    "mask_network.scaling.coefficients": "spline_scaling.coefficients",
+    "kappa.coefficients": "spline_lambda.coefficients",
+}
+
+
+def convert_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """
+    Converts a state dict in the authors' layout to the layout of :class:`DEALPrior`.
+
+    :param dict state: the authors' ``["state_dict"]``, or
+        ``deepinv.models.DEAL(...).state_dict()``, with or without the prefix ``model.``.
+        Buffers are ignored.
+    :return: a state dict for :class:`deepinv_deal.priors.DEALPrior` with the norm rule
+        ``"published"``.
+    :raises ValueError: if parameters are missing.
+    """
+    state = {k.removeprefix("model."): v for k, v in state.items()}
+    missing = sorted(k for k in _AUTHORS_KEYS.values() if k not in state)
+    if missing:
+        raise ValueError(
+            "The state dict is not in the layout of DEAL's authors: it lacks "
+            f"{', '.join(missing[:4])}{', ...' * (len(missing) > 4)}. It holds "
+            f"{', '.join(sorted(state)[:4]) or 'nothing'}, ..."
+        )
+    return {
+        ours: torch.as_tensor(state[theirs]) for ours, theirs in _AUTHORS_KEYS.items()
+    }
+
+
+def prior_from_state_dict(
+    state: Mapping[str, Tensor], normalization: str = "published", source: str = "state"
+) -> DEALPrior:
+    """
+    Builds the prior that fits a state dict, after checking shapes and values.
+
+    :param dict state: state dict of a :class:`DEALPrior`.
+    :param str normalization: norm rule the weights were trained with.
+    :param str source: what to call the weights in errors.
+    :raises ValueError: for missing or extra entries, wrong shapes, NaN or infinity.
+    """
+    last = state.get("W.weight.2")
+    first = state.get("W.weight.0")
+    if last is None or first is None or last.ndim != 4 or first.ndim != 4:
+        raise ValueError(
+            f"{source} does not hold weights of a DEALPrior: no filters W.weight.0 and "
+            "W.weight.2."
+        )
+    prior = DEALPrior(first.shape[1], last.shape[0], normalization)  # type: ignore[arg-type]
+    expected = prior.state_dict()
+    if set(state) != set(expected):
+        missing = sorted(set(expected) - set(state))
+        extra = sorted(set(state) - set(expected))
+        raise ValueError(f"{source}: missing entries {missing}, unknown entries {extra}.")
+    for key, value in expected.items():
+        if state[key].shape != value.shape:
+            raise ValueError(
+                f"{source}: {key} must have shape {tuple(value.shape)}, got "
+                f"{tuple(state[key].shape)}."
+            )
+        if not torch.isfinite(state[key]).all():
+            raise ValueError(f"{source}: {key} holds NaN or infinity; the file is damaged.")
+    prior.load_state_dict(dict(state))
+    return prior
+
+
+def save_prior(
+    prior: DEALPrior,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """
+    Writes a prior as ``.safetensors``, atomically.
+
+    :param DEALPrior prior: the prior.
+    :param str path: file to write.
+    :param dict metadata: strings to store with the weights.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in prior.state_dict().items()}
+    header = {"format": _FORMAT, "normalization": prior.W.normalization, **(metadata or {})}
+    save_file(tensors, temporary, header)
+    os.replace(temporary, path)
+
+
+def load_prior(pretrained: str | os.PathLike[str], in_channels: int = 1) -> DEALPrior:
+    """
+    Loads a prior by bundled name, ``"download"`` or file.
+
+    :param str pretrained: a name in :data:`BUNDLED`; ``"download"`` for the official weights
+        of the authors (fetched once, checked against their pinned content before use); or
+        the path of a ``.safetensors`` file of this package or of a ``.pth`` file in the
+        authors' layout (read without executing code).
+    :param int in_channels: 1 or 3, chooses between the official weights.
+    :raises ValueError: for an unknown name, or a damaged or foreign file.
+    :raises FileNotFoundError: if the file does not exist.
+    """
+    name = os.fspath(pretrained)
+    if name in BUNDLED:
+        return _load_safetensors(Path(__file__).parent / BUNDLED[name])
+    if name == "download":
+        return _load_pth(_download("deal_gray" if in_channels == 1 else "deal_color"))
+    path = Path(name)
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(
+            f"pretrained={name!r} is unknown. Give one of {', '.join(map(repr, BUNDLED))}, "
+            "'download', None, or the path of a .safetensors or .pth file."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"The weights file {name!r} does not exist.")
+    return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pth(path)
+
+
+def _load_safetensors(path: Path) -> DEALPrior:
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} is not a weights file of this package: its format is "
+            f"{header.get('format')!r}, expected {_FORMAT!r}."
+        )
+    return prior_from_state_dict(state, header["normalization"], str(path))
+
+
+def _load_pth(path: Path) -> DEALPrior:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of plain tensors: {error}"
+        ) from error
+    if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
+        checkpoint = checkpoint["state_dict"]
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict.")
+    state = checkpoint if "W.weight.0" in checkpoint else convert_state_dict(checkpoint)
+    return prior_from_state_dict(state, "published", str(path))
+
+
+def _git_blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _download(name: str) -> Path:
+    """Fetches official weights into torch's hub folder; content is checked before use."""
+    from torch.hub import download_url_to_file, get_dir
+
+    folder = Path(get_dir()) / "checkpoints"
+    target = folder / f"deepinv_deal_{name}_{_COMMIT[:8]}.pth"
+    if not target.is_file() or _git_blob_id(target.read_bytes()) != _OFFICIAL_BLOBS[name]:
+        folder.mkdir(parents=True, exist_ok=True)
+        url = _OFFICIAL_URL.format(_COMMIT, name)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            file = Path(temporary) / "weights.pth"
+            try:
+                download_url_to_file(url, str(file), progress=False)
+            except OSError as error:
+                raise OSError(
+                    f"The official weights could not be downloaded from {url}: {error}. "
+                    "The bundled weights need no network: "
+                    f"{', '.join(map(repr, BUNDLED))}."
+                ) from error
+            if _git_blob_id(file.read_bytes()) != _OFFICIAL_BLOBS[name]:
+                raise ValueError(
+                    f"The file at {url} is not the official one (its content differs from "
+                    "the pinned commit). Nothing was loaded."
+                )
+            os.replace(file, target)
+    return target
