@@ -477,7 +477,8 @@ def _check_image(name: str, image: Any, operator: _ImageOperator) -> Tensor:
 def _per_sample(name: str, value: Any, like: Tensor) -> Tensor:
     """Checks a number, or one per sample, and returns it as ``(B,)``."""
     try:
-        values = torch.as_tensor(value).to(like.device, like.dtype).reshape(-1)
+        values = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        values = values.reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a number or a tensor, got {type(value).__name__}."

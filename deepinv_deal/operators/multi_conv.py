@@ -158,10 +158,7 @@ class MultiConv(nn.Module):
                 "channels must hold at least the input and output channels, got "
                 f"{tuple(channels)}."
             )
-        if normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}."
-            )
+        _check_normalization(normalization)
         self.channels = tuple(channels)
         self.kernel_size = kernel_size
         self.normalization = normalization
@@ -196,6 +193,7 @@ class MultiConv(nn.Module):
         :param str rule: ``"published"`` or ``"exact"``; ``None``: the module's own.
         :return: scalar :math:`L`, differentiable in the weights.
         """
+        _check_normalization(rule or self.normalization)
         kernels = list(self.weight)
         if self.zero_mean:
             kernels[0] = kernels[0] - kernels[0].mean((1, 2, 3), keepdim=True)
@@ -238,6 +236,11 @@ class MultiConv(nn.Module):
             f"channels={self.channels}, kernel_size={self.kernel_size}, "
             f"normalization={self.normalization!r}, zero_mean={self.zero_mean}"
         )
+
+
+def _check_normalization(name: str) -> None:
+    if name not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {name!r}.")
 
 
 def _centre_phase(n: int, symbol: Tensor) -> Tensor:

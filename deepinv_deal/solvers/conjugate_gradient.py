@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def conjugate_gradient(
     :param torch.Tensor b: right-hand side, shape ``(B, ...)``.
     :param torch.Tensor init: initial value, shape of ``b``; zeros if ``None``. Not modified.
     :param float, torch.Tensor rtol: relative tolerance on the residual norm, one for all or
-        one per sample ``(B,)``. With ``0``, ``max_iter`` iterations are run.
+        one per sample ``(B,)``. With ``0``, ``max_iter`` iterations are run, fewer if
+        rounding ends the progress before.
     :param int max_iter: largest number of iterations per sample.
     :param Callable preconditioner: symmetric positive definite approximation of
         :math:`A^{-1}`; identity if ``None``.
@@ -91,13 +93,15 @@ def conjugate_gradient(
         r = b - A(x)
 
     r_norm = norm(r)
-    active = (r_norm > target) | r_norm.isnan()
+    active = ((r_norm > target) | r_norm.isnan()) & (max_iter > 0)
     status = torch.full_like(active, Status.MAX_ITER, dtype=torch.int8)
     n_iter = torch.zeros_like(status, dtype=torch.int64)
     z = M(r)
     p, rz = z, inner(r, z)
     verified = torch.full_like(r_norm, torch.inf)  # last recomputed residual
-    for k in range(max_iter + 1):
+    # The budget is counted per sample: one that restarts late, because the slowest of its
+    # batch was waited for, still has the iterations it would have alone.
+    for k in count():
         if (k % check_every == 0 or k == max_iter) and not active.any():
             if not verify or k == 0 and init is None:
                 break
@@ -105,34 +109,32 @@ def conjugate_gradient(
             # large, unless the last restart had stopped to pay.
             r = b - A(x)
             r_norm = norm(r)
-            again = (r_norm > target) & (r_norm < 0.5 * verified) & (status != 2)
-            again &= status != Status.NON_FINITE
+            again = (r_norm > target) & (r_norm < 0.5 * verified)
+            again &= (status < Status.BREAKDOWN) & (n_iter < max_iter)
             verified = r_norm
-            if k == max_iter or not again.any():
+            if not again.any():
                 break
             active = again
             z = M(r)
             p, rz = z, inner(r, z)
-        if k == max_iter:
-            break
         q = A(p)
         curvature = inner(p, q)
         good = active & (curvature > 0) & curvature.isfinite()
         bad = torch.where(curvature.isfinite(), Status.BREAKDOWN, Status.NON_FINITE)
-        status = status.where(~active | good, bad.to(status.dtype))
+        # With rtol = 0 the residual may become so small that the curvature underflows.
+        underflow = (curvature == 0) & (r_norm < torch.finfo(r_norm.dtype).eps)
+        status = status.where(~active | good | underflow, bad.to(status.dtype))
         alpha = expand((rz / curvature).where(good, 0), b)
         x = select(good, x + alpha * p, x)
         r = select(good, r - alpha * q, r)
         n_iter += good
         r_norm = norm(r)
-        active = good & (r_norm > target)
+        active = good & (r_norm > target) & (n_iter < max_iter)
         z = M(r)
         rz_new = inner(r, z)
         beta = expand((rz_new / rz).where(active, 0), b)
         p = select(active, z + beta * p, p)
         rz = rz_new
-    if verify and verified.isinf().all() and (max_iter > 0 or init is not None):
-        r_norm = norm(b - A(x))
     status = status.where(r_norm > target, Status.CONVERGED)
     status = status.where(r_norm.isfinite(), Status.NON_FINITE)
     return SolverResult(x * scale, status, n_iter, r_norm)

@@ -55,8 +55,9 @@ def fixed_point(
     step :math:`x_{k+1} - x_k` is no evidence of convergence when the inner solves are
     inexact.
 
-    The inner problems are solved just well enough: their residual is reduced by the factor
-    ``forcing``, less if the tolerance is within reach (inexact Newton forcing,
+    The inner problems are solved just well enough: their residual is reduced by at least the
+    factor ``forcing``, more if the frozen problem has turned out to predict the nonlinear
+    residual well, and never far below ``rtol`` (choice 1 of
     :footcite:t:`eisenstat1996choosing`).
 
     With ``anderson=m``, the last :math:`m` steps are combined such that the combined step is
@@ -71,7 +72,8 @@ def fixed_point(
     :param float rtol: tolerance on the nonlinear residual. With ``0``, ``max_iter``
         iterations are run.
     :param int max_iter: largest number of outer iterations.
-    :param float forcing: factor in (0, 1) by which each inner solve reduces the residual.
+    :param float forcing: largest factor, in (0, 1), by which an inner solve reduces the
+        residual.
     :param int anderson: depth of the acceleration; ``0`` switches it off.
     :param Callable callback: called as ``callback(k, x_previous, x)`` after each iteration.
     :return: (:class:`SolverResult`) with the inner iterations in ``n_inner`` and the
@@ -94,6 +96,7 @@ def fixed_point(
     n_inner = torch.zeros_like(n_iter)
     status = torch.full_like(n_iter, Status.MAX_ITER, dtype=torch.int8)
     history = [residual]
+    eta = torch.full_like(residual, forcing)
     mixer = _Anderson(anderson) if anderson else None
     for k in range(max_iter + 1):
         finite = residual.isfinite()
@@ -110,11 +113,8 @@ def fixed_point(
         if mixer is not None:
             x, working = mixer.safeguard(x, residual, active)
         # No need to aim far below the final tolerance.
-        reduction = (0.5 * rtol / residual).clamp(forcing, 1.0) if rtol else forcing
-        reduction = torch.as_tensor(reduction, dtype=residual.dtype) * torch.ones_like(
-            residual
-        )
-        step = problem.solve(reduction.clamp(max=0.9), working)
+        enough = 0.5 * rtol / residual
+        step = problem.solve(torch.maximum(eta, enough).clamp(max=forcing), working)
         # An indefinite inner problem has no meaningful solution to go on from.
         broken = working & (step.status >= Status.BREAKDOWN)
         status = status.where(~broken, step.status.to(status.dtype))
@@ -129,6 +129,12 @@ def fixed_point(
         if callback is not None:
             callback(k, previous, x)
         problem = freeze(x)
+        # How well the frozen problem predicted the residual tells how accurately the next
+        # one is worth solving (choice 1 of Eisenstat and Walker, with their safeguard).
+        mismatch = (problem.residual - step.residual * residual).abs() / residual
+        memory = eta**1.618
+        eta = torch.where(memory > 0.1, torch.maximum(mismatch, memory), mismatch)
+        eta = eta.nan_to_num(forcing).clamp(1e-3, forcing)
         residual = problem.residual
         history.append(residual)
     return SolverResult(best, status, n_iter, best_residual, n_inner, torch.stack(history))
@@ -179,12 +185,14 @@ class _Anderson:
         df, f = df / expand(size, df), f / expand(size, f)
         gram = df @ df.mT
         trace = gram.diagonal(dim1=1, dim2=2).sum(1)
-        # Relative regularisation keeps the solve scale free and never singular.
-        ridge = 1e-8 * trace + (trace == 0).to(trace.dtype)
+        # Relative regularisation keeps the solve scale free, and never singular if it is
+        # above the rounding level.
+        ridge = max(1e-8, 10 * torch.finfo(x.dtype).eps) * trace
+        ridge = ridge + (trace == 0).to(trace.dtype)
         eye = torch.eye(len(self.steps) - 1, dtype=x.dtype, device=x.device)
         rhs = (df @ f[..., None])[..., 0]
         empty = (1 - mask)[:, :, None] * eye  # unit rows for invalid entries
-        gamma = torch.linalg.solve(gram + expand(ridge, gram) * eye + empty, rhs)
+        gamma, _ = torch.linalg.solve_ex(gram + expand(ridge, gram) * eye + empty, rhs)
         gamma = gamma.nan_to_num(0, 0, 0) * mask
         dx = torch.stack([image - t for t in self.images[:-1]], 1).flatten(2)
         correction = (gamma[:, None] @ dx.nan_to_num(0, 0, 0))[:, 0].view_as(image)

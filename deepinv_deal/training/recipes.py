@@ -37,12 +37,14 @@ class DEALRecipe:
     r"""
     All settings of a training run.
 
-    The defaults follow :footcite:t:`pourya2025dealing`, Section 3.2, with two changes that
-    make a step several times cheaper. Every noisy patch is used ``reuse`` times, in
+    The recipe follows :footcite:t:`pourya2025dealing`, Section 3.2, with changes that suit a
+    short training. Every noisy patch is used ``reuse`` times, in
     steps far apart, and the solver starts from the patch's last solution, so that a few
     iterations find the fixed point of the slightly changed weights. And the errors are
     weighted by :math:`(\sigma / \sigma_{\max} + 0.1)^{-b}`, so that low noise counts in a
-    short training; ``reuse=1, balance=0`` is the published scheme.
+    short training. The published scheme is ``reuse=1, pool=1, balance=0, depth_min=15,
+    depth_max=60, batch_size=16, patch_size=128, lr=5e-4, lr_final=4e-4, rtol=1e-4``, then a
+    second phase.
 
     :param str data: folder of training images.
     :param str out: folder for checkpoints, log and weights.
@@ -87,22 +89,22 @@ class DEALRecipe:
     normalization: str = "published"
     steps: int | None = None
     time_budget: float | None = None
-    batch_size: int = 4
+    batch_size: int = 2
     patch_size: int = 64
     sigma_max: float = 50 / 255
-    lr: float = 5e-4
+    lr: float = 2e-3
     lr_final: float = 1e-6
     warmup: int = 200
     gamma: float = 1e-4
     balance: float = 1.0
-    depth_min: int = 8
-    depth_max: int = 20
-    reuse: int = 8
-    pool: int = 64
-    warm_depth_min: int = 2
-    warm_depth_max: int = 5
-    rtol: float = 1e-4
-    adjoint_rtol: float = 1e-2
+    depth_min: int = 6
+    depth_max: int = 14
+    reuse: int = 16
+    pool: int = 128
+    warm_depth_min: int = 1
+    warm_depth_max: int = 4
+    rtol: float = 1e-3
+    adjoint_rtol: float = 0.05
     jacobian_free: bool = True
     clip: float = 1.0
     val_every: int = 1000
@@ -231,13 +233,15 @@ class DEALTrainer:
         rng = torch.Generator().manual_seed((recipe.seed << 32) + self.step)
         slot, visit = self.step % recipe.pool, self.step // recipe.pool
         # Offset by the slot, so that new problems are spread evenly over the steps.
-        if slot not in self.pool or (visit + slot) % recipe.reuse == 0:
+        low, high = recipe.warm_depth_min, recipe.warm_depth_max
+        if slot in self.pool and (visit + slot) % recipe.reuse:
+            problems, start = self.pool[slot]
+        else:
             problems = self.sampler.batch(self.step, recipe.batch_size).to(self.device)
             start = torch.zeros_like(problems.y)
-            low, high = recipe.depth_min, recipe.depth_max
-        else:
-            problems, start = self.pool[slot]
-            low, high = recipe.warm_depth_min, recipe.warm_depth_max
+            # Fixed points of the first, random weights are not worth finding.
+            if visit > 0 or recipe.pool == 1:
+                low, high = recipe.depth_min, recipe.depth_max
         depth = int(torch.randint(low, high + 1, (), generator=rng))
         return slot, problems, start, depth
 
@@ -274,7 +278,7 @@ class DEALTrainer:
         )
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {float(loss)} at step {self.step}. The last checkpoint and the "
+                f"The loss is {float(loss.detach())} at step {self.step}. The last checkpoint and the "
                 "best weights are kept; lower lr or clip and start again."
             )
         self.optimizer.zero_grad()
@@ -282,7 +286,7 @@ class DEALTrainer:
         torch.nn.utils.clip_grad_norm_(self.prior.parameters(), recipe.clip)
         self.optimizer.step()
         self.pool[slot] = (problems, result.x)
-        return float(loss)
+        return float(loss.detach())
 
     def _validate(self, loss: float) -> None:
         psnr = {}
