@@ -2,15 +2,16 @@ r"""
 Applications of W and time against ``deepinv.models.DEAL``, with identical weights.
 
     python benchmarks/against_deepinv.py                    # random weights
-    python benchmarks/against_deepinv.py --weights FILE.pth # weights in the authors' layout
+    python benchmarks/against_deepinv.py --weights FILE.pth # weights in the authors'
+    layout
 
 Three solvers work on the same two problems (denoising at sigma 25/255 and inpainting of
 half the pixels, on a 128 x 128 crop of scikit-image's ``camera``):
 
 * ``deepinv_deal``: this package, ``rtol`` as asked for;
 * ``published``: the published iteration and its tolerances, restated on our operators:
-  conjugate gradients on the system divided by 1 + lambda until its squared residual is below
-  ``eps_in`` (absolute), outer steps until the relative change is below 1e-5;
+  conjugate gradients on the system divided by 1 + lambda until its squared residual is
+  below ``eps_in`` (absolute), outer steps until the relative change is below 1e-5;
 * ``deepinv``: ``deepinv.models.DEAL``, evaluated after each of its outer iterations.
 
 A solver is counted until its iterate *first* has a nonlinear residual
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 
 import deepinv as dinv
 import torch
+
 from deepinv_deal import DEAL
 from deepinv_deal._batch import norm
 from deepinv_deal.priors.deal import AttentiveQuadratic
@@ -181,7 +183,9 @@ def main() -> None:
     prior = prior_from_state_dict(convert_state_dict(reference.state_dict()))
     model = DEAL(prior=prior, pretrained=None, scale=None)
     n = args.size
-    x = torch.from_numpy(camera()[100 : 100 + n, 180 : 180 + n] / 255.0).float()[None, None]
+    x = torch.from_numpy(camera()[100 : 100 + n, 180 : 180 + n] / 255.0).float()[
+        None, None
+    ]
     rng = torch.Generator().manual_seed(0)
     noisy = x + 25 / 255 * torch.randn(x.shape, generator=rng)
     inpainting = dinv.physics.Inpainting((1, n, n), mask=0.5, rng=rng)

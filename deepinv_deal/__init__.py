@@ -4,8 +4,10 @@ Learned, interpretable, convergent image reconstruction for deepinv.
 * :mod:`deepinv_deal.models`: what to start with, :class:`DEAL`
 * :mod:`deepinv_deal.priors`: the learned regularizers as deepinv priors
 * :mod:`deepinv_deal.optim`: the deepinv optimizer that runs a prior to its fixed point
-* :mod:`deepinv_deal.solvers`: conjugate gradients, fixed points, implicit differentiation
-* :mod:`deepinv_deal.operators`, :mod:`deepinv_deal.splines`: the learned building blocks
+* :mod:`deepinv_deal.solvers`: conjugate gradients, fixed points, implicit
+  differentiation
+* :mod:`deepinv_deal.operators`, :mod:`deepinv_deal.splines`: the learned building
+  blocks
 * :mod:`deepinv_deal.training`: data, losses, recipes
 * :mod:`deepinv_deal.weights`: bundled weights, checkpoints, converters
 """

@@ -18,10 +18,14 @@ def norm(a: Tensor) -> Tensor:
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
-    """Views one value per sample ``(B,)`` as ``(B, 1, ..., 1)`` to multiply ``like``."""
+    """
+    Views one value per sample ``(B,)`` as ``(B, 1, ..., 1)`` to multiply ``like``.
+    """
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def select(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Takes whole samples from ``a`` where ``condition (B,)`` holds, else from ``b``."""
+    """
+    Takes whole samples from ``a`` where ``condition (B,)`` holds, else from ``b``.
+    """
     return a.where(expand(condition, a), b)

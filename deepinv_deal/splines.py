@@ -23,8 +23,8 @@ def linear_spline(x: Tensor, coefficients: Tensor, x_min: float, step: float) ->
     ``coefficients``. No host synchronisation. NaN in gives NaN out.
 
     :param torch.Tensor x: arguments, shape ``(B, C, ...)``.
-    :param torch.Tensor coefficients: values at the knots, shape ``(1, K)`` for one spline
-        shared by all channels, or ``(C, K)`` for one spline per channel.
+    :param torch.Tensor coefficients: values at the knots, shape ``(1, K)`` for one
+        spline shared by all channels, or ``(C, K)`` for one spline per channel.
     :param float x_min: first knot.
     :param float step: distance of the knots.
     :return: values, shape of ``x``.
@@ -35,7 +35,7 @@ def linear_spline(x: Tensor, coefficients: Tensor, x_min: float, step: float) ->
             f"coefficients must have shape (1, K) or ({x.shape[1]}, K) for x with "
             f"{x.shape[1]} channels, got {tuple(coefficients.shape)}."
         )
-    return _LinearSpline.apply(x, coefficients, x_min, step)  # type: ignore[no-any-return, no-untyped-call]
+    return _LinearSpline.apply(x, coefficients, x_min, step)
 
 
 class _LinearSpline(Function):
@@ -45,8 +45,9 @@ class _LinearSpline(Function):
     ) -> Tensor:
         n_splines, n_knots = coefficients.shape
         fraction = (x - x_min) / step
-        # The float clamp prevents overflow of the cast, the integer clamp keeps NaN (cast
-        # to INT_MIN) inside the table; the fraction stays NaN and reaches the output.
+        # The float clamp prevents overflow of the cast, the integer clamp keeps NaN
+        # (cast to INT_MIN) inside the table; the fraction stays NaN and reaches the
+        # output.
         index = fraction.clamp(0, n_knots - 2).to(torch.int32).clamp_(0, n_knots - 2)
         fraction -= index
         if n_splines > 1:
@@ -58,7 +59,9 @@ class _LinearSpline(Function):
         return left.addcmul_(rise, fraction)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]  # fmt: skip
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         fraction, index, coefficients = ctx.saved_tensors
         grad_x = grad_coefficients = None
         if ctx.needs_input_grad[0]:
@@ -114,9 +117,9 @@ class LinearSpline(nn.Module):
     r"""
     Learned linear splines on :math:`K` uniform knots of :math:`[x_0, x_{K-1}]`.
 
-    With bounds on the slope, the coefficients are re-parametrised: the slopes are clamped,
-    integrated again, and the mean of the coefficients is kept, so every gradient step stays
-    feasible (:footcite:t:`pourya2025dealing`, Section 3.1.2).
+    With bounds on the slope, the coefficients are re-parametrised: the slopes are
+    clamped, integrated again, and the mean of the coefficients is kept, so every
+    gradient step stays feasible (:footcite:t:`pourya2025dealing`, Section 3.1.2).
 
     |sep|
 
@@ -126,14 +129,15 @@ class LinearSpline(nn.Module):
     >>> from deepinv_deal.splines import LinearSpline
     >>> spline = LinearSpline(4, 0.0, 3.0, init=torch.square)
     >>> spline(torch.tensor([[0.5, 2.5, 4.0]])), spline.slopes()
-    (tensor([[ 0.5000,  6.5000, 14.0000]], grad_fn=<_LinearSplineBackward>), tensor([[1., 3., 5.]], grad_fn=<DivBackward0>))
+    (tensor([[ 0.5000,  6.5000, 14.0000]], grad_fn=<_LinearSplineBackward>),
+    tensor([[1., 3., 5.]], grad_fn=<DivBackward0>))
 
     :param int num_knots: number of knots :math:`K \geq 2`.
     :param float x_min: first knot.
     :param float x_max: last knot.
     :param int num_splines: 1 (shared by all channels) or the number of channels.
-    :param Callable init: function of the knots giving the first coefficients; identity if
-        ``None``.
+    :param Callable init: function of the knots giving the first coefficients; identity
+        if ``None``.
     :param float slope_min: lower bound of the slopes, or ``None``.
     :param float slope_max: upper bound of the slopes, or ``None``.
     """
@@ -163,7 +167,9 @@ class LinearSpline(nn.Module):
         self.coefficients = nn.Parameter(values.repeat(num_splines, 1))
 
     def constrained_coefficients(self) -> Tensor:
-        """Returns the values at the knots with the slope bounds met, shape ``(n, K)``."""
+        """
+        Returns the values at the knots with the slope bounds met, shape ``(n, K)``.
+        """
         c = self.coefficients
         if self.slope_min is None and self.slope_max is None:
             return c
@@ -176,7 +182,9 @@ class LinearSpline(nn.Module):
         return self.constrained_coefficients().diff(dim=1) / self.step
 
     def tv2(self) -> Tensor:
-        r"""Returns :math:`\mathrm{TV}^{(2)}`, the sum of absolute slope changes (scalar)."""
+        r"""
+        Returns :math:`\mathrm{TV}^{(2)}`, the sum of absolute slope changes (scalar).
+        """
         return self.slopes().diff(dim=1).abs().sum()
 
     def bind(self) -> BoundSpline:
@@ -188,13 +196,16 @@ class LinearSpline(nn.Module):
         return self.bind()(x)
 
     def extra_repr(self) -> str:
+        """Describes the module."""
         n, k = self.coefficients.shape
         bounds = (self.slope_min, self.slope_max)
         return f"{n} x {k} knots on [{self.x_min:g}, {self.x_max:g}], slopes {bounds}"
 
 
 class BoundSpline:
-    """A linear spline whose coefficients are given tensors: a plain function of ``x``."""
+    """
+    A linear spline whose coefficients are given tensors: a plain function of ``x``.
+    """
 
     def __init__(self, coefficients: Tensor, x_min: float, step: float):
         self.coefficients, self.x_min, self.step = coefficients, x_min, step

@@ -20,6 +20,7 @@ from deepinv.utils import TensorList
 from torch import Tensor
 
 from deepinv_deal._batch import expand, inner
+from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.optim import FixedPointOptim
 from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ
 from deepinv_deal.priors import DEALPrior
@@ -37,16 +38,19 @@ class ReconstructionInfo:
     """
     How a reconstruction went, one entry per sample.
 
-    :param torch.Tensor converged: whether the nonlinear residual met the tolerance, ``(B,)``.
+    :param torch.Tensor converged: whether the nonlinear residual met the tolerance,
+        ``(B,)``.
     :param torch.Tensor status: :class:`deepinv_deal.solvers.Status` values, ``(B,)``.
     :param torch.Tensor n_iter: outer iterations, ``(B,)``.
     :param torch.Tensor cg_iter: conjugate gradient iterations in total, ``(B,)``.
     :param torch.Tensor residual: relative nonlinear residual of the result, ``(B,)``.
     :param torch.Tensor history: residual of every iterate, ``(n, B)``.
-    :param torch.Tensor sigma: noise level given to the model, in its [0, 1] units, ``(B,)``.
+    :param torch.Tensor sigma: noise level given to the model, in its [0, 1] units,
+        ``(B,)``.
     :param torch.Tensor lambda_reg: regularization weight, ``(B,)``.
     :param torch.Tensor scale: intensity by which the data were divided, ``(B,)``.
     :param list notes: remarks on what was decided for the user.
+    :param Callable compute_mask: returns the masks at the solution, see :attr:`mask`.
     """
 
     converged: Tensor
@@ -59,15 +63,17 @@ class ReconstructionInfo:
     lambda_reg: Tensor
     scale: Tensor
     notes: list[str] = field(default_factory=list)
-    _mask: Callable[[], Tensor] | None = field(default=None, repr=False)
+    compute_mask: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @cached_property
     def mask(self) -> Tensor:
-        """Masks at the solution, ``(B, num_filters, H, W)``; computed when asked for."""
-        if self._mask is None:
+        """
+        Masks at the solution, ``(B, num_filters, H, W)``; computed when asked for.
+        """
+        if self.compute_mask is None:
             raise AttributeError("This info holds no mask.")
         with torch.no_grad():
-            return self._mask()
+            return self.compute_mask()
 
 
 class DEAL(FixedPointOptim, Denoiser):
@@ -80,9 +86,9 @@ class DEAL(FixedPointOptim, Denoiser):
         T(z) = \underset{x}{\arg\min} \; \tfrac{1}{2} \|A x - y\|_2^2
         + \tfrac{\lambda}{2} \|M_\sigma(z) \odot W x\|_2^2,
 
-    where :math:`W` are learned filters and :math:`M_\sigma` a small network that lowers the
-    penalty where the image has structure. Each update is one linear system, solved by
-    conjugate gradients. There is no energy that :math:`\hat x` minimises.
+    where :math:`W` are learned filters and :math:`M_\sigma` a small network that lowers
+    the penalty where the image has structure. Each update is one linear system, solved
+    by conjugate gradients. There is no energy that :math:`\hat x` minimises.
 
     One model serves all linear inverse problems:
 
@@ -90,22 +96,23 @@ class DEAL(FixedPointOptim, Denoiser):
     * ``model(y, sigma=0.1)`` or ``model(y, 0.1)`` as a denoiser.
 
     **Noise level.** ``sigma`` is in units of the image. For denoising (no physics, or
-    :class:`deepinv.physics.Denoising`) it is taken from the argument, the physics' noise model
-    or the constructor, in this order; ``"estimate"`` estimates it from the data. For all other
-    physics, ``sigma`` is the noise level of the *model*, a hyperparameter: the argument, or
-    the constructor's (``15/255`` if that is ``None`` too), never the physics' own.
+    :class:`deepinv.physics.Denoising`) it is taken from the argument, the physics'
+    noise model or the constructor, in this order; ``"estimate"`` estimates it from the
+    data. For all other physics, ``sigma`` is the noise level of the *model*, a
+    hyperparameter: the argument, or the constructor's (``15/255`` if that is ``None``
+    too), never the physics' own.
 
-    **Regularization weight.** :math:`\lambda` is absolute, as in the paper. Denoising uses the
-    learned :math:`\kappa(\sigma)` unless told otherwise; other problems use ``lambda_reg``, 1
-    by default, which should be tuned on a few images.
+    **Regularization weight.** :math:`\lambda` is absolute, as in the paper. Denoising
+    uses the learned :math:`\kappa(\sigma)` unless told otherwise; other problems use
+    ``lambda_reg``, 1 by default, which should be tuned on a few images.
 
-    **Intensity.** The filters expect images in about [0, 1]. With ``scale="auto"``, data whose
-    intensity is far from that (a largest absolute value above 2 or below 0.2) is divided by a
-    power of ten before and multiplied after; see ``info.scale``. A number fixes the scale,
-    ``None`` switches it off. The result is never clipped.
+    **Intensity.** The filters expect images in about [0, 1]. With ``scale="auto"``,
+    data whose intensity is far from that (a largest absolute value above 2 or below
+    0.2) are divided by a power of ten before and multiplied after, see ``info.scale``.
+    A number fixes the scale, ``None`` switches it off. The result is never clipped.
 
-    **Gradients** flow to weights, measurements, ``lambda_reg``, ``sigma`` and the parameters
-    of the physics by implicit differentiation, exact or Jacobian-free
+    **Gradients** flow to weights, measurements, ``lambda_reg``, ``sigma`` and the
+    parameters of the physics by implicit differentiation, exact or Jacobian-free
     (``DEQ=DEQConfig(jacobian_free=True)``).
 
     **Complex images** (MRI: two channels, real and imaginary part) with a gray model:
@@ -123,14 +130,16 @@ class DEAL(FixedPointOptim, Denoiser):
     >>> x_hat.shape, info.converged
     (torch.Size([2, 1, 16, 17]), tensor([True, True]))
 
-    :param int in_channels: image channels, 1 (gray) or 3 (colour). Weights decide if given.
+    :param int in_channels: image channels, 1 (gray) or 3 (colour). Weights decide if
+        given.
     :param int num_filters: number of filters for ``pretrained=None``.
     :param float, torch.Tensor, str sigma: default noise level, see above.
     :param float, torch.Tensor lambda_reg: default regularization weight, see above.
     :param float rtol: tolerance on the relative nonlinear residual
         :math:`\|A^{\top} y - A_{\hat x} \hat x\| / \|A^{\top} y\|`.
     :param int max_iter: largest number of outer iterations.
-    :param int inner_max_iter: largest number of conjugate gradient iterations per solve.
+    :param int inner_max_iter: largest number of conjugate gradient iterations per
+        solve.
     :param float forcing: factor by which each inner solve reduces the residual.
     :param int anderson: depth of the safeguarded Anderson acceleration, ``0`` for none.
     :param float, str scale: ``"auto"``, a positive number or ``None``, see above.
@@ -138,17 +147,17 @@ class DEAL(FixedPointOptim, Denoiser):
     :param deepinv.optim.DEQConfig DEQ: settings of the backward pass, see
         :class:`deepinv_deal.optim.FixedPointOptim`.
     :param list trainable_params: among ``"lambda_reg"`` and ``"g_param"`` (sigma).
-    :param Callable custom_init: first image, as in :class:`deepinv.optim.BaseOptim`; zeros if
-        ``None``.
+    :param Callable custom_init: first image, as in :class:`deepinv.optim.BaseOptim`;
+        zeros if ``None``.
     :param dict custom_metrics: as in :class:`deepinv.optim.BaseOptim`.
-    :param bool warn: issue a :class:`deepinv_deal.ConvergenceWarning` if a sample does not
-        converge.
+    :param bool warn: issue a :class:`deepinv_deal.ConvergenceWarning` if a sample does
+        not converge.
     :param DEALPrior prior: use this prior instead of ``pretrained``.
     :param str normalization: norm rule of the filters for ``pretrained=None``.
     :param str, torch.device device: where the model lives.
-    :param str pretrained: ``"deal_gray"`` (bundled, the default), ``"download"`` (official
-        weights, needs network), the path of a ``.safetensors`` or authors' ``.pth`` file, or
-        ``None`` for random weights.
+    :param str pretrained: ``"deal_gray"`` (bundled, the default), ``"download"``
+        (official weights, needs network), the path of a ``.safetensors`` or authors'
+        ``.pth`` file, or ``None`` for random weights.
     :raises ValueError: for bad settings, damaged or unknown weights.
     :raises FileNotFoundError: for a missing weights file.
     """
@@ -173,12 +182,12 @@ class DEAL(FixedPointOptim, Denoiser):
         custom_metrics: dict[str, Any] | None = None,
         warn: bool = True,
         prior: DEALPrior | None = None,
-        normalization: str = "published",
+        normalization: Normalization = "published",
         device: str | torch.device = "cpu",
         pretrained: str | os.PathLike[str] | None = "deal_gray",
     ):
         if prior is None and pretrained is None:
-            prior = DEALPrior(in_channels or 1, num_filters or 128, normalization)  # type: ignore[arg-type]
+            prior = DEALPrior(in_channels or 1, num_filters or 128, normalization)
         elif prior is None and pretrained is not None:
             prior = load_prior(pretrained, in_channels or 1)
         assert prior is not None
@@ -222,7 +231,7 @@ class DEAL(FixedPointOptim, Denoiser):
         self.to(device)
         self.eval()
 
-    def forward(
+    def forward(  # type: ignore[override]  # the call conventions of a denoiser too
         self,
         y: Tensor,
         physics: Any = None,
@@ -239,18 +248,21 @@ class DEAL(FixedPointOptim, Denoiser):
         Reconstructs or denoises.
 
         :param torch.Tensor y: measurements; for denoising the images ``(B, C, H, W)``.
-        :param deepinv.physics.LinearPhysics physics: forward operator; ``None`` to denoise. A
-            number or tensor here is taken for ``sigma``, as deepinv's denoisers are called.
-        :param float, torch.Tensor, str sigma: noise level in units of the image, one or one
-            per sample; ``"estimate"`` for denoising.
+        :param deepinv.physics.LinearPhysics physics: forward operator; ``None`` to
+            denoise. A number or tensor here is taken for ``sigma``, as deepinv's
+            denoisers are called.
+        :param float, torch.Tensor, str sigma: noise level in units of the image, one or
+            one per sample; ``"estimate"`` for denoising.
         :param float, torch.Tensor lambda_reg: weight, one or one per sample.
         :param Callable, torch.Tensor, tuple, dict init: first image, as in
             :class:`deepinv.optim.BaseOptim`.
         :param torch.Tensor x_gt: ground truth for the metrics.
         :param bool compute_metrics: also return deepinv's dictionary of metrics.
         :param bool return_info: also return a :class:`ReconstructionInfo`.
-        :return: the image ``(B, C, H, W)``, followed by metrics and info where asked for.
-        :raises TypeError: if ``y`` is no real floating tensor or ``physics`` not linear.
+        :return: the image ``(B, C, H, W)``, followed by metrics and info where asked
+            for.
+        :raises TypeError: if ``y`` is no real floating tensor or ``physics`` not
+            linear.
         :raises ValueError: for wrong shapes, channels or signs, an empty batch, NaN or
             infinity, or a missing noise level.
         """
@@ -260,7 +272,9 @@ class DEAL(FixedPointOptim, Denoiser):
             physics, sigma = None, physics
         reference = next(self.prior.parameters())
         _check_measurements(y, reference)
-        operator = _ImageOperator(physics, y, self.prior[0].in_channels, self.complex_mode)
+        operator = _ImageOperator(
+            physics, y, self.prior[0].in_channels, self.complex_mode
+        )
         b = operator.b
         notes: list[str] = []
         scale = self._scale(operator, notes)
@@ -283,7 +297,9 @@ class DEAL(FixedPointOptim, Denoiser):
             result.converged,
             result.status,
             result.n_iter,
-            torch.zeros_like(result.n_iter) if result.n_inner is None else result.n_inner,
+            torch.zeros_like(result.n_iter)
+            if result.n_inner is None
+            else result.n_inner,
             result.residual,
             result.residual[None] if result.history is None else result.history,
             torch.as_tensor(level).detach(),
@@ -349,7 +365,8 @@ class DEAL(FixedPointOptim, Denoiser):
             if sigma != "estimate" or not operator.denoising:
                 raise ValueError(
                     f"sigma={sigma!r}: only denoising can estimate the noise level "
-                    "(sigma='estimate'). Otherwise give a number, the model's noise level."
+                    "(sigma='estimate'). Otherwise give a number, the model's noise "
+                    "level."
                 )
             sigma = PatchCovarianceNoiseEstimator()(b.detach())
             notes.append(f"The noise level was estimated: {sigma.tolist()}.")  # type: ignore[union-attr]
@@ -395,7 +412,8 @@ class _ImageOperator:
         if not isinstance(image, Tensor) or image.ndim != 4:
             raise ValueError(
                 "Images must be tensors of shape (B, C, H, W), got "
-                f"{_shape(image)}. Add the batch dimension with [None]; three-dimensional "
+                f"{_shape(image)}. Add the batch dimension with [None]; "
+                "three-dimensional "
                 "images are not supported."
             )
         self.shape = image.shape
@@ -405,8 +423,10 @@ class _ImageOperator:
         if channels != in_channels and not self.is_complex:
             hint = "gray" if in_channels == 1 else "colour"
             raise ValueError(
-                f"The model has {hint} filters (in_channels={in_channels}), but the image "
-                f"has {channels} channels (shape {tuple(image.shape)}). Choose weights for "
+                f"The model has {hint} filters (in_channels={in_channels}), but the "
+                "image "
+                f"has {channels} channels (shape {tuple(image.shape)}). Choose "
+                "weights for "
                 f"{channels} channels."
             )
         self.real = self.is_complex and complex_mode == "real"
@@ -420,10 +440,12 @@ class _ImageOperator:
         """Turns what is solved for into an image of the physics."""
         return torch.cat([x, torch.zeros_like(x)], 1) if self.real else x
 
-    def A_adjoint(self, y: Tensor) -> Tensor:
+    def A_adjoint(self, y: Tensor) -> Tensor:  # noqa: ARG002 - known since construction
+        """Returns the right-hand side."""
         return self.b
 
     def A_adjoint_A(self, x: Tensor) -> Tensor:
+        """Applies the normal operator."""
         if self.denoising:
             return x
         image = self.embed(x)
@@ -448,7 +470,8 @@ def _check_measurements(y: Any, reference: Tensor) -> None:
             raise TypeError(f"y must be a torch.Tensor, got {type(part).__name__}.")
         if not (part.is_floating_point() or part.is_complex()):
             raise TypeError(
-                f"y must be floating point, got {part.dtype}. Divide 8-bit images by 255."
+                f"y must be floating point, got {part.dtype}. Divide 8-bit images by "
+                "255."
             )
         if part.is_floating_point() and part.dtype != reference.dtype:
             raise ValueError(
@@ -457,12 +480,15 @@ def _check_measurements(y: Any, reference: Tensor) -> None:
             )
         if part.device != reference.device:
             raise ValueError(
-                f"y is on {part.device}, the model on {reference.device}. Move one of them."
+                f"y is on {part.device}, the model on {reference.device}. Move one of "
+                "them."
             )
         if part.ndim == 0 or part.numel() == 0:
             raise ValueError(f"y is empty: shape {tuple(part.shape)}.")
         if not torch.isfinite(part).all():
-            raise ValueError("y holds NaN or infinity. Remove or mask these measurements.")
+            raise ValueError(
+                "y holds NaN or infinity. Remove or mask these measurements."
+            )
 
 
 def _check_image(name: str, image: Any, operator: _ImageOperator) -> Tensor:

@@ -1,4 +1,6 @@
-r"""The multi-convolution :math:`W`: several convolutions without anything in between."""
+r"""
+The multi-convolution :math:`W`: several convolutions without anything in between.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,10 @@ class Convolution:
     """
     A zero-padded convolution of stride 1, evaluated in the layout that is fastest.
 
-    CPU kernels compute 16 output channels at once, so a layer with 1 to 8 of them wastes
-    most of the machine. There, 2 x 2 neighbouring output pixels are computed as four times
-    as many channels, by a kernel enlarged by one pixel and a stride of 2: the same sums,
-    1.5 to 8 times faster.
+    CPU kernels compute 16 output channels at once, so a layer with 1 to 8 of them
+    wastes most of the machine. There, 2 x 2 neighbouring output pixels are computed as
+    four times as many channels, by a kernel enlarged by one pixel and a stride of 2:
+    the same sums, 1.5 to 8 times faster.
 
     :param torch.Tensor kernel: shape ``(C_out, C_in, k, k)``, k odd.
     """
@@ -34,17 +36,22 @@ class Convolution:
         self.pad = k // 2
         self.polyphase = kernel.device.type == "cpu" and c_out <= 8
         if self.polyphase:
-            shifted = [F.pad(kernel, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
+            shifted = [
+                F.pad(kernel, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)
+            ]
             kernel = torch.stack(shifted, 1).reshape(4 * c_out, c_in, k + 1, k + 1)
         # Channels-last kernels make PyTorch choose the faster layout for the features.
         self.kernel = kernel.contiguous(memory_format=torch.channels_last)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Convolves ``x (B, C_in, H, W)``; the size stays."""
         if not self.polyphase:
             return F.conv2d(x, self.kernel, padding=self.pad)
         height, width = x.shape[-2:]
         odd = (0, width % 2, 0, height % 2)
-        phases = F.conv2d(F.pad(x, odd) if any(odd) else x, self.kernel, None, 2, self.pad)
+        phases = F.conv2d(
+            F.pad(x, odd) if any(odd) else x, self.kernel, None, 2, self.pad
+        )
         return F.pixel_shuffle(phases, 2)[..., :height, :width]
 
 
@@ -52,18 +59,20 @@ class MultiConvOperator:
     r"""
     The linear map :math:`W = C_n \cdots C_1` for given kernels, and its exact adjoint.
 
-    Every layer is a convolution with zero padding, stride 1 and no bias, so all maps keep
-    the image size. Kernels are odd-sized, hence the adjoint of a layer is the
+    Every layer is a convolution with zero padding, stride 1 and no bias, so all maps
+    keep the image size. Kernels are odd-sized, hence the adjoint of a layer is the
     convolution with the flipped kernel and the channels exchanged.
 
-    :param tuple kernels: the layers, shapes ``(C_out, C_in, k, k)``, first applied first.
+    :param tuple kernels: the layers, shapes ``(C_out, C_in, k, k)``, first applied
+        first.
     """
 
     def __init__(self, kernels: Sequence[Tensor]):
         self.in_channels = kernels[0].shape[1]
         self.layers = [Convolution(kernel) for kernel in kernels]
         self.adjoint_layers = [
-            Convolution(kernel.flip(-2, -1).transpose(0, 1)) for kernel in reversed(kernels)
+            Convolution(kernel.flip(-2, -1).transpose(0, 1))
+            for kernel in reversed(kernels)
         ]
         #: Largest distance, in pixels, at which a pixel influences another.
         self.reach = sum(layer.pad for layer in self.layers)
@@ -84,8 +93,9 @@ class MultiConvOperator:
         r"""
         Returns the impulse responses of :math:`W^{\top} W`, away from any border.
 
-        :return: shape ``(C, C, n, n)``: entry ``[i, j]`` is channel ``j`` of the response to
-            a Dirac in channel ``i``, with :math:`n = 1 + 2 \sum_i (k_i - 1)`.
+        :return: shape ``(C, C, n, n)``: entry ``[i, j]`` is channel ``j`` of the
+            response to a Dirac in channel ``i``, with
+            :math:`n = 1 + 2 \sum_i (k_i - 1)`.
         """
         centre, channels = 2 * self.reach, self.in_channels
         dirac = self.layers[0].kernel.new_zeros(
@@ -104,15 +114,15 @@ class MultiConv(nn.Module):
         C_1 \text{ has zero mean over (input channel, height, width)},
 
     so :math:`W` annihilates constant images away from the border and
-    :math:`\|W\|_2 \approx 1` (:footcite:t:`pourya2025dealing`, Section 3.1.3). The number
-    :math:`L` is differentiable and follows one of two rules, which must be stored with the
-    weights since they give different operators:
+    :math:`\|W\|_2 \approx 1` (:footcite:t:`pourya2025dealing`, Section 3.1.3). The
+    number :math:`L` is differentiable and follows one of two rules, which must be
+    stored with the weights since they give different operators:
 
     * ``"published"``: the rule of the authors' code. The response of the unnormalised
-      :math:`W^{\top} W` to one Dirac is Fourier transformed; gray: :math:`L` is the largest
-      modulus; colour: the Dirac is in the green channel only and :math:`L` is the *sum*
-      over channels of the largest moduli, which over-estimates :math:`\|W\|_2^2` by
-      1.5 to 1.7.
+      :math:`W^{\top} W` to one Dirac is Fourier transformed; gray: :math:`L` is the
+      largest modulus; colour: the Dirac is in the green channel only and :math:`L` is
+      the *sum* over channels of the largest moduli, which over-estimates
+      :math:`\|W\|_2^2` by 1.5 to 1.7.
     * ``"exact"``: the largest eigenvalue over all frequencies of the symbol of
       :math:`W^{\top} W` (a Hermitian ``C x C`` matrix per frequency).
     * ``"none"``: :math:`L = 1`.
@@ -135,8 +145,8 @@ class MultiConv(nn.Module):
     :param int kernel_size: odd size of every kernel.
     :param str normalization: ``"published"``, ``"exact"`` or ``"none"``.
     :param bool zero_mean: whether the first layer has zero-mean kernels.
-    :raises ValueError: for an even kernel size, fewer than two entries in ``channels`` or an
-        unknown ``normalization``.
+    :raises ValueError: for an even kernel size, fewer than two entries in ``channels``
+        or an unknown ``normalization``.
     """
 
     def __init__(
@@ -150,7 +160,8 @@ class MultiConv(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size < 1:
             raise ValueError(
-                f"kernel_size must be odd and positive, got {kernel_size}: with an even "
+                f"kernel_size must be odd and positive, got {kernel_size}: with an "
+                "even "
                 "size the adjoint would be shifted by one pixel."
             )
         if len(channels) < 2:
@@ -173,11 +184,11 @@ class MultiConv(nn.Module):
         """
         Returns the operator of the current weights, constraints and norm included.
 
-        Take it once and apply it often: the constraints and the norm are evaluated here.
-        Gradients flow through them into the weights.
+        Take it once and apply it often: the constraints and the norm are evaluated
+        here. Gradients flow through them into the weights.
         """
-        # The zero mean is a plain re-parametrisation: torch's parametrize would do the same,
-        # but modules that use it cannot be pickled.
+        # The zero mean is a plain re-parametrisation: torch's parametrize would do the
+        # same, but modules that use it cannot be pickled.
         kernels = list(self.weight)
         if self.zero_mean:
             kernels[0] = kernels[0] - kernels[0].mean((1, 2, 3), keepdim=True)
@@ -216,7 +227,8 @@ class MultiConv(nn.Module):
                 return symbol.real.max()
             return torch.linalg.eigvalsh(symbol)[..., -1].max()
         green = kernel[kernel.shape[0] // 2]
-        # The authors pad (256 - 1) // 2 - reach/2 zeros on every side: 279 for 9x9 kernels.
+        # The authors pad (256 - 1) // 2 - reach/2 zeros on every side: 279 for 9x9
+        # kernels.
         size = green.shape[-1] + 2 * (
             (PUBLISHED_DFT_SIZE - 1) // 2 - (green.shape[-1] - 1) // 4
         )
@@ -232,6 +244,7 @@ class MultiConv(nn.Module):
         return self.operator().adjoint(z)
 
     def extra_repr(self) -> str:
+        """Describes the module."""
         return (
             f"channels={self.channels}, kernel_size={self.kernel_size}, "
             f"normalization={self.normalization!r}, zero_mean={self.zero_mean}"
@@ -240,7 +253,9 @@ class MultiConv(nn.Module):
 
 def _check_normalization(name: str) -> None:
     if name not in NORMALIZATIONS:
-        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {name!r}.")
+        raise ValueError(
+            f"normalization must be one of {NORMALIZATIONS}, got {name!r}."
+        )
 
 
 def _centre_phase(n: int, symbol: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from deepinv_deal.solvers import (
     solve_equation,
 )
 
-#: Settings of the backward pass if none are given: exact gradients, Anderson accelerated.
+#: Settings of the backward pass if none are given: exact gradients, Anderson
+#: accelerated.
 DEFAULT_DEQ = DEQConfig(
     anderson_acceleration_backward=True, eps_backward=1e-4, max_iter_backward=100
 )
@@ -35,8 +36,8 @@ class FrozenIteration(OptimIterator):
         + \lambda R_{m(x_k)}(x)
 
     It runs in any :class:`deepinv.optim.BaseOptim`, unfolded and DEQ included, and is
-    differentiable in :math:`x_k` and in all parameters. :class:`FixedPointOptim` runs it with
-    inexact inner solves, per-sample stopping and its own implicit backward.
+    differentiable in :math:`x_k` and in all parameters. :class:`FixedPointOptim` runs
+    it with inexact inner solves, per-sample stopping and its own implicit backward.
 
     :param float rtol: relative accuracy of the inner solve.
     :param int inner_max_iter: largest number of inner iterations.
@@ -78,7 +79,7 @@ class FrozenIteration(OptimIterator):
         if lambda_reg is not None:
             # The term norm / 2 ||A x - y||^2 with weight lambda, divided by its factor.
             lambda_reg = lambda_reg / data_fidelity.norm
-        return prior.equation(  # type: ignore[no-any-return]
+        return prior.equation(
             physics.A_adjoint_A,
             physics.A_adjoint(y),
             params["g_param"],
@@ -97,7 +98,9 @@ class FrozenIteration(OptimIterator):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Returns ``{"est": (T(x), T(x)), "cost": None}`` for ``X = {"est": (x, ...)}``."""
+        """
+        Returns ``{"est": (T(x), T(x)), "cost": None}`` for ``X = {"est": (x, ...)}``.
+        """
         x = X["est"][0]
         equation = self.equation(cur_data_fidelity, cur_prior, cur_params, y, physics)
         with torch.no_grad():
@@ -119,31 +122,37 @@ class FixedPointOptim(BaseOptim):
     Runs a prior of this package to its fixed point :math:`x = T(x)`.
 
     A :class:`deepinv.optim.BaseOptim`: ``init``, ``custom_init``, ``x_gt``,
-    ``compute_metrics``, ``custom_metrics`` and ``trainable_params`` work as there. Different
-    are
+    ``compute_metrics``, ``custom_metrics`` and ``trainable_params`` work as there.
+    Different are
 
-    * the loop, :func:`deepinv_deal.solvers.fixed_point`: every sample stops on its own, when
-      its *nonlinear* residual :math:`\|F(x)\| / \|A^{\top} y\|` is at most ``rtol``;
-    * the backward pass, :func:`deepinv_deal.solvers.attach_gradient` instead of deepinv's DEQ
-      step: no hooks, accuracy per sample, no change of dtype. ``DEQ`` holds its settings;
-    * the report: ``return_info=True`` gives a :class:`deepinv_deal.solvers.SolverResult`.
+    * the loop, :func:`deepinv_deal.solvers.fixed_point`: every sample stops on its own,
+      when its *nonlinear* residual :math:`\|F(x)\| / \|A^{\top} y\|` is at most
+      ``rtol``;
+    * the backward pass, :func:`deepinv_deal.solvers.attach_gradient` instead of
+      deepinv's DEQ step: no hooks, accuracy per sample, no change of dtype. ``DEQ``
+      holds its settings;
+    * the report: ``return_info=True`` gives a
+      :class:`deepinv_deal.solvers.SolverResult`.
 
     The metrics hold ``"nonlinear_residual"`` in addition.
 
     :param deepinv.optim.Prior prior: a prior of this package.
-    :param float, torch.Tensor lambda_reg: regularization weight; ``None``: the prior's own.
+    :param float, torch.Tensor lambda_reg: regularization weight; ``None``: the prior's
+        own.
     :param float, torch.Tensor sigma: noise level of the prior in [0, 1] units.
     :param deepinv.optim.L2 data_fidelity: :class:`deepinv.optim.L2` if ``None``.
     :param int max_iter: largest number of outer iterations.
-    :param int inner_max_iter: largest number of conjugate gradient iterations per solve.
+    :param int inner_max_iter: largest number of conjugate gradient iterations per
+        solve.
     :param float rtol: tolerance on the nonlinear residual.
     :param float forcing: see :func:`deepinv_deal.solvers.fixed_point`.
     :param int anderson: depth of the Anderson acceleration, ``0`` for none.
-    :param deepinv.optim.DEQConfig DEQ: settings of the backward pass: ``jacobian_free``,
-        ``eps_backward`` (tolerance), ``max_iter_backward``,
+    :param deepinv.optim.DEQConfig DEQ: settings of the backward pass:
+        ``jacobian_free``, ``eps_backward`` (tolerance), ``max_iter_backward``,
         ``anderson_acceleration_backward`` and ``history_size_backward``.
     :param list trainable_params: among ``"lambda_reg"`` and ``"g_param"``.
-    :param Callable custom_init: as in :class:`deepinv.optim.BaseOptim`; zeros if ``None``.
+    :param Callable custom_init: as in :class:`deepinv.optim.BaseOptim`; zeros if
+        ``None``.
     :param dict custom_metrics: as in :class:`deepinv.optim.BaseOptim`.
     :param bool warn: issue a :class:`ConvergenceWarning` if a sample does not converge.
     """
@@ -168,7 +177,8 @@ class FixedPointOptim(BaseOptim):
     ):
         super().__init__(
             FrozenIteration(inner_max_iter=inner_max_iter),
-            # One-element lists: a tensor is one value (or one per sample), not a schedule.
+            # One-element lists: a tensor is one value (or one per sample), not a
+            # schedule.
             params_algo={"lambda": [lambda_reg], "g_param": [sigma], "stepsize": [1.0]},
             data_fidelity=data_fidelity or L2(),
             prior=prior,
@@ -221,10 +231,11 @@ class FixedPointOptim(BaseOptim):
             params["lambda"] = lambda_reg
         if params["g_param"] is None:
             raise ValueError(
-                "sigma is missing: give the noise level of the prior, in [0, 1] units, to "
+                "sigma is missing: give the noise level of the prior, in [0, 1] "
+                "units, to "
                 "the constructor or to the call."
             )
-        return self.fixed_point.iterator.equation(  # type: ignore[no-any-return]
+        return self.fixed_point.iterator.equation(
             self.update_data_fidelity_fn(0), self.update_prior_fn(0), params, y, physics
         )
 
@@ -262,7 +273,7 @@ class FixedPointOptim(BaseOptim):
         equation = self.equation(y, physics, **kwargs)
         x0 = self.initial_image(equation, y, physics, init)
         x, result, metrics = self.solve(equation, x0, x_gt, compute_metrics)
-        answer = (x, *([metrics] if compute_metrics else []))
+        answer: tuple[Any, ...] = (x, *([metrics] if compute_metrics else []))
         if return_info:
             answer = (*answer, result)
         return answer if len(answer) > 1 else x
@@ -279,7 +290,7 @@ class FixedPointOptim(BaseOptim):
                 f"init must give an image of shape {tuple(equation.b.shape)}, got "
                 f"{tuple(x.shape)}."
             )
-        return x  # type: ignore[no-any-return]
+        return x
 
     def solve(
         self,
@@ -301,7 +312,7 @@ class FixedPointOptim(BaseOptim):
         if compute_metrics:
             metrics = self.init_metrics_fn({"est": (init,)}, x_gt=x_gt)
 
-        def callback(k: int, previous: Tensor, x: Tensor) -> None:
+        def callback(_k: int, previous: Tensor, x: Tensor) -> None:
             self.update_metrics_fn(metrics, {"est": (previous,)}, {"est": (x,)}, x_gt)
 
         x, result = solve_equation(

@@ -31,17 +31,18 @@ class MaskNetwork(nn.Module):
     The attention network of DEAL (:footcite:t:`pourya2025dealing`, Eq. (9)).
 
     .. math::
-        M_\sigma(x) = \phi_\sigma\big( V_2\, \varphi_2( |V_1\, \varphi_1(|W_M x|)| ) \big),
-        \qquad
-        \phi_{\sigma,c}(t) = \mathrm{clip}\big(\varphi_3(\alpha_c(\sigma) |t|), 0.01, 1\big),
-        \quad \alpha_c(\sigma) = \frac{e^{s_c(\sigma)}}{\sigma + 10^{-5}},
+        M_\sigma(x) = \phi_\sigma\big( V_2\, \varphi_2( |V_1\, \varphi_1(|W_M x|)| )
+        \big), \qquad
+        \phi_{\sigma,c}(t) = \mathrm{clip}\big(\varphi_3(\alpha_c(\sigma) |t|), 0.01,
+        1\big), \quad \alpha_c(\sigma) = \frac{e^{s_c(\sigma)}}{\sigma + 10^{-5}},
 
     with :math:`W_M` a multi-convolution (zero mean, not normalised), :math:`V_i` 3x3
     convolutions, :math:`\varphi_i` linear splines of the absolute value (the first two
-    increasing), :math:`s_c` one spline of the noise level per filter, and :math:`\sigma` in
-    gray levels.
+    increasing), :math:`s_c` one spline of the noise level per filter, and
+    :math:`\sigma` in gray levels.
 
-    :param tuple channels: channels of the multi-convolution, the last is the number of masks.
+    :param tuple channels: channels of the multi-convolution, the last is the number of
+        masks.
     """
 
     def __init__(self, channels: tuple[int, ...]):
@@ -57,7 +58,9 @@ class MaskNetwork(nn.Module):
         )
 
     def bind(self, sigma: Tensor) -> BoundMask:
-        """Fixes the current weights and the noise levels ``sigma (B,)`` (gray levels)."""
+        """
+        Fixes the current weights and the noise levels ``sigma (B,)`` (gray levels).
+        """
         levels = sigma[:, None].expand(-1, len(self.scaling.coefficients))
         alpha = torch.exp(self.scaling(levels)) / (levels + 1e-5)
         return BoundMask(
@@ -82,6 +85,7 @@ class BoundMask:
     alpha: Tensor  # (B, N, 1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, H, W)
+        """Returns the masks of ``x``."""
         t = self.phi[0](self.W(x).abs())
         t = self.phi[1](F.conv2d(t, self.V[0], padding=1).abs())
         t = F.conv2d(t, self.V[1], padding=1).abs()
@@ -93,9 +97,9 @@ class AttentiveQuadratic:
     r"""
     DEAL's regularizer for given weights and noise level.
 
-    :math:`R_m(x) = \tfrac{1}{2} \|m \odot W x\|_2^2` with the mask :math:`m = M_\sigma(z)`
-    frozen at an image :math:`z`. Images with more channels than the filters (real and
-    imaginary part) are regularized channel by channel.
+    :math:`R_m(x) = \tfrac{1}{2} \|m \odot W x\|_2^2` with the mask
+    :math:`m = M_\sigma(z)` frozen at an image :math:`z`. Images with more channels than
+    the filters (real and imaginary part) are regularized channel by channel.
 
     :param MultiConvOperator W: the analysis operator.
     :param BoundMask mask_network: the attention network at the given noise level.
@@ -128,17 +132,18 @@ class AttentiveEquation:
     The equation of a DEAL reconstruction.
 
     .. math::
-        F(x) = b - H x - \lambda W^{\top} \big( M_\sigma(x)^2 \odot W x \big) = 0, \qquad
-        H = A^{\top} A, \quad b = A^{\top} y
+        F(x) = b - H x - \lambda W^{\top} \big( M_\sigma(x)^2 \odot W x \big) = 0,
+        \qquad H = A^{\top} A, \quad b = A^{\top} y
 
-    (:footcite:t:`pourya2025dealing`, Eq. (8) at a fixed point). With the mask frozen it is a
-    symmetric positive definite linear system, solved by conjugate gradients.
+    (:footcite:t:`pourya2025dealing`, Eq. (8) at a fixed point). With the mask frozen it
+    is a symmetric positive definite linear system, solved by conjugate gradients.
 
     :param Callable H: normal operator of the physics on images ``(B, C, H, W)``.
     :param torch.Tensor b: adjoint of the physics applied to the measurements.
     :param torch.Tensor lambda_reg: regularization weight per sample, ``(B,)``.
     :param AttentiveQuadratic regularizer: regularizer at the model's noise level.
-    :param int inner_max_iter: largest number of conjugate gradient iterations per solve.
+    :param int inner_max_iter: largest number of conjugate gradient iterations per
+        solve.
     """
 
     H: LinearMap
@@ -152,7 +157,9 @@ class AttentiveEquation:
         return self.H(x) + weight * self.regularizer.normal(x, squared_mask)
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns F(x), shape of ``x``; with the given mask instead of that of ``x``."""
+        """
+        Returns F(x), shape of ``x``; with the given mask instead of that of ``x``.
+        """
         if mask is None:
             mask = self.regularizer.mask(x)
         return self.b - self._normal(x, mask.square())
@@ -168,7 +175,9 @@ class AttentiveEquation:
 
 
 class FrozenSystem:
-    """The linear system of one DEAL update, posed as a correction of the current image."""
+    """
+    The linear system of one DEAL update, posed as a correction of the current image.
+    """
 
     def __init__(self, equation: AttentiveEquation, x: Tensor):
         self.equation, self.x = equation, x
@@ -207,18 +216,20 @@ class DEALPrior(Prior):
     r"""
     The learned regularizer of DEAL as a deepinv prior.
 
-    For a mask :math:`m = M_\sigma(z)` frozen at an image :math:`z`, the regularizer is the
-    quadratic :math:`\tfrac12 \|m \odot W x\|_2^2` (:footcite:t:`pourya2025dealing`, Eq. (4),
-    with deepinv's factor 1/2 on both terms, so :math:`\lambda` is the paper's). Since the mask
-    follows the image, the prior has **no explicit energy**: :meth:`grad` is the field
+    For a mask :math:`m = M_\sigma(z)` frozen at an image :math:`z`, the regularizer is
+    the quadratic :math:`\tfrac12 \|m \odot W x\|_2^2` (:footcite:t:`pourya2025dealing`,
+    Eq. (4), with deepinv's factor 1/2 on both terms, so :math:`\lambda` is the
+    paper's). Since the mask follows the image, the prior has **no explicit energy**:
+    :meth:`grad` is the field
 
     .. math::
         G_\sigma(x) = W^{\top} \big( M_\sigma(x)^2 \odot W x \big),
 
     which is no gradient of a function, and :meth:`prox` is its resolvent. deepinv's
-    gradient descent and proximal gradient descent run with it, and where they converge they
-    solve DEAL's equation :math:`A^{\top}(A x - y) + \lambda G_\sigma(x) = 0`; the solver
-    behind :class:`deepinv_deal.DEAL` reaches it with far fewer applications of :math:`W`.
+    gradient descent and proximal gradient descent run with it, and where they converge
+    they solve DEAL's equation :math:`A^{\top}(A x - y) + \lambda G_\sigma(x) = 0`; the
+    solver behind :class:`deepinv_deal.DEAL` reaches it with far fewer applications of
+    :math:`W`.
 
     |sep|
 
@@ -263,7 +274,9 @@ class DEALPrior(Prior):
         return AttentiveQuadratic(self.W.operator(), self.mask_network.bind(levels))
 
     def default_lambda(self, sigma: float | Tensor, x: Tensor) -> Tensor:
-        r"""Returns the learned :math:`\lambda = \kappa(\sigma) \geq 0`, shape ``(B,)``."""
+        r"""
+        Returns the learned :math:`\lambda = \kappa(\sigma) \geq 0`, shape ``(B,)``.
+        """
         # The spline is free; a negative weight would make the systems indefinite.
         return self.kappa(self._levels(sigma, x)[:, None])[:, 0].clamp_min(0)
 
@@ -281,21 +294,24 @@ class DEALPrior(Prior):
 
         :param torch.Tensor x: images, shape ``(B, C, H, W)``, values about [0, 1].
         :param float, torch.Tensor sigma: noise level in [0, 1] units, one or ``(B,)``.
-        :return: values in [0.01, 1], shape ``(B, num_filters, H, W)``; with a gray prior and a
-            two-channel image ``(2 B, ...)``.
+        :return: values in [0.01, 1], shape ``(B, num_filters, H, W)``; with a gray
+            prior and a two-channel image ``(2 B, ...)``.
         """
         return self.bind(sigma, x).mask(x)
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Raises: DEAL minimises no function. See :meth:`frozen_fn`."""
         raise NotImplementedError(
-            "DEALPrior has no energy: its mask depends on the image, and no function has "
+            "DEALPrior has no energy: its mask depends on the image, and no function "
+            "has "
             "its fixed points as minimisers. frozen_fn(x, z, sigma) evaluates the "
             "quadratic with the mask frozen at z."
         )
 
     def frozen_fn(self, x: Tensor, z: Tensor, sigma: float | Tensor) -> Tensor:
-        r"""Returns :math:`\tfrac12 \|M_\sigma(z) \odot W x\|^2` per sample, ``(B,)``."""
+        r"""
+        Returns :math:`\tfrac12 \|M_\sigma(z) \odot W x\|^2` per sample, ``(B,)``.
+        """
         bound = self.bind(sigma, x)
         return bound.value(x, bound.mask(z))
 
@@ -314,9 +330,10 @@ class DEALPrior(Prior):
         :param Callable H: normal operator of the data term, images to images.
         :param torch.Tensor b: its right-hand side, shape ``(B, C, H, W)``.
         :param float, torch.Tensor sigma: noise level in [0, 1] units, one or ``(B,)``.
-        :param float, torch.Tensor lambda_reg: weight, one or ``(B,)``; ``None``: the learned
-            denoising weight.
-        :param int inner_max_iter: largest number of conjugate gradient iterations per solve.
+        :param float, torch.Tensor lambda_reg: weight, one or ``(B,)``; ``None``: the
+            learned denoising weight.
+        :param int inner_max_iter: largest number of conjugate gradient iterations per
+            solve.
         """
         if lambda_reg is None:
             weight = self.default_lambda(sigma, b)
@@ -325,8 +342,12 @@ class DEALPrior(Prior):
             weight = weight.reshape(-1).expand(len(b))
         return AttentiveEquation(H, b, weight, self.bind(sigma, b), inner_max_iter)
 
-    def grad(self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        r"""Returns the field :math:`W^{\top}(M_\sigma(x)^2 \odot W x)`, shape of ``x``."""
+    def grad(
+        self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        r"""
+        Returns the field :math:`W^{\top}(M_\sigma(x)^2 \odot W x)`, shape of ``x``.
+        """
         bound = self.bind(sigma, x)
         return bound.normal(x, bound.mask(x).square())
 
@@ -344,7 +365,8 @@ class DEALPrior(Prior):
         Returns the resolvent: :math:`z` with :math:`z + \gamma\, G_\sigma(z) = x`.
 
         This is DEAL denoising of ``x`` with :math:`\lambda = \gamma`, differentiable by
-        implicit differentiation. A :class:`ConvergenceWarning` tells if it did not converge.
+        implicit differentiation. A :class:`ConvergenceWarning` tells if it did not
+        converge.
 
         :param torch.Tensor x: images, shape ``(B, C, H, W)``.
         :param float, torch.Tensor sigma: noise level in [0, 1] units, one or ``(B,)``.

@@ -33,15 +33,16 @@ def conjugate_gradient(
     .. math::
         \|b_i - A_i x_i\|_2 \leq \mathrm{rtol}_i \, \|b_i\|_2
 
-    and is left unchanged from then on, so a batch gives what its samples give alone. This is
-    Algorithm 5.3 of :footcite:t:`nocedal2006numerical`. It differs from
-    :func:`deepinv.optim.linear.conjugate_gradient` in that every right-hand side is divided
-    by its norm and no absolute constant enters: the relative accuracy is the same for
-    :math:`b` and :math:`10^{-8} b`, as the backward pass of a mean-reduced loss needs.
+    and is left unchanged from then on, so a batch gives what its samples give alone.
+    This is Algorithm 5.3 of :footcite:t:`nocedal2006numerical`. It differs from
+    :func:`deepinv.optim.linear.conjugate_gradient` in that every right-hand side is
+    divided by its norm and no absolute constant enters: the relative accuracy is the
+    same for :math:`b` and :math:`10^{-8} b`, as the backward pass of a mean-reduced
+    loss needs.
 
     .. note::
-        Symmetry of :math:`A` is not checked. A direction of non-positive curvature ends the
-        sample with :attr:`Status.BREAKDOWN`.
+        Symmetry of :math:`A` is not checked. A direction of non-positive curvature ends
+        the sample with :attr:`Status.BREAKDOWN`.
 
     |sep|
 
@@ -55,19 +56,21 @@ def conjugate_gradient(
 
     :param Callable A: symmetric positive definite linear map on the whole batch.
     :param torch.Tensor b: right-hand side, shape ``(B, ...)``.
-    :param torch.Tensor init: initial value, shape of ``b``; zeros if ``None``. Not modified.
-    :param float, torch.Tensor rtol: relative tolerance on the residual norm, one for all or
-        one per sample ``(B,)``. With ``0``, ``max_iter`` iterations are run, fewer if
-        rounding ends the progress before.
+    :param torch.Tensor init: initial value, shape of ``b``; zeros if ``None``. Not
+        modified.
+    :param float, torch.Tensor rtol: relative tolerance on the residual norm, one for
+        all or one per sample ``(B,)``. With ``0``, ``max_iter`` iterations are run,
+        fewer if rounding ends the progress before.
     :param int max_iter: largest number of iterations per sample.
     :param Callable preconditioner: symmetric positive definite approximation of
         :math:`A^{-1}`; identity if ``None``.
-    :param int check_every: number of iterations between two looks at whether all samples
-        have stopped. Each look waits for the device; results do not depend on it.
-    :param bool verify: recompute the residual at the end (one more application of ``A``) and
-        go on if rounding had made the recursion too optimistic.
-    :return: (:class:`SolverResult`) ``x`` of shape ``(B, ...)``; ``status``, ``n_iter`` and
-        ``residual`` (relative to :math:`\|b\|`) of shape ``(B,)``.
+    :param int check_every: number of iterations between two looks at whether all
+        samples have stopped. Each look waits for the device; results do not depend on
+        it.
+    :param bool verify: recompute the residual at the end (one more application of
+        ``A``) and go on if rounding had made the recursion too optimistic.
+    :return: (:class:`SolverResult`) ``x`` of shape ``(B, ...)``; ``status``, ``n_iter``
+        and ``residual`` (relative to :math:`\|b\|`) of shape ``(B,)``.
     :raises ValueError: if ``init`` and ``b`` differ in shape, ``rtol`` is negative or
         ``max_iter`` is negative.
     """
@@ -99,8 +102,8 @@ def conjugate_gradient(
     z = M(r)
     p, rz = z, inner(r, z)
     verified = torch.full_like(r_norm, torch.inf)  # last recomputed residual
-    # The budget is counted per sample: one that restarts late, because the slowest of its
-    # batch was waited for, still has the iterations it would have alone.
+    # The budget is counted per sample: one that restarts late, because the slowest of
+    # its batch was waited for, still has the iterations it would have alone.
     for k in count():
         if (k % check_every == 0 or k == max_iter) and not active.any():
             if not verify or k == 0 and init is None:

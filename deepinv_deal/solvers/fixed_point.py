@@ -14,19 +14,24 @@ from deepinv_deal.solvers.result import SolverResult, Status
 
 class FrozenProblem(Protocol):
     r"""
-    The convex problem that remains when the weights are frozen at an image :math:`x_k`.
-
-    ``residual``, shape ``(B,)``, measures how far :math:`x_k` itself is from solving it: this
-    is the *nonlinear* residual of the model at :math:`x_k`.
+    The convex problem left when the weights are frozen at an image :math:`x_k`.
     """
 
-    residual: Tensor
+    @property
+    def residual(self) -> Tensor:
+        r"""
+        How far :math:`x_k` itself is from solving the problem, ``(B,)``, relative.
+
+        This is the *nonlinear* residual of the model at :math:`x_k`.
+        """
+        ...
 
     def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
         """
         Returns the solution, started at the image where the problem was frozen.
 
-        :param torch.Tensor rtol: factor by which to reduce ``residual``, shape ``(B,)``.
+        :param torch.Tensor rtol: factor by which to reduce ``residual``, shape
+            ``(B,)``.
         :param torch.Tensor active: samples to work on, shape ``(B,)``; others stay.
         """
         ...
@@ -47,23 +52,23 @@ def fixed_point(
     callback: Callback | None = None,
 ) -> SolverResult:
     r"""
-    Finds :math:`x = T(x)`, where :math:`T(z)` solves a problem whose weights are frozen at
-    :math:`z`, by :math:`x_{k+1} \approx T(x_k)`.
+    Finds :math:`x = T(x)`, where :math:`T(z)` solves a problem whose weights are frozen
+    at :math:`z`, by :math:`x_{k+1} \approx T(x_k)`.
 
-    Sample :math:`i` stops, and is left unchanged, as soon as its nonlinear residual is at
-    most ``rtol``. That residual is recomputed with fresh weights at every iterate: a small
-    step :math:`x_{k+1} - x_k` is no evidence of convergence when the inner solves are
-    inexact.
+    Sample :math:`i` stops, and is left unchanged, as soon as its nonlinear residual is
+    at most ``rtol``. That residual is recomputed with fresh weights at every iterate: a
+    small step :math:`x_{k+1} - x_k` is no evidence of convergence when the inner solves
+    are inexact.
 
-    The inner problems are solved just well enough: their residual is reduced by at least the
-    factor ``forcing``, more if the frozen problem has turned out to predict the nonlinear
-    residual well, and never far below ``rtol`` (choice 1 of
+    The inner problems are solved just well enough: their residual is reduced by at
+    least the factor ``forcing``, more if the frozen problem has turned out to predict
+    the nonlinear residual well, and never far below ``rtol`` (choice 1 of
     :footcite:t:`eisenstat1996choosing`).
 
-    With ``anderson=m``, the last :math:`m` steps are combined such that the combined step is
-    shortest (Anderson acceleration, :footcite:t:`walker2011anderson`). It is safeguarded: an
-    extrapolation that raises the nonlinear residual is taken back, the plain iterate
-    restored and the history dropped, for that sample only.
+    With ``anderson=m``, the last :math:`m` steps are combined such that the combined
+    step is shortest (Anderson acceleration, :footcite:t:`walker2011anderson`). It is
+    safeguarded: an extrapolation that raises the nonlinear residual is taken back, the
+    plain iterate restored and the history dropped, for that sample only.
 
     If a sample does not converge, the iterate with the smallest residual is returned.
 
@@ -75,7 +80,8 @@ def fixed_point(
     :param float forcing: largest factor, in (0, 1), by which an inner solve reduces the
         residual.
     :param int anderson: depth of the acceleration; ``0`` switches it off.
-    :param Callable callback: called as ``callback(k, x_previous, x)`` after each iteration.
+    :param Callable callback: called as ``callback(k, x_previous, x)`` after each
+        iteration.
     :return: (:class:`SolverResult`) with the inner iterations in ``n_inner`` and the
         nonlinear residuals of all iterates in ``history``.
     :raises ValueError: if ``forcing`` is not in (0, 1) or a number is negative.
@@ -129,15 +135,18 @@ def fixed_point(
         if callback is not None:
             callback(k, previous, x)
         problem = freeze(x)
-        # How well the frozen problem predicted the residual tells how accurately the next
-        # one is worth solving (choice 1 of Eisenstat and Walker, with their safeguard).
+        # How well the frozen problem predicted the residual tells how accurately the
+        # next one is worth solving (choice 1 of Eisenstat and Walker, with their
+        # safeguard).
         mismatch = (problem.residual - step.residual * residual).abs() / residual
         memory = eta**1.618
         eta = torch.where(memory > 0.1, torch.maximum(mismatch, memory), mismatch)
         eta = eta.nan_to_num(forcing).clamp(1e-3, forcing)
         residual = problem.residual
         history.append(residual)
-    return SolverResult(best, status, n_iter, best_residual, n_inner, torch.stack(history))
+    return SolverResult(
+        best, status, n_iter, best_residual, n_inner, torch.stack(history)
+    )
 
 
 class _Anderson:
@@ -175,7 +184,8 @@ class _Anderson:
         self.reference = residual.where(working, torch.inf)
         if len(self.images) == 1:
             return self.fallback
-        # minimise || f_k - sum_j gamma_j (f_k - f_j) ||, invalid entries have gamma_j = 0.
+        # minimise || f_k - sum_j gamma_j (f_k - f_j) ||, invalid entries have gamma_j =
+        # 0.
         mask = torch.stack(self.valid[:-1], 1).to(x.dtype)  # (B, m)
         f = self.steps[-1].flatten(1)
         df = torch.stack([f - s.flatten(1) for s in self.steps[:-1]], 1)  # (B, m, N)
@@ -185,8 +195,8 @@ class _Anderson:
         df, f = df / expand(size, df), f / expand(size, f)
         gram = df @ df.mT
         trace = gram.diagonal(dim1=1, dim2=2).sum(1)
-        # Relative regularisation keeps the solve scale free, and never singular if it is
-        # above the rounding level.
+        # Relative regularisation keeps the solve scale free, and never singular if it
+        # is above the rounding level.
         ridge = max(1e-8, 10 * torch.finfo(x.dtype).eps) * trace
         ridge = ridge + (trace == 0).to(trace.dtype)
         eye = torch.eye(len(self.steps) - 1, dtype=x.dtype, device=x.device)

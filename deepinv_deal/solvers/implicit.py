@@ -25,8 +25,8 @@ class Equation(Protocol):
     r"""
     What a model asks of an image: :math:`F(x) = 0`.
 
-    Calling the object evaluates :math:`F`, differentiable in the image and in everything
-    the model depends on.
+    Calling the object evaluates :math:`F`, differentiable in the image and in
+    everything the model depends on.
     """
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ class AdjointOptions:
     r"""
     How the backward pass solves :math:`-F_x^{\top} w = v`.
 
-    :param bool jacobian_free: freeze the weights in :math:`F_x`: one symmetric solve, an
-        approximation that is cheap and usually good enough for training.
+    :param bool jacobian_free: freeze the weights in :math:`F_x`: one symmetric solve,
+        an approximation that is cheap and usually good enough for training.
     :param float rtol: tolerance on the relative residual of the adjoint system.
     :param int max_iter: largest number of outer iterations (exact gradients only).
     :param float forcing: accuracy of the inner solves (exact gradients only).
@@ -76,14 +76,17 @@ def solve_equation(
     r"""
     Solves :math:`F(x) = 0` with :func:`fixed_point` and attaches implicit gradients.
 
-    The iterations run without gradient tracking; memory does not grow with their number.
-    If gradients are enabled and anything in the equation requires them, the solution is
-    differentiable through :func:`implicit_solution`.
+    The iterations run without gradient tracking; memory does not grow with their
+    number. If gradients are enabled and anything in the equation requires them, the
+    solution is differentiable through :func:`implicit_solution`.
 
     :param Equation equation: the equation of the model for given data and weights.
     :param torch.Tensor init: first image, shape ``(B, ...)``.
-    :param float rtol: see :func:`fixed_point`, as are ``max_iter``, ``forcing``,
-        ``anderson`` and ``callback``.
+    :param float rtol: tolerance on the nonlinear residual, see :func:`fixed_point`.
+    :param int max_iter: see :func:`fixed_point`.
+    :param float forcing: see :func:`fixed_point`.
+    :param int anderson: see :func:`fixed_point`.
+    :param Callable callback: see :func:`fixed_point`.
     :param AdjointOptions adjoint: settings of the backward pass.
     :return: the solution, shape of ``init``, and the :class:`SolverResult`.
     """
@@ -108,14 +111,16 @@ def attach_gradient(
     residual: Tensor | None = None,
 ) -> Tensor:
     """
-    Makes the solution ``x`` of an equation differentiable in all that the equation holds.
+    Makes the solution ``x`` of an equation differentiable in all that the equation
+    holds.
 
     Returns ``x`` itself if gradients are disabled or nothing requires them.
 
     :param Equation equation: the equation that ``x`` solves.
     :param torch.Tensor x: solution, shape ``(B, ...)``.
     :param AdjointOptions options: settings of the backward pass.
-    :param torch.Tensor residual: ``equation(x)`` with gradients, if it is known already.
+    :param torch.Tensor residual: ``equation(x)`` with gradients, if it is known
+        already.
     """
     if not torch.is_grad_enabled():
         return x
@@ -134,7 +139,8 @@ def attach_gradient(
         answer.warn(
             "The adjoint system of the backward pass",
             options.rtol,
-            "Gradients are inaccurate. Raise the iteration limits of the adjoint, or relax "
+            "Gradients are inaccurate. Raise the iteration limits of the adjoint, or "
+            "relax "
             "its rtol if this accuracy is not needed.",
         )
         return answer.x
@@ -142,9 +148,12 @@ def attach_gradient(
     return implicit_solution(x, residual, solve_adjoint)
 
 
-def implicit_solution(x: Tensor, residual: Tensor, solve_adjoint: AdjointSolve) -> Tensor:
+def implicit_solution(
+    x: Tensor, residual: Tensor, solve_adjoint: AdjointSolve
+) -> Tensor:
     r"""
-    Gives the solution :math:`x` of :math:`F(x, \theta) = 0` its derivative in :math:`\theta`.
+    Gives the solution :math:`x` of :math:`F(x, \theta) = 0` its derivative in
+    :math:`\theta`.
 
     By the implicit function theorem :math:`\mathrm{d}x = -F_x^{-1} F_\theta\,
     \mathrm{d}\theta`. For a cotangent :math:`v` the backward pass therefore solves
@@ -153,29 +162,32 @@ def implicit_solution(x: Tensor, residual: Tensor, solve_adjoint: AdjointSolve) 
         -F_x(x, \theta)^{\top} w = v
 
     and hands :math:`w` to the residual, whose graph continues to everything that
-    :math:`F` depends on. Nothing of the iterations that found :math:`x` is stored. Leaving
-    terms out of :math:`F_x` in ``solve_adjoint`` gives Jacobian-free variants.
+    :math:`F` depends on. Nothing of the iterations that found :math:`x` is stored.
+    Leaving terms out of :math:`F_x` in ``solve_adjoint`` gives Jacobian-free variants.
 
     :param torch.Tensor x: solution, shape ``(B, ...)``, detached.
-    :param torch.Tensor residual: :math:`F(x, \theta)`, shape of ``x``, with ``x`` held fixed
-        and the graph of :math:`\theta` attached.
+    :param torch.Tensor residual: :math:`F(x, \theta)`, shape of ``x``, with ``x`` held
+        fixed and the graph of :math:`\theta` attached.
     :param Callable solve_adjoint: maps :math:`v` to :math:`w`, both shape of ``x``.
     :return: the values of ``x``, differentiable in :math:`\theta`.
     """
-    return _ImplicitSolution.apply(residual, x.detach(), solve_adjoint)  # type: ignore[no-any-return, no-untyped-call]
+    return _ImplicitSolution.apply(residual, x.detach(), solve_adjoint)
 
 
 class _ImplicitSolution(Function):
     @staticmethod
     def forward(
-        ctx: Any, residual: Tensor, x: Tensor, solve_adjoint: AdjointSolve
+        ctx: Any,
+        residual: Tensor,  # noqa: ARG004 - only its gradient matters
+        x: Tensor,
+        solve_adjoint: AdjointSolve,
     ) -> Tensor:
         ctx.solve_adjoint = solve_adjoint
         return x.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
         return ctx.solve_adjoint(v), None, None
 
 
@@ -190,16 +202,18 @@ def solve_adjoint_system(
     r"""
     Solves :math:`-F_x^{\top} w = v` with the fixed-point engine.
 
-    With :math:`P` the symmetric part of :math:`-F_x` that ``solve`` can invert (for frozen
-    weights: the normal operator), the iteration is :math:`w \leftarrow w + P^{-1}(v +
-    F_x^{\top} w)`. It starts at zero, so its first step is the Jacobian-free answer.
+    With :math:`P` the symmetric part of :math:`-F_x` that ``solve`` can invert (for
+    frozen weights: the normal operator), the iteration is
+    :math:`w \leftarrow w + P^{-1}(v + F_x^{\top} w)`. It starts at zero, so its first
+    step is the Jacobian-free answer.
 
     :param Callable F: the residual as a function of the image alone.
     :param torch.Tensor x: solution of :math:`F(x) = 0`.
     :param torch.Tensor v: cotangent.
-    :param Callable solve: ``solve(r, rtol)`` approximates :math:`P^{-1} r` to the per-sample
-        relative tolerance ``rtol (B,)``.
-    :param AdjointOptions options: tolerance on :math:`\|v + F_x^{\top} w\| / \|v\|`, limits.
+    :param Callable solve: ``solve(r, rtol)`` approximates :math:`P^{-1} r` to the
+        per-sample relative tolerance ``rtol (B,)``.
+    :param AdjointOptions options: tolerance on :math:`\|v + F_x^{\top} w\| / \|v\|`,
+        limits.
     :return: (:class:`SolverResult`) with :math:`w` in ``x``.
     """
     with torch.enable_grad():

@@ -36,7 +36,8 @@ class SolverResult:
     :param torch.Tensor status: :class:`Status` values, shape ``(B,)``.
     :param torch.Tensor n_iter: iterations, shape ``(B,)``.
     :param torch.Tensor residual: relative residual at ``x``, shape ``(B,)``.
-    :param torch.Tensor n_inner: iterations of the inner solver in total, shape ``(B,)``.
+    :param torch.Tensor n_inner: iterations of the inner solver in total, shape
+        ``(B,)``.
     :param torch.Tensor history: residual at every outer iteration, shape ``(n, B)``.
     """
 

@@ -4,6 +4,7 @@ from deepinv_deal.training.data import (
     DenoisingSampler,
     Problems,
     load_image,
+    load_image_folder,
     load_images,
 )
 from deepinv_deal.training.losses import deal_loss
@@ -16,5 +17,6 @@ __all__ = [
     "Problems",
     "deal_loss",
     "load_image",
+    "load_image_folder",
     "load_images",
 ]

@@ -22,7 +22,8 @@ def load_image(path: str | os.PathLike[str], channels: int) -> Tensor:
     """
     Reads an image file as ``(channels, H, W)``, 8 bit.
 
-    Colour turns gray by the weights of MATLAB's ``rgb2gray``, gray turns colour by repetition.
+    Colour turns gray by the weights of MATLAB's ``rgb2gray``, gray turns colour by
+    repetition.
 
     :param str path: image file.
     :param int channels: 1 (gray) or 3 (colour).
@@ -42,16 +43,16 @@ def load_image(path: str | os.PathLike[str], channels: int) -> Tensor:
     return torch.from_numpy(gray.copy())[None]
 
 
-def load_images(
+def load_image_folder(
     folder: str | os.PathLike[str], channels: int, *, progress: bool | None = None
-) -> list[Tensor]:
+) -> list[tuple[str, Tensor]]:
     """
     Reads all images of a folder and its subfolders, in the order of their paths.
 
     :param str folder: folder with image files.
     :param int channels: 1 (gray) or 3 (colour).
     :param bool progress: show a progress bar; on terminals if ``None``.
-    :return: list of ``(channels, H, W)``, 8 bit.
+    :return: pairs of path below ``folder`` and image ``(channels, H, W)``, 8 bit.
     :raises FileNotFoundError: if the folder does not exist or holds no image.
     """
     root = Path(folder)
@@ -64,8 +65,15 @@ def load_images(
         raise FileNotFoundError(
             f"No image found in {str(root)!r} (looked for {', '.join(IMAGE_SUFFIXES)})."
         )
-    bar = tqdm(paths, "Reading images", disable=None if progress is None else not progress)
-    return [load_image(path, channels) for path in bar]
+    bar = tqdm(
+        paths, "Reading images", disable=None if progress is None else not progress
+    )
+    return [(str(path.relative_to(root)), load_image(path, channels)) for path in bar]
+
+
+def load_images(folder: str | os.PathLike[str], channels: int) -> list[Tensor]:
+    """Reads the images of :func:`load_image_folder` without their names."""
+    return [image for _, image in load_image_folder(folder, channels)]
 
 
 @dataclass
@@ -95,7 +103,8 @@ class DenoisingSampler:
 
     :param list images: images ``(C, H, W)``, 8 bit.
     :param int patch_size: side of the square patches.
-    :param float sigma_max: noise levels are uniform in ``[0, sigma_max]`` ([0, 1] units).
+    :param float sigma_max: noise levels are uniform in ``[0, sigma_max]`` ([0, 1]
+        units).
     :param int seed: seed.
     :raises ValueError: if an image is smaller than a patch, or none is given.
     """
@@ -109,7 +118,8 @@ class DenoisingSampler:
             if min(image.shape[-2:]) < patch_size:
                 raise ValueError(
                     f"Image {i} has size {tuple(image.shape[-2:])}, smaller than "
-                    f"patch_size={patch_size}. Remove it or choose a smaller patch_size."
+                    f"patch_size={patch_size}. Remove it or choose a smaller "
+                    "patch_size."
                 )
         self.images, self.patch_size = images, patch_size
         self.sigma_max, self.seed = sigma_max, seed

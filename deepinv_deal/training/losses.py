@@ -21,7 +21,8 @@ def deal_loss(
     weights: Tensor | None = None,  # (B,)
 ) -> Tensor:
     r"""
-    Returns the loss of :footcite:t:`pourya2025dealing`, Eq. (12), averaged over the batch.
+    Returns the loss of :footcite:t:`pourya2025dealing`, Eq. (12), averaged over the
+    batch.
 
     .. math::
         \|x_K - x\|_2^2 + \frac{\gamma}{N_C} \|M(x_K) - M(x_{K-1})\|_2^2
@@ -33,7 +34,8 @@ def deal_loss(
     :param torch.Tensor previous_mask: mask one iteration earlier.
     :param Iterable splines: splines whose second-order total variation is penalised.
     :param float gamma: weight of the penalties.
-    :param torch.Tensor weights: weights of the samples' squared errors; ones if ``None``.
+    :param torch.Tensor weights: weights of the samples' squared errors; ones if
+        ``None``.
     """
     error = (x_hat - x).square().flatten(1).sum(1)
     if weights is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deepinv_deal.models.deal import DEAL
+from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.solvers import (
     AdjointOptions,
@@ -37,14 +38,14 @@ class DEALRecipe:
     r"""
     All settings of a training run.
 
-    The recipe follows :footcite:t:`pourya2025dealing`, Section 3.2, with changes that suit a
-    short training. Every noisy patch is used ``reuse`` times, in
+    The recipe follows :footcite:t:`pourya2025dealing`, Section 3.2, with changes that
+    suit a short training. Every noisy patch is used ``reuse`` times, in
     steps far apart, and the solver starts from the patch's last solution, so that a few
     iterations find the fixed point of the slightly changed weights. And the errors are
-    weighted by :math:`(\sigma / \sigma_{\max} + 0.1)^{-b}`, so that low noise counts in a
-    short training. The published scheme is ``reuse=1, pool=1, balance=0, depth_min=15,
-    depth_max=60, batch_size=16, patch_size=128, lr=5e-4, lr_final=4e-4, rtol=1e-4``, then a
-    second phase.
+    weighted by :math:`(\sigma / \sigma_{\max} + 0.1)^{-b}`, so that low noise counts in
+    a short training. The published scheme is ``reuse=1, pool=1, balance=0,
+    depth_min=15, depth_max=60, batch_size=16, patch_size=128, lr=5e-4, lr_final=4e-4,
+    rtol=1e-4``, then a second phase.
 
     :param str data: folder of training images.
     :param str out: folder for checkpoints, log and weights.
@@ -53,8 +54,8 @@ class DEALRecipe:
     :param int num_filters: number of filters.
     :param str normalization: norm rule of the filters.
     :param int steps: number of optimizer steps; ``None``: limited by ``time_budget``.
-    :param float time_budget: training time in seconds over all resumed runs. The learning
-        rate then follows the clock.
+    :param float time_budget: training time in seconds over all resumed runs. The
+        learning rate then follows the clock.
     :param int batch_size: patches per step.
     :param int patch_size: side of the patches.
     :param float sigma_max: largest noise level ([0, 1] units).
@@ -66,7 +67,8 @@ class DEALRecipe:
     :param int depth_min: fewest outer iterations on a new problem.
     :param int depth_max: most outer iterations on a new problem.
     :param int reuse: number of steps that use the same noisy patch.
-    :param int pool: number of batches in rotation; a batch comes back after ``pool`` steps.
+    :param int pool: number of batches in rotation; a batch comes back after ``pool``
+        steps.
     :param int warm_depth_min: fewest outer iterations on a problem used before.
     :param int warm_depth_max: most outer iterations on a problem used before.
     :param float rtol: tolerance at which the outer iteration stops early.
@@ -86,7 +88,7 @@ class DEALRecipe:
     val: str | None = None
     in_channels: int = 1
     num_filters: int = 128
-    normalization: str = "published"
+    normalization: Normalization = "published"
     steps: int | None = None
     time_budget: float | None = None
     batch_size: int = 2
@@ -123,15 +125,17 @@ class DEALRecipe:
                 raise ValueError(f"{name} must be positive, got {value}.")
         for name in ("batch_size", "patch_size", "num_filters", "reuse", "pool"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}."
+                )
 
 
 class DEALTrainer:
     """
     Trains a :class:`deepinv_deal.priors.DEALPrior` by a :class:`DEALRecipe`.
 
-    The folder ``recipe.out`` receives ``state.pt`` (everything needed to go on exactly where
-    the last checkpoint was written), ``log.jsonl`` (one line per validation) and
+    The folder ``recipe.out`` receives ``state.pt`` (everything needed to go on exactly
+    where the last checkpoint was written), ``log.jsonl`` (one line per validation) and
     ``best.safetensors`` (weights with the best mean validation PSNR, loadable with
     ``DEAL(pretrained=path)``). All files are replaced atomically.
 
@@ -164,7 +168,7 @@ class DEALTrainer:
             self.prior = DEALPrior(
                 recipe.in_channels,
                 recipe.num_filters,
-                recipe.normalization,  # type: ignore[arg-type]
+                recipe.normalization,
             ).to(self.device)
         # kappa counts gray levels, of order 1 to 30, all else is of order 0.01 to 1.
         kappa = list(self.prior.kappa.parameters())
@@ -278,7 +282,8 @@ class DEALTrainer:
         )
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {float(loss.detach())} at step {self.step}. The last checkpoint and the "
+                f"The loss is {float(loss.detach())} at step {self.step}. The last "
+                "checkpoint and the "
                 "best weights are kept; lower lr or clip and start again."
             )
         self.optimizer.zero_grad()
@@ -322,7 +327,9 @@ class DEALTrainer:
         tqdm.write(json.dumps(entry))
         if mean > self.best:
             self.best = mean
-            save_prior(self.prior, self.out / "best.safetensors", {"log": json.dumps(entry)})
+            save_prior(
+                self.prior, self.out / "best.safetensors", {"log": json.dumps(entry)}
+            )
 
     def save(self) -> None:
         """Writes ``state.pt``, atomically."""
@@ -334,7 +341,8 @@ class DEALTrainer:
             "elapsed": self.elapsed,
             "best": self.best,
             "pool": {
-                slot: (p.x, p.y, p.sigma, start) for slot, (p, start) in self.pool.items()
+                slot: (p.x, p.y, p.sigma, start)
+                for slot, (p, start) in self.pool.items()
             },
         }
         temporary = self.state_path.with_suffix(".tmp")
@@ -348,7 +356,8 @@ class DEALTrainer:
         if differing:
             changes = ", ".join(f"{k}: {theirs.get(k)} -> {ours[k]}" for k in differing)
             raise ValueError(
-                f"{self.state_path} was written with other settings ({changes}). Use the "
+                f"{self.state_path} was written with other settings ({changes}). Use "
+                "the "
                 "same settings to resume, or another folder to start anew."
             )
         self.prior.load_state_dict(state["prior"])
@@ -367,7 +376,9 @@ _FREE_SETTINGS = {"out", "data", "val", "device", "checkpoint_every", "time_budg
 
 def _comparable(recipe: DEALRecipe) -> dict[str, Any]:
     values = asdict(recipe)
-    return {f.name: values[f.name] for f in fields(recipe) if f.name not in _FREE_SETTINGS}
+    return {
+        f.name: values[f.name] for f in fields(recipe) if f.name not in _FREE_SETTINGS
+    }
 
 
 def _identity(x: Tensor) -> Tensor:

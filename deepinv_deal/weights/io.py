@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors import DEALPrior
 
 #: Names of the weights in this package, by the file that holds them.
@@ -22,7 +23,9 @@ BUNDLED = {"deal_gray": "deal_gray.safetensors"}
 
 #: Official weights of mehrsapo/DEAL (MIT), pinned by commit and git blob id.
 _COMMIT = "4eec8298750ffebb3848e87e412c62aff6a9f411"
-_OFFICIAL_URL = "https://raw.githubusercontent.com/mehrsapo/DEAL/{}/trained_models/{}.pth"
+_OFFICIAL_URL = (
+    "https://raw.githubusercontent.com/mehrsapo/DEAL/{}/trained_models/{}.pth"
+)
 _OFFICIAL_BLOBS = {
     "deal_gray": "a586e50fb384f9ff107a5593f91478bd840831cc",
     "deal_color": "ad07f22573e1852662e62ea239f2c30eec7c73ac",
@@ -51,8 +54,8 @@ def convert_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     Converts a state dict in the authors' layout to the layout of :class:`DEALPrior`.
 
     :param dict state: the authors' ``["state_dict"]``, or
-        ``deepinv.models.DEAL(...).state_dict()``, with or without the prefix ``model.``.
-        Buffers are ignored.
+        ``deepinv.models.DEAL(...).state_dict()``, with or without the prefix
+        ``model.``. Buffers are ignored.
     :return: a state dict for :class:`deepinv_deal.priors.DEALPrior` with the norm rule
         ``"published"``.
     :raises ValueError: if parameters are missing.
@@ -71,7 +74,9 @@ def convert_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def prior_from_state_dict(
-    state: Mapping[str, Tensor], normalization: str = "published", source: str = "state"
+    state: Mapping[str, Tensor],
+    normalization: Normalization = "published",
+    source: str = "state",
 ) -> DEALPrior:
     """
     Builds the prior that fits a state dict, after checking shapes and values.
@@ -88,12 +93,14 @@ def prior_from_state_dict(
             f"{source} does not hold weights of a DEALPrior: no filters W.weight.0 and "
             "W.weight.2."
         )
-    prior = DEALPrior(first.shape[1], last.shape[0], normalization)  # type: ignore[arg-type]
+    prior = DEALPrior(first.shape[1], last.shape[0], normalization)
     expected = prior.state_dict()
     if set(state) != set(expected):
         missing = sorted(set(expected) - set(state))
         extra = sorted(set(state) - set(expected))
-        raise ValueError(f"{source}: missing entries {missing}, unknown entries {extra}.")
+        raise ValueError(
+            f"{source}: missing entries {missing}, unknown entries {extra}."
+        )
     for key, value in expected.items():
         if state[key].shape != value.shape:
             raise ValueError(
@@ -101,7 +108,9 @@ def prior_from_state_dict(
                 f"{tuple(state[key].shape)}."
             )
         if not torch.isfinite(state[key]).all():
-            raise ValueError(f"{source}: {key} holds NaN or infinity; the file is damaged.")
+            raise ValueError(
+                f"{source}: {key} holds NaN or infinity; the file is damaged."
+            )
     prior.load_state_dict(dict(state))
     return prior
 
@@ -121,7 +130,11 @@ def save_prior(
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     tensors = {k: v.detach().cpu().contiguous() for k, v in prior.state_dict().items()}
-    header = {"format": _FORMAT, "normalization": prior.W.normalization, **(metadata or {})}
+    header = {
+        "format": _FORMAT,
+        "normalization": prior.W.normalization,
+        **(metadata or {}),
+    }
     save_file(tensors, temporary, header)
     os.replace(temporary, path)
 
@@ -130,10 +143,10 @@ def load_prior(pretrained: str | os.PathLike[str], in_channels: int = 1) -> DEAL
     """
     Loads a prior by bundled name, ``"download"`` or file.
 
-    :param str pretrained: a name in :data:`BUNDLED`; ``"download"`` for the official weights
-        of the authors (fetched once, checked against their pinned content before use); or
-        the path of a ``.safetensors`` file of this package or of a ``.pth`` file in the
-        authors' layout (read without executing code).
+    :param str pretrained: a name in :data:`BUNDLED`; ``"download"`` for the official
+        weights of the authors (fetched once, checked against their pinned content
+        before use); or the path of a ``.safetensors`` file of this package or of a
+        ``.pth`` file in the authors' layout (read without executing code).
     :param int in_channels: 1 or 3, chooses between the official weights.
     :raises ValueError: for an unknown name, or a damaged or foreign file.
     :raises FileNotFoundError: if the file does not exist.
@@ -146,7 +159,8 @@ def load_prior(pretrained: str | os.PathLike[str], in_channels: int = 1) -> DEAL
     path = Path(name)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(
-            f"pretrained={name!r} is unknown. Give one of {', '.join(map(repr, BUNDLED))}, "
+            f"pretrained={name!r} is unknown. Give one of "
+            f"{', '.join(map(repr, BUNDLED))}, "
             "'download', None, or the path of a .safetensors or .pth file."
         )
     if not path.is_file():
@@ -160,7 +174,9 @@ def _load_safetensors(path: Path) -> DEALPrior:
             header = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file: {error}"
+        ) from error
     if header.get("format") != _FORMAT:
         raise ValueError(
             f"{path} is not a weights file of this package: its format is "
@@ -172,14 +188,24 @@ def _load_safetensors(path: Path) -> DEALPrior:
 def _load_pth(path: Path) -> DEALPrior:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        OSError,
+    ) as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint of plain tensors: {error}"
         ) from error
-    if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
+    if isinstance(checkpoint, Mapping) and isinstance(
+        checkpoint.get("state_dict"), Mapping
+    ):
         checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict.")
+        raise ValueError(
+            f"{path} holds a {type(checkpoint).__name__}, not a state dict."
+        )
     state = checkpoint if "W.weight.0" in checkpoint else convert_state_dict(checkpoint)
     return prior_from_state_dict(state, "published", str(path))
 
@@ -189,12 +215,17 @@ def _git_blob_id(content: bytes) -> str:
 
 
 def _download(name: str) -> Path:
-    """Fetches official weights into torch's hub folder; content is checked before use."""
+    """
+    Fetches official weights into torch's hub folder; content is checked before use.
+    """
     from torch.hub import download_url_to_file, get_dir
 
     folder = Path(get_dir()) / "checkpoints"
     target = folder / f"deepinv_deal_{name}_{_COMMIT[:8]}.pth"
-    if not target.is_file() or _git_blob_id(target.read_bytes()) != _OFFICIAL_BLOBS[name]:
+    if (
+        not target.is_file()
+        or _git_blob_id(target.read_bytes()) != _OFFICIAL_BLOBS[name]
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         url = _OFFICIAL_URL.format(_COMMIT, name)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -203,13 +234,15 @@ def _download(name: str) -> Path:
                 download_url_to_file(url, str(file), progress=False)
             except OSError as error:
                 raise OSError(
-                    f"The official weights could not be downloaded from {url}: {error}. "
+                    f"The official weights could not be downloaded from {url}: "
+                    f"{error}. "
                     "The bundled weights need no network: "
                     f"{', '.join(map(repr, BUNDLED))}."
                 ) from error
             if _git_blob_id(file.read_bytes()) != _OFFICIAL_BLOBS[name]:
                 raise ValueError(
-                    f"The file at {url} is not the official one (its content differs from "
+                    f"The file at {url} is not the official one (its content differs "
+                    "from "
                     "the pinned commit). Nothing was loaded."
                 )
             os.replace(file, target)

@@ -1,0 +1,96 @@
+"""Looking inside a reconstruction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from deepinv_deal.models import ReconstructionInfo
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class Panel:
+    """
+    One row of :func:`plot_reconstructions`.
+
+    :param str title: name of the problem.
+    :param torch.Tensor x: ground truth ``(1, C, H, W)``.
+    :param torch.Tensor y: measurement as an image ``(1, C, H, W)``.
+    :param torch.Tensor x_hat: reconstruction ``(1, C, H, W)``.
+    :param ReconstructionInfo info: from ``model(..., return_info=True)``.
+    :param float rtol: tolerance of the solver, drawn into the convergence curve.
+    :param str measured: caption of the measurement, e.g. its PSNR.
+    :param str reconstructed: caption of the reconstruction.
+    """
+
+    title: str
+    x: Tensor
+    y: Tensor
+    x_hat: Tensor
+    info: ReconstructionInfo
+    rtol: float
+    measured: str = ""
+    reconstructed: str = ""
+
+
+def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
+    """
+    Draws measurement, reconstruction, mean mask, ground truth and convergence.
+
+    The mean mask shows where the model lowers the penalty: dark means that filter
+    responses are left alone (edges, texture), bright that they are suppressed (flat
+    regions).
+
+    :param list panels: one :class:`Panel` per row.
+    :return: the figure; ``figure.savefig(path)`` writes it.
+    """
+    # A Figure of its own needs no display and leaves pyplot's state alone.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 3.6 * len(panels)), layout="constrained")
+    grid = figure.subplots(
+        len(panels), 5, squeeze=False, width_ratios=[1, 1, 1, 1.12, 1.25]
+    )
+    for axes, panel in zip(grid, panels, strict=True):
+        pictures = (
+            ("ground truth", panel.x),
+            (f"measurement\n{panel.measured}", panel.y),
+            (f"reconstruction\n{panel.reconstructed}", panel.x_hat),
+        )
+        for axis, (title, image) in zip(axes, pictures, strict=False):
+            picture = image[0].detach().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(-1)
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(title, fontsize=11)
+        mask = panel.info.mask[0].mean(0).cpu()
+        shown = axes[3].imshow(
+            mask, cmap="magma", vmin=0, vmax=1, interpolation="nearest"
+        )
+        axes[3].set_title("mean mask\n1: smoothed, 0: left alone", fontsize=11)
+        figure.colorbar(shown, ax=axes[3], shrink=0.85)
+        for axis in axes[:4]:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[0].set_ylabel(panel.title, fontsize=12)
+        history = panel.info.history[:, 0].cpu()
+        axes[4].semilogy(range(len(history)), history, "o-", markersize=3)
+        axes[4].axhline(panel.rtol, color="gray", linestyle="--", linewidth=1)
+        axes[4].annotate(
+            "tolerance",
+            (0, panel.rtol),
+            textcoords="offset points",
+            xytext=(2, 4),
+            color="gray",
+        )
+        axes[4].set_xlabel("outer iteration")
+        axes[4].set_title(
+            f"relative nonlinear residual\n{int(panel.info.cg_iter[0])} CG iterations",
+            fontsize=11,
+        )
+        axes[4].grid(alpha=0.3)
+    return figure
