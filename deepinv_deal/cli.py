@@ -193,7 +193,7 @@ def _add_train_deal(models: Commands[argparse.ArgumentParser]) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = kind.upper()
-            options["type"] = {"int": int, "float": float, "str": str}[kind]
+            options["type"] = {"int": int, "float": float}.get(kind, str)
         if field.name == "time_budget":
             options |= {"type": _duration, "metavar": "TIME"}
         deal.add_argument("--" + field.name.replace("_", "-"), **options)  # type: ignore[arg-type]

@@ -186,8 +186,16 @@ class _ImplicitSolution(Function):
         return x.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            # The answer depends on more than v: where v is constant too, a second
+            # derivative must raise instead of coming out incomplete.
+            v = v.detach().requires_grad_()
+        return _ImplicitSolution._first_derivative(ctx, v)
+
+    @staticmethod
+    @once_differentiable
+    def _first_derivative(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
         return ctx.solve_adjoint(v), None, None
 
 

@@ -1,0 +1,23 @@
+"""Fixtures and settings shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The same examples in every run: a failure that comes and goes helps nobody.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores; threads on top of that only wait for each other.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A freshly seeded random generator."""
+    return torch.Generator().manual_seed(20250101)

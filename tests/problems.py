@@ -1,0 +1,78 @@
+"""Small random models and problems for the tests of priors, optimizers and models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from deepinv.optim import DEQConfig
+from deepinv_deal import DEAL, DEALPrior
+from torch import Tensor
+
+DOUBLE = torch.float64
+
+#: Backward pass to rounding error.
+TIGHT = DEQConfig(
+    anderson_acceleration_backward=True, eps_backward=1e-12, max_iter_backward=300
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
+    """Images in [0, 1] with a smooth part, an edge and some noise."""
+    g = generator(seed)
+    batch, channels, height, width = shape
+    rows = torch.linspace(0, 1, height, dtype=dtype)[:, None]
+    columns = torch.linspace(0, 1, width, dtype=dtype)
+    phase = torch.rand(batch, channels, 1, 1, generator=g, dtype=dtype)
+    x = 0.5 + 0.3 * torch.sin(4 * (rows + columns + phase))
+    x = torch.where(columns > phase, x, 0.8 * x)
+    return x + 0.1 * torch.rand(shape, generator=g, dtype=dtype)
+
+
+def random_prior(
+    in_channels: int = 1,
+    num_filters: int = 4,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = DOUBLE,
+    **kwargs,
+) -> DEALPrior:
+    """
+    A prior whose masks fill (0.01, 1), with denoising weights of 1 to 3.
+
+    As initialised, the masks are about 1 everywhere and the weights about 25: the mask
+    network would go untested, and denoised images be flat.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        prior = DEALPrior(in_channels, num_filters, **kwargs).to(dtype)
+    g = generator(seed + 1)
+    with torch.no_grad():
+        for p in prior.parameters():
+            noise = torch.randn(p.shape, generator=g, dtype=dtype)
+            p.add_(0.05 * p.abs().mean() * noise)
+        prior.mask_network.scaling.coefficients.add_(4.0)
+        prior.kappa.coefficients.mul_(0.1)
+    return prior
+
+
+def random_model(prior: DEALPrior | None = None, **kwargs) -> DEAL:
+    """A model with masks in (0.01, 1), accurate to 1e-10 unless told otherwise."""
+    settings = {"rtol": 1e-10, "max_iter": 500, "DEQ": TIGHT, **kwargs}
+    return DEAL(pretrained=None, prior=prior or random_prior(), **settings)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach(), b.detach()
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+
+
+def dense(operator: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The matrix of a linear map on images of shape ``(C, H, W)``."""
+    n = shape[0] * shape[1] * shape[2]
+    basis = torch.eye(n, dtype=DOUBLE).view(n, *shape)
+    return operator(basis).reshape(n, -1).T

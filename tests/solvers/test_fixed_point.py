@@ -1,0 +1,434 @@
+"""The outer iteration on maps and small nonlinear equations with known solutions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Counted, CoupledEquation, FrozenMap, random
+
+from deepinv_deal._batch import norm
+from deepinv_deal.solvers import SolverResult, Status, fixed_point
+
+FIELDS = ("x", "status", "n_iter", "residual", "n_inner")
+
+
+def affine_map(rng, rates, n=6):
+    """``T(x) = M x + c`` per sample, M symmetric with largest eigenvalue ``rate``."""
+    matrices = []
+    for rate in rates:
+        q, _ = torch.linalg.qr(random(rng, n, n))
+        matrices.append((q * torch.linspace(0, rate, n, dtype=torch.float64)) @ q.T)
+    M, c = torch.stack(matrices), random(rng, len(rates), n)
+    solution = torch.linalg.solve(torch.eye(n) - M, c)
+    return M, c, solution
+
+
+def freeze_affine(M, c):
+    def T(x):
+        return torch.stack([m @ v + w for m, v, w in zip(M, x, c, strict=True)])
+
+    return lambda x: FrozenMap(T, x)
+
+
+def assert_same(actual, expected, i):
+    """Sample ``i`` of a batch equals a result of that sample alone, up to rounding."""
+    assert actual.n_iter[i] == expected.n_iter[0]
+    assert actual.status[i] == expected.status[0]
+    assert actual.n_inner[i] == expected.n_inner[0]
+    torch.testing.assert_close(actual.x[i], expected.x[0], rtol=1e-9, atol=1e-11)
+
+
+# -- convergence ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anderson", [0, 1, 5])
+def test_finds_the_fixed_point_of_contractions(anderson, rng):
+    M, c, solution = affine_map(rng, (0.5, 0.9, 0.1))
+    result = fixed_point(
+        freeze_affine(M, c),
+        torch.zeros(3, 6, dtype=torch.float64),
+        rtol=1e-10,
+        max_iter=500,
+        anderson=anderson,
+    )
+    assert result.converged.all() and (result.residual <= 1e-10).all()
+    torch.testing.assert_close(result.x, solution, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("anderson", [0, 3])
+def test_solves_a_nonlinear_equation(anderson, rng):
+    equation = CoupledEquation.draw(rng, 4)
+    init = torch.zeros(4, 6, dtype=torch.float64)
+    result = fixed_point(equation.freeze, init, rtol=1e-11, anderson=anderson)
+    assert result.converged.all()
+    residual = norm(equation(result.x)) / norm(equation.b)
+    assert (residual <= 1e-11).all()
+    torch.testing.assert_close(result.residual, residual, rtol=1e-3, atol=1e-16)
+    assert (result.n_inner >= result.n_iter).all()
+
+
+def test_history_holds_the_residual_of_every_iterate(rng):
+    M, c, _ = affine_map(rng, (0.5, 0.9))
+    iterates = [random(rng, 2, 6)]
+    freeze = freeze_affine(M, c)
+    result = fixed_point(
+        freeze,
+        iterates[0],
+        rtol=1e-3,
+        callback=lambda k, previous, x: iterates.append(x),
+    )
+    assert result.history.shape == (result.n_iter.max() + 1, 2)
+    expected = torch.stack([freeze(x).residual for x in iterates])
+    torch.testing.assert_close(result.history, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(result.history[-1], result.residual, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("anderson", [0, 3])
+def test_converged_samples_are_left_unchanged(anderson, rng):
+    M, c, _ = affine_map(rng, (0.9, 0.2))
+    iterates = []
+    result = fixed_point(
+        freeze_affine(M, c),
+        random(rng, 2, 6),
+        rtol=1e-6,
+        max_iter=500,
+        anderson=anderson,
+        callback=lambda k, previous, x: iterates.append(x),
+    )
+    n = result.n_iter[1]
+    assert n < result.n_iter[0]
+    assert all(torch.equal(x[1], iterates[n - 1][1]) for x in iterates[n:])
+    assert torch.equal(result.x[1], iterates[n - 1][1])
+
+
+@pytest.mark.parametrize("anderson", [0, 1, 3])
+def test_a_batch_gives_what_its_samples_give_alone(anderson, rng):
+    M, c, _ = affine_map(rng, (0.95, 0.2, 0.7))
+    init = random(rng, 3, 6)
+    options = dict(rtol=1e-7, max_iter=500, anderson=anderson)
+    together = fixed_point(freeze_affine(M, c), init, **options)
+    assert len(together.n_iter.unique()) == 3
+    for i in range(3):
+        s = slice(i, i + 1)
+        alone = fixed_point(freeze_affine(M[s], c[s]), init[s], **options)
+        assert_same(together, alone, i)
+
+
+@pytest.mark.parametrize("anderson", [0, 3])
+def test_a_batch_of_nonlinear_equations_gives_what_each_gives_alone(anderson, rng):
+    equation = CoupledEquation.draw(rng, 4)
+    equation.b[1] *= 10
+    equation.b[2] *= 0.01
+    options = dict(rtol=1e-8, anderson=anderson)
+    init = random(rng, 4, 6)
+    together = fixed_point(equation.freeze, init, **options)
+    assert len(together.n_iter.unique()) > 1
+    for i in range(4):
+        alone = fixed_point(equation.sample(i).freeze, init[i : i + 1], **options)
+        assert_same(together, alone, i)
+
+
+def test_solved_at_the_start_means_no_iterations(rng):
+    M, c, solution = affine_map(rng, (0.5, 0.9))
+    result = fixed_point(freeze_affine(M, c), solution, rtol=1e-10)
+    assert result.n_iter.tolist() == [0, 0] and result.converged.all()
+    assert torch.equal(result.x, solution) and result.history.shape == (1, 2)
+
+
+@pytest.mark.parametrize("anderson", [0, 3])
+def test_init_is_not_modified(anderson, rng):
+    M, c, _ = affine_map(rng, (0.5, 0.9))
+    init = random(rng, 2, 6)
+    before = init.clone()
+    for max_iter in (0, 10):
+        result = fixed_point(
+            freeze_affine(M, c), init, max_iter=max_iter, anderson=anderson
+        )
+        result.x.add_(1)
+        assert torch.equal(init, before)
+
+
+# -- options -------------------------------------------------------------------
+
+
+def test_every_looser_or_tighter_option_changes_something(rng):
+    equation = CoupledEquation.draw(rng, 2)
+    init = torch.zeros(2, 6, dtype=torch.float64)
+
+    def solve(**options):
+        return fixed_point(equation.freeze, init, **dict(rtol=1e-8) | options)
+
+    base = solve()
+    assert (solve(rtol=1e-3).n_iter < base.n_iter).all()
+    assert solve(max_iter=2).n_iter.tolist() == [2, 2]
+    careful = solve(forcing=0.01)
+    assert (careful.n_iter <= base.n_iter).all()
+    assert (careful.n_inner / careful.n_iter > base.n_inner / base.n_iter).all()
+    assert not torch.equal(solve(anderson=3).x, base.x)
+    assert not torch.equal(solve(anderson=1).x, solve(anderson=3).x)
+
+
+def recording(equation, asked):
+    """``equation.freeze`` that notes (residual, factor asked of the inner solve)."""
+
+    def freeze(x):
+        problem = equation.freeze(x)
+        solve = problem.solve
+
+        def noting(rtol, active):
+            asked.append((problem.residual.item(), rtol.item()))
+            return solve(rtol, active)
+
+        problem.solve = noting
+        return problem
+
+    return freeze
+
+
+def test_inner_solves_get_more_accurate_where_the_frozen_problem_predicts_well(rng):
+    equation = CoupledEquation.draw(rng, 1)
+    equation = equation.replace(C=torch.zeros(6, 6, dtype=torch.float64))
+    init, asked = torch.zeros(1, 6, dtype=torch.float64), []
+    fixed_point(recording(equation, asked), init, rtol=0, max_iter=4, forcing=0.5)
+    # The weights are constant, the prediction is exact. Eisenstat and Walker let the
+    # factor decrease by the power 1.618 at most while that is above 0.1.
+    expected = [0.5, 0.5**1.618, 0.5 ** (1.618**2), 1e-3]
+    assert [factor for _, factor in asked] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("forcing", [0.5, 0.05])
+def test_inner_solves_aim_no_further_than_the_tolerance_needs(forcing, rng):
+    equation, asked, rtol = CoupledEquation.draw(rng, 1), [], 1e-4
+    init = torch.zeros(1, 6, dtype=torch.float64)
+    fixed_point(recording(equation, asked), init, rtol=rtol, forcing=forcing)
+    assert len(asked) > 1 and asked[0][1] == pytest.approx(forcing)
+    for residual, factor in asked:
+        assert min(0.5 * rtol / residual, forcing) <= factor * (1 + 1e-6)
+        assert factor <= forcing * (1 + 1e-6)
+
+
+def test_rtol_zero_runs_max_iter_iterations(rng):
+    M, c, _ = affine_map(rng, (0.9, 0.5))
+    result = fixed_point(freeze_affine(M, c), random(rng, 2, 6), rtol=0, max_iter=7)
+    assert result.n_iter.tolist() == [7, 7] and result.history.shape == (8, 2)
+
+
+def test_the_problem_is_frozen_once_per_iterate(rng):
+    M, c, _ = affine_map(rng, (0.9, 0.5))
+    freeze = Counted(freeze_affine(M, c))
+    result = fixed_point(freeze, random(rng, 2, 6), rtol=1e-5, max_iter=500)
+    assert freeze.calls == result.n_iter.max() + 1
+
+
+def test_the_callback_sees_consecutive_iterates(rng):
+    M, c, _ = affine_map(rng, (0.9, 0.5))
+    calls, init = [], random(rng, 2, 6)
+    fixed_point(
+        freeze_affine(M, c), init, max_iter=4, callback=lambda *args: calls.append(args)
+    )
+    assert [k for k, _, _ in calls] == [0, 1, 2, 3]
+    assert torch.equal(calls[0][1], init)
+    for (_, _, x), (_, previous, _) in zip(calls, calls[1:], strict=False):
+        assert torch.equal(x, previous)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        pytest.param(dict(forcing=0.0), "forcing must lie in", id="forcing-0"),
+        pytest.param(dict(forcing=1.0), "forcing must lie in", id="forcing-1"),
+        pytest.param(dict(rtol=-1.0), "must not be negative", id="rtol"),
+        pytest.param(dict(max_iter=-1), "must not be negative", id="max_iter"),
+        pytest.param(dict(anderson=-1), "must not be negative", id="anderson"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        fixed_point(lambda x: FrozenMap(lambda v: v, x), torch.zeros(1, 2), **options)
+
+
+# -- Anderson acceleration -----------------------------------------------------
+
+
+def test_anderson_saves_iterations_on_a_slow_contraction(rng):
+    M, c, _ = affine_map(rng, (0.99, 0.95))
+    n_iter = {}
+    for depth in (0, 2, 6):
+        result = fixed_point(
+            freeze_affine(M, c),
+            torch.zeros(2, 6, dtype=torch.float64),
+            rtol=1e-8,
+            max_iter=5000,
+            anderson=depth,
+        )
+        assert result.converged.all()
+        n_iter[depth] = result.n_iter
+    assert (5 * n_iter[6] < n_iter[0]).all()
+    assert (2 * n_iter[2] < n_iter[0]).all() and (n_iter[6] < n_iter[2]).all()
+
+
+def test_anderson_of_depth_one_is_the_secant_method():
+    iterates = []
+    fixed_point(
+        lambda x: FrozenMap(torch.cos, x),
+        torch.zeros(1, 1, dtype=torch.float64),
+        max_iter=4,
+        rtol=1e-12,
+        anderson=1,
+        callback=lambda k, previous, x: iterates.append(x.item()),
+    )
+    x = [0.0, 1.0]  # the first step is plain
+    f = [torch.cos(torch.tensor(v, dtype=torch.float64)).item() - v for v in x]
+    for _ in range(3):
+        x.append(x[-1] - f[-1] * (x[-1] - x[-2]) / (f[-1] - f[-2]))
+        f.append(torch.cos(torch.tensor(x[-1], dtype=torch.float64)).item() - x[-1])
+    assert iterates == pytest.approx(x[1:], abs=1e-6)
+
+
+def kinked(x):
+    """Slope 0.9 above 1, -0.6 below: extrapolating the upper branch leads astray."""
+    return torch.where(x > 1, 0.9 * x, 1.5 - 0.6 * x)
+
+
+def test_an_extrapolation_that_raises_the_residual_is_taken_back():
+    iterates = []
+    result = fixed_point(
+        lambda x: FrozenMap(kinked, x),
+        torch.tensor([[10.0], [1.0]], dtype=torch.float64),
+        rtol=1e-8,
+        anderson=2,
+        callback=lambda k, previous, x: iterates.append(x.clone()),
+    )
+    first = [x[0].item() for x in iterates]
+    # A plain step, the extrapolation to zero, and back to the plain second step.
+    assert first[:3] == pytest.approx([9.0, 0.0, 8.1], abs=1e-5)
+    assert result.history[2, 0] > result.history[1, 0]
+    assert result.n_inner[0] < result.n_iter[0]  # taking back costs no inner solve
+    assert result.converged.all()
+    torch.testing.assert_close(result.x, torch.full_like(result.x, 1.5 / 1.6))
+
+
+def test_taking_back_concerns_one_sample_only():
+    init = torch.tensor([[10.0], [0.7], [40.0]], dtype=torch.float64)
+    options = dict(rtol=1e-8, anderson=2)
+    together = fixed_point(lambda x: FrozenMap(kinked, x), init, **options)
+    for i in range(3):
+        alone = fixed_point(lambda x: FrozenMap(kinked, x), init[i : i + 1], **options)
+        assert_same(together, alone, i)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_anderson_survives_steps_that_repeat(depth, dtype):
+    # Steps of equal length make its least-squares problem exactly singular.
+    result = fixed_point(
+        lambda x: FrozenMap(lambda v: v + 0.5 * (5.5 - v).clamp(-1, 1), x),
+        torch.zeros(1, 1, dtype=dtype),
+        rtol=1e-5,
+        anderson=depth,
+    )
+    assert result.converged.all()
+    assert result.x.item() == pytest.approx(5.5, abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_anderson_does_not_depend_on_the_scale(scale, rng):
+    equation = CoupledEquation.draw(rng, 2)
+    # x -> scale x, with the weights unchanged: the residual is relative.
+    scaled = equation.replace(b=scale * equation.b, C=equation.C / scale)
+    init = torch.zeros(2, 6, dtype=torch.float64)
+    expected = fixed_point(equation.freeze, init, rtol=1e-9, anderson=3)
+    actual = fixed_point(scaled.freeze, init, rtol=1e-9, anderson=3)
+    assert torch.equal(actual.n_iter, expected.n_iter)
+    torch.testing.assert_close(actual.x / scale, expected.x, rtol=1e-9, atol=1e-11)
+
+
+# -- samples that fail ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("anderson", [0, 3])
+def test_too_few_iterations_are_flagged_for_those_samples_only(anderson, rng):
+    M, c, _ = affine_map(rng, (0.999, 0.05))
+    result = fixed_point(
+        freeze_affine(M, c), random(rng, 2, 6), rtol=1e-6, max_iter=6, anderson=anderson
+    )
+    assert result.status.tolist() == [Status.MAX_ITER, Status.CONVERGED]
+    assert result.n_iter[0] == 6 and result.n_iter[1] < 6
+
+
+def test_the_best_iterate_is_returned_when_none_converges():
+    script = torch.tensor([[5.0, 2.0, 3.0, 4.0, 9.0], [5.0, 4.0, 3.0, 1.0, 2.0]])
+
+    class Scripted(FrozenMap):
+        def __init__(self, x):
+            super().__init__(lambda v: v + 1, x)
+            self.residual = script[[0, 1], x[:, 0].long()]
+
+    result = fixed_point(Scripted, torch.zeros(2, 1), max_iter=4, rtol=0.1)
+    assert result.x.flatten().tolist() == [1.0, 3.0]
+    assert result.residual.tolist() == [2.0, 1.0]
+    assert result.status.tolist() == [Status.MAX_ITER] * 2
+    assert torch.equal(result.history, script.T)
+
+
+@pytest.mark.parametrize("anderson", [0, 3])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("from_call", [1, 3], ids=["at-once", "midway"])
+def test_non_finite_values_are_flagged_on_that_sample_only(
+    from_call, value, anderson, rng
+):
+    M, c, _ = affine_map(rng, (0.9, 0.8, 0.7))
+    init, options = random(rng, 3, 6), dict(rtol=1e-7, max_iter=500, anderson=anderson)
+    clean = fixed_point(freeze_affine(M, c), init, **options)
+
+    def T(x):
+        y = torch.stack([m @ v + w for m, v, w in zip(M, x, c, strict=True)])
+        if freeze.calls >= from_call:
+            y[1, 2] = value
+        return y
+
+    freeze = Counted(lambda x: FrozenMap(T, x))
+    result = fixed_point(freeze, init, **options)
+    assert result.status.tolist() == [0, Status.NON_FINITE, 0]
+    assert result.x.isfinite().all()
+    keep = [0, 2]
+    assert torch.equal(result.n_iter[keep], clean.n_iter[keep])
+    torch.testing.assert_close(result.x[keep], clean.x[keep], rtol=1e-9, atol=1e-11)
+
+
+def test_a_broken_inner_problem_is_flagged_on_that_sample_only(rng):
+    equation = CoupledEquation.draw(rng, 3)
+    init = torch.zeros(3, 6, dtype=torch.float64)
+    clean = fixed_point(equation.freeze, init, rtol=1e-7)
+
+    def freeze(x):
+        problem = equation.freeze(x)
+        normal = problem.A
+        sign = torch.tensor([1.0, -1.0, 1.0])[:, None]
+        problem.A = lambda v: sign * normal(v)
+        return problem
+
+    result = fixed_point(freeze, init, rtol=1e-7)
+    assert result.status.tolist() == [0, Status.BREAKDOWN, 0]
+    assert torch.equal(result.x[1], init[1]) and result.n_iter[1] == 0
+    keep = [0, 2]
+    assert torch.equal(result.n_iter[keep], clean.n_iter[keep])
+    torch.testing.assert_close(result.x[keep], clean.x[keep], rtol=1e-12, atol=0)
+
+
+def test_inner_solves_that_hit_their_limit_do_not_end_the_iteration(rng):
+    equation = CoupledEquation.draw(rng, 2)
+    equation.max_iter = 1
+    init = torch.zeros(2, 6, dtype=torch.float64)
+    result = fixed_point(equation.freeze, init, rtol=1e-8, forcing=0.01, max_iter=500)
+    assert result.converged.all()
+    assert torch.equal(result.n_inner, result.n_iter)
+
+
+def test_results_have_one_entry_per_sample(rng):
+    equation = CoupledEquation.draw(rng, 3)
+    init = torch.zeros(3, 6, dtype=torch.float64)
+    result = fixed_point(equation.freeze, init)
+    assert isinstance(result, SolverResult)
+    assert all(getattr(result, name).shape[0] == 3 for name in FIELDS)
+    assert result.history.shape[1] == 3
