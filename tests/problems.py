@@ -42,10 +42,10 @@ def random_prior(
     **kwargs,
 ) -> DEALPrior:
     """
-    A prior whose masks fill (0.01, 1), with denoising weights of 1 to 3.
+    A prior whose masks fill (0.01, 1) and follow the image, with kappa of 7 to 12.
 
-    As initialised, the masks are about 1 everywhere and the weights about 25: the mask
-    network would go untested, and denoised images be flat.
+    As initialised, the masks are about 1 whatever the image: the mask network would go
+    untested.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,8 +55,9 @@ def random_prior(
         for p in prior.parameters():
             noise = torch.randn(p.shape, generator=g, dtype=dtype)
             p.add_(0.05 * p.abs().mean() * noise)
-        prior.mask_network.scaling.coefficients.add_(4.0)
-        prior.kappa.coefficients.mul_(0.1)
+        prior.mask_network.W.weight[-1].mul_(20.0)
+        prior.mask_network.scaling.coefficients.add_(2.0)
+        prior.kappa.coefficients.mul_(0.4)
     return prior
 
 

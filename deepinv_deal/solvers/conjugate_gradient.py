@@ -22,7 +22,7 @@ def conjugate_gradient(
     rtol: float | Tensor = 1e-5,  # scalar or (B,)
     max_iter: int = 100,
     preconditioner: LinearMap | None = None,
-    check_every: int = 1,
+    check_every: int | None = None,
     verify: bool = True,
 ) -> SolverResult:
     r"""
@@ -66,7 +66,7 @@ def conjugate_gradient(
         :math:`A^{-1}`; identity if ``None``.
     :param int check_every: number of iterations between two looks at whether all
         samples have stopped. Each look waits for the device; results do not depend on
-        it.
+        it. ``None``: 1 on the CPU, 8 elsewhere.
     :param bool verify: recompute the residual at the end (one more application of
         ``A``) and go on if rounding had made the recursion too optimistic.
     :return: (:class:`SolverResult`) ``x`` of shape ``(B, ...)``; ``status``, ``n_iter``
@@ -83,6 +83,8 @@ def conjugate_gradient(
     if max_iter < 0:
         raise ValueError(f"max_iter must not be negative, got {max_iter}.")
     M = preconditioner or (lambda v: v)
+    if check_every is None:
+        check_every = 1 if b.device.type == "cpu" else 8
 
     b_norm = norm(b)
     nonzero = b_norm != 0  # True for NaN, which must not pass as a solved zero system
