@@ -23,9 +23,10 @@ problem is a linear system, which conjugate gradients solve.
 
 import deepinv as dinv
 import torch
-from deepinv_deal import DEAL
 from skimage.data import coffee
 from skimage.transform import rescale
+
+from deepinv_deal import DEAL
 
 photo = rescale(coffee()[:, 50:450].mean(2) / 255, 0.4, anti_aliasing=True)
 x = torch.from_numpy(photo).float()[None, None]
@@ -48,7 +49,12 @@ x_hat, info = model(y, denoising, return_info=True)
 dinv.utils.plot(
     [x, y, x_hat, info.mask.mean(1, keepdim=True)],
     titles=["image", "noisy", "DEAL", "mean mask"],
-    subtitles=["", f"{psnr(y, x).item():.2f} dB", f"{psnr(x_hat, x).item():.2f} dB", ""],
+    subtitles=[
+        "",
+        f"{psnr(y, x).item():.2f} dB",
+        f"{psnr(x_hat, x).item():.2f} dB",
+        "",
+    ],
 )
 
 # %%
@@ -64,7 +70,9 @@ dinv.utils.plot(
 
 print(f"PSNR {psnr(x_hat, x).item():.2f} dB")
 print(f"converged: {info.converged.item()}, residual {info.residual.item():.1e}")
-print(f"{info.n_iter.item()} systems, {info.cg_iter.item()} steps of conjugate gradients")
+print(
+    f"{info.n_iter.item()} systems, {info.cg_iter.item()} steps of conjugate gradients"
+)
 
 # %%
 # The same model as a denoiser in deepinv's sense: the second argument is the noise
@@ -85,7 +93,10 @@ dinv.utils.plot(
 # are chosen on a few images of the problem. Here we just look at three weights.
 
 inpainting = dinv.physics.Inpainting(
-    x.shape[1:], mask=0.5, rng=rng, noise_model=dinv.physics.GaussianNoise(5 / 255, rng=rng)
+    x.shape[1:],
+    mask=0.5,
+    rng=rng,
+    noise_model=dinv.physics.GaussianNoise(5 / 255, rng=rng),
 )
 y = inpainting(x)
 weights = [0.05, 0.5, 5.0]
@@ -103,9 +114,7 @@ dinv.utils.plot(
 # ``compute_metrics`` returns deepinv's dictionary of metrics over the iterations.
 
 _, metrics = model(y, inpainting, lambda_reg=0.5, x_gt=x, compute_metrics=True)
-dinv.utils.plot_curves(
-    {name: metrics[name] for name in ("psnr", "nonlinear_residual")}
-)
+dinv.utils.plot_curves({name: metrics[name] for name in ("psnr", "nonlinear_residual")})
 
 # %%
 # Gradients

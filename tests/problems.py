@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 from deepinv.optim import DEQConfig
-from deepinv_deal import DEAL, DEALPrior
 from torch import Tensor
+
+from deepinv_deal import DEAL, DEALPrior
 
 DOUBLE = torch.float64
 
@@ -38,6 +39,7 @@ def random_prior(
     num_filters: int = 4,
     *,
     seed: int = 0,
+    gain: float = 5.0,
     dtype: torch.dtype = DOUBLE,
     **kwargs,
 ) -> DEALPrior:
@@ -45,20 +47,21 @@ def random_prior(
     A prior whose masks fill (0.01, 1) and follow the image, with kappa of 7 to 12.
 
     As initialised, the masks are about 1 whatever the image: the mask network would go
-    untested.
+    untested. With a large ``gain`` they depend on the image so strongly that some problems
+    have no stable fixed point.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        prior = DEALPrior(in_channels, num_filters, **kwargs).to(dtype)
+        prior = DEALPrior(in_channels, num_filters, **kwargs).double()
     g = generator(seed + 1)
     with torch.no_grad():
         for p in prior.parameters():
-            noise = torch.randn(p.shape, generator=g, dtype=dtype)
+            noise = torch.randn(p.shape, generator=g, dtype=DOUBLE)
             p.add_(0.05 * p.abs().mean() * noise)
-        prior.mask_network.W.weight[-1].mul_(20.0)
+        prior.mask_network.W.weight[-1].mul_(gain)
         prior.mask_network.scaling.coefficients.add_(2.0)
         prior.kappa.coefficients.mul_(0.4)
-    return prior
+    return prior.to(dtype)
 
 
 def random_model(prior: DEALPrior | None = None, **kwargs) -> DEAL:

@@ -153,7 +153,8 @@ class DEAL(FixedPointOptim, Denoiser):
     :param bool warn: issue a :class:`deepinv_deal.ConvergenceWarning` if a sample does
         not converge.
     :param DEALPrior prior: use this prior instead of ``pretrained``.
-    :param str normalization: norm rule of the filters for ``pretrained=None``.
+    :param str normalization: norm rule of the filters for ``pretrained=None``,
+        ``"published"`` if ``None``. Weights decide if given.
     :param str, torch.device device: where the model lives.
     :param str pretrained: ``"deal_gray"`` (bundled, the default), ``"download"``
         (official weights, needs network), the path of a ``.safetensors`` or authors'
@@ -182,18 +183,21 @@ class DEAL(FixedPointOptim, Denoiser):
         custom_metrics: dict[str, Any] | None = None,
         warn: bool = True,
         prior: DEALPrior | None = None,
-        normalization: Normalization = "published",
+        normalization: Normalization | None = None,
         device: str | torch.device = "cpu",
         pretrained: str | os.PathLike[str] | None = "deal_gray",
     ):
         if prior is None and pretrained is None:
-            prior = DEALPrior(in_channels or 1, num_filters or 128, normalization)
+            prior = DEALPrior(
+                in_channels or 1, num_filters or 128, normalization or "published"
+            )
         elif prior is None and pretrained is not None:
             prior = load_prior(pretrained, in_channels or 1)
         assert prior is not None
         for name, asked, has in (
             ("in_channels", in_channels, prior.in_channels),
             ("num_filters", num_filters, prior.num_filters),
+            ("normalization", normalization, prior.W.normalization),
         ):
             if asked is not None and asked != has:
                 raise ValueError(
@@ -205,7 +209,11 @@ class DEAL(FixedPointOptim, Denoiser):
             raise ValueError(f"sigma must be a number or 'estimate', got {sigma!r}.")
         if isinstance(scale, str) and scale != "auto":
             raise ValueError(f"scale must be 'auto', a number or None, got {scale!r}.")
-        if scale is not None and not isinstance(scale, str) and not scale > 0:
+        if (
+            scale is not None
+            and not isinstance(scale, str)
+            and not 0 < scale < math.inf
+        ):
             raise ValueError(f"scale must be positive, got {scale}.")
         if complex_mode not in ("real_imag", "real"):
             raise ValueError(
@@ -286,6 +294,8 @@ class DEAL(FixedPointOptim, Denoiser):
         if init is not None or self.custom_init is not None:
             x0 = self.init_iterate_fn(y, physics or operator, init=init)["est"][0]
             x0 = operator.extract(_check_image("init", x0, operator)) / expand(scale, b)
+            if not torch.isfinite(x0).all():
+                raise ValueError("init holds NaN or infinity.")
         if x_gt is not None:
             x_gt = operator.extract(_check_image("x_gt", x_gt, operator))
             x_gt = x_gt / expand(scale, b)
@@ -368,7 +378,7 @@ class DEAL(FixedPointOptim, Denoiser):
                     "(sigma='estimate'). Otherwise give a number, the model's noise "
                     "level."
                 )
-            sigma = PatchCovarianceNoiseEstimator()(b.detach())
+            sigma = PatchCovarianceNoiseEstimator()(b.detach().float())
             notes.append(f"The noise level was estimated: {sigma.tolist()}.")  # type: ignore[union-attr]
         if sigma is None and own is None and operator.denoising:
             raise ValueError(
@@ -408,13 +418,18 @@ class _ImageOperator:
             )
         self.physics = physics
         self.denoising = physics is None or isinstance(physics, Denoising)
-        image = y if self.denoising else physics.A_adjoint(y)
+        image = y if self.denoising else _adjoint(physics, y)
         if not isinstance(image, Tensor) or image.ndim != 4:
             raise ValueError(
                 "Images must be tensors of shape (B, C, H, W), got "
                 f"{_shape(image)}. Add the batch dimension with [None]; "
                 "three-dimensional "
                 "images are not supported."
+            )
+        if image.is_complex():
+            raise TypeError(
+                "y must be real, or the physics give real images, got "
+                f"{image.dtype}. Give the real and imaginary part as two channels."
             )
         self.shape = image.shape
         channels = image.shape[1]
@@ -452,6 +467,26 @@ class _ImageOperator:
         if hasattr(self.physics, "A_adjoint_A"):
             return self.extract(self.physics.A_adjoint_A(image))
         return self.extract(self.physics.A_adjoint(self.physics.A(image)))
+
+
+def _adjoint(physics: Any, y: Any) -> Any:
+    shape = (
+        [tuple(part.shape) for part in y] if isinstance(y, TensorList) else _shape(y)
+    )
+    try:
+        image = physics.A_adjoint(y)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"y of {shape} does not fit the physics {type(physics).__name__}: {error}"
+        ) from error
+    first = y[0] if isinstance(y, TensorList) else y
+    if isinstance(image, Tensor) and image.ndim == 4 and len(image) != len(first):
+        raise ValueError(
+            f"y of {shape} holds {len(first)} samples, but the physics makes "
+            f"{len(image)} images of it (shape {tuple(image.shape)}). Add the batch or "
+            "channel dimension that y lacks."
+        )
+    return image
 
 
 def _is_noise_level(value: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from deepinv.loss.metric import PSNR
 from deepinv.optim import BaseOptim, DEQConfig, OptimIterator
 from deepinv.optim.data_fidelity import L2, DataFidelity
 from deepinv.optim.prior import Prior
@@ -175,6 +176,19 @@ class FixedPointOptim(BaseOptim):
         custom_metrics: dict[str, Any] | None = None,
         warn: bool = True,
     ):
+        if not isinstance(DEQ, DEQConfig):
+            raise TypeError(f"DEQ must be a DEQConfig, got {type(DEQ).__name__}.")
+        values = {"lambda_reg": lambda_reg, "g_param": sigma}
+        for name in trainable_params or []:
+            if name not in values:
+                raise ValueError(
+                    f"trainable_params must be among {list(values)}, got {name!r}."
+                )
+            if values[name] is None:
+                raise ValueError(
+                    f"trainable_params holds {name!r}, but it has no value to start "
+                    f"from: give {name.replace('g_param', 'sigma')}."
+                )
         super().__init__(
             FrozenIteration(inner_max_iter=inner_max_iter),
             # One-element lists: a tensor is one value (or one per sample), not a
@@ -190,7 +204,11 @@ class FixedPointOptim(BaseOptim):
             trainable_params=list(trainable_params or []),
             custom_init=custom_init,
             custom_metrics=custom_metrics,
+            get_output=_image_of,
         )
+        # deepinv's metric object holds a local function and cannot be pickled.
+        del self.psnr
+        self.psnr = _psnr
         self.rtol, self.forcing, self.anderson = rtol, forcing, anderson
         self.warn = warn
 
@@ -331,8 +349,16 @@ class FixedPointOptim(BaseOptim):
                 type(self).__name__,
                 self.rtol,
                 "The image is the best iterate found. Raise max_iter, or relax rtol.",
-                stacklevel=5,
+                stacklevel=6,  # the caller of the module
             )
         if metrics is not None and result.history is not None:
             metrics["nonlinear_residual"] = result.history.T.tolist()
         return x, result, metrics
+
+
+def _image_of(X: dict[str, Any]) -> Tensor:
+    return X["est"][0]  # type: ignore[no-any-return]
+
+
+def _psnr(x: Tensor, x_gt: Tensor) -> Tensor:
+    return PSNR()(x, x_gt)  # type: ignore[no-any-return]

@@ -88,7 +88,7 @@ def fixed_point(
     """
     if not 0 < forcing < 1:
         raise ValueError(f"forcing must lie in (0, 1), got {forcing}.")
-    if rtol < 0 or max_iter < 0 or anderson < 0:
+    if not rtol >= 0 or max_iter < 0 or anderson < 0:
         raise ValueError(
             "rtol, max_iter and anderson must not be negative, got "
             f"{rtol}, {max_iter}, {anderson}."

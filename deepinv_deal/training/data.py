@@ -76,6 +76,18 @@ def load_images(folder: str | os.PathLike[str], channels: int) -> list[Tensor]:
     return [image for _, image in load_image_folder(folder, channels)]
 
 
+def numbered_generator(seed: int, index: int) -> torch.Generator:
+    """
+    Returns the random generator of step ``index`` of a run with ``seed``.
+
+    :param int seed: seed of the run.
+    :param int index: number of the step.
+    """
+    # The CPU generator uses the lower 32 bits only, so the seed has to enter these: it
+    # shifts the sequence of steps by a multiple of a large odd number.
+    return torch.Generator().manual_seed((index + 2654435761 * seed) % 2**32)
+
+
 @dataclass
 class Problems:
     """
@@ -126,7 +138,7 @@ class DenoisingSampler:
 
     def batch(self, index: int, size: int) -> Problems:
         """Returns batch number ``index`` with ``size`` problems, on the CPU."""
-        rng = torch.Generator().manual_seed((self.seed << 32) + index)
+        rng = numbered_generator(self.seed, index)
         patches = torch.stack([self._patch(rng) for _ in range(size)])
         x = patches.to(torch.get_default_dtype()) / 255
         sigma = self.sigma_max * torch.rand(size, generator=rng)

@@ -25,7 +25,12 @@ from deepinv_deal.solvers import (
     attach_gradient,
     fixed_point,
 )
-from deepinv_deal.training.data import DenoisingSampler, Problems, load_images
+from deepinv_deal.training.data import (
+    DenoisingSampler,
+    Problems,
+    load_images,
+    numbered_generator,
+)
 from deepinv_deal.training.losses import deal_loss
 from deepinv_deal.weights import save_prior
 
@@ -234,7 +239,7 @@ class DEALTrainer:
     def _problems(self) -> tuple[int, Problems, Tensor, int]:
         """Returns the slot, its problems, where to start, and how many iterations."""
         recipe = self.recipe
-        rng = torch.Generator().manual_seed((recipe.seed << 32) + self.step)
+        rng = numbered_generator(recipe.seed, self.step)
         slot, visit = self.step % recipe.pool, self.step // recipe.pool
         # Offset by the slot, so that new problems are spread evenly over the steps.
         low, high = recipe.warm_depth_min, recipe.warm_depth_max
@@ -371,7 +376,15 @@ class DEALTrainer:
 
 
 #: Settings that may change between a run and its continuation.
-_FREE_SETTINGS = {"out", "data", "val", "device", "checkpoint_every", "time_budget"}
+_FREE_SETTINGS = {
+    "out",
+    "data",
+    "val",
+    "device",
+    "checkpoint_every",
+    "time_budget",
+    "val_every",
+}
 
 
 def _comparable(recipe: DEALRecipe) -> dict[str, Any]:

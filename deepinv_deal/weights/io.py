@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,10 @@ def _load_safetensors(path: Path) -> DEALPrior:
 
 def _load_pth(path: Path) -> DEALPrior:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch remarks on unusual pickle protocols; what it cannot read it refuses.
+            warnings.simplefilter("ignore", UserWarning)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
         RuntimeError,

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepinv.optim import DEQConfig
-from deepinv_deal.priors.deal import MASK_MAX, MASK_MIN
 from problems import (
     DOUBLE,
     dense,
@@ -16,15 +15,17 @@ from problems import (
     relative_error,
 )
 
+from deepinv_deal.priors.deal import MASK_MAX, MASK_MIN
+
 #: Small, to keep the distance to the next kink large.
 HEIGHT, WIDTH = 7, 6
 EXACT = {"rtol": 2e-14, "max_iter": 1000, "scale": None}
 JACOBIAN_FREE = DEQConfig(jacobian_free=True, eps_backward=1e-13)
 
 
-def blur(**kwargs):
-    kernel = torch.tensor([[1.0, 2, 1], [2, 5, 2], [1, 2, 3]], dtype=DOUBLE)[None, None]
-    return dinv.physics.Blur(kernel / kernel.sum(), padding="circular", **kwargs)
+def blur():
+    kernel = torch.tensor([[1.0, 2, 1], [2, 9, 2], [1, 2, 3]], dtype=DOUBLE)[None, None]
+    return dinv.physics.Blur(kernel / kernel.sum(), padding="circular")
 
 
 def inpainting():
@@ -41,13 +42,13 @@ class Problem:
     """A loss as a function of everything that the reconstruction depends on."""
 
     def __init__(self, physics_name: str, batch: int):
-        self.model = random_model(random_prior(num_filters=4), **EXACT)
+        self.model = random_model(random_prior(gain=20.0), **EXACT)
         self.physics = PHYSICS[physics_name]()
         x = images(batch, 1, HEIGHT, WIDTH)
         y = x if self.physics is None else self.physics.A(x)
         noise = torch.randn(y.shape, generator=generator(7), dtype=DOUBLE)
         sigma = torch.linspace(0.07, 0.11, batch, dtype=DOUBLE)
-        weight = torch.linspace(1, 2, batch, dtype=DOUBLE)
+        weight = torch.linspace(0.5, 1, batch, dtype=DOUBLE)
         self.inputs = {"y": y + 0.05 * noise, "sigma": sigma}
         if self.physics is not None:
             self.inputs["lambda_reg"] = weight
@@ -108,7 +109,9 @@ class Problem:
         row, column = divmod(
             int(torch.fft.rfft2(impulse, s=(279, 279)).abs().argmax()), 140
         )
-        row = min(row, 279 - row) if column == 0 else row  # opposite frequencies are equal
+        row = (
+            min(row, 279 - row) if column == 0 else row
+        )  # opposite frequencies are equal
         sides.append(torch.tensor([row, column]))
         return sides
 
@@ -118,7 +121,7 @@ class Problem:
         size = float(variable.norm() / direction.norm())
         start = variable.clone()
         # To the rounding level, since the difference amplifies every error by 1 / eps.
-        self.model.rtol = 1e-15
+        self.model.rtol = 4e-15
         for eps in (3e-5, 1e-5, 3e-6, 1e-6, 3e-7):
             losses, sides = [], []
             for step in (eps, -eps):
@@ -145,6 +148,9 @@ class Problem:
 )
 def test_exact_gradients_equal_finite_differences(physics, batch):
     problem = Problem(physics, batch)
+    if (physics, batch) not in (("denoising", 2), ("inpainting", 2)):
+        few = {"W.weight.0", "mask_network.V.1", *problem.inputs}
+        problem.variables = {k: v for k, v in problem.variables.items() if k in few}
     x_hat, info = problem.solve()
     assert (info.residual <= 1e-12).all()
     assert info.mask.min() < 0.05 and info.mask.max() > 0.8 and info.mask.std() > 0.1
@@ -163,9 +169,7 @@ def test_exact_gradients_equal_finite_differences(physics, batch):
         # small by chance.
         direction = torch.randn(variable.shape, generator=g, dtype=DOUBLE)
         direction = direction / direction.norm() + 0.5 * gradient / gradient.norm()
-        expected = problem.finite_difference(
-            variable, direction, x_hat.detach()
-        )
+        expected = problem.finite_difference(variable, direction, x_hat.detach())
         got = float((gradient * direction).sum())
         assert got == pytest.approx(expected, rel=1e-6), name
 
@@ -227,7 +231,10 @@ def test_two_forwards_before_one_backward_change_nothing():
 def test_gradients_of_a_batch_are_those_of_its_samples():
     prior = random_prior()
     model = random_model(prior, **EXACT)
-    y, sigma = images(3, 1, HEIGHT, WIDTH), torch.tensor([0.05, 0.08, 0.12], dtype=DOUBLE)
+    y, sigma = (
+        images(3, 1, HEIGHT, WIDTH),
+        torch.tensor([0.05, 0.08, 0.12], dtype=DOUBLE),
+    )
 
     def gradients(rows):
         x_hat = model(y[rows], sigma=sigma[rows])

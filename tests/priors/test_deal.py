@@ -4,8 +4,6 @@ import deepinv as dinv
 import pytest
 import torch
 from deepinv.models.deal import LinearSpline as ReferenceSpline
-from deepinv_deal import DEAL, DEALPrior
-from deepinv_deal.weights import convert_state_dict
 from problems import (
     DOUBLE,
     generator,
@@ -14,6 +12,9 @@ from problems import (
     random_prior,
     relative_error,
 )
+
+from deepinv_deal import DEAL, DEALPrior
+from deepinv_deal.weights import convert_state_dict
 
 SIGMA = 0.1
 

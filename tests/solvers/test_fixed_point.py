@@ -101,6 +101,29 @@ def test_converged_samples_are_left_unchanged(anderson, rng):
     assert torch.equal(result.x[1], iterates[n - 1][1])
 
 
+@pytest.mark.parametrize("anderson", [0, 3])
+def test_samples_that_stopped_stay_even_if_the_inner_solver_moves_them(anderson, rng):
+    M, c, _ = affine_map(rng, (0.9, 0.2))
+    freeze, iterates = freeze_affine(M, c), []
+
+    def careless(x):
+        problem = freeze(x)
+        solve = problem.solve
+        problem.solve = lambda rtol, active: solve(rtol, torch.ones_like(active))
+        return problem
+
+    result = fixed_point(
+        careless,
+        random(rng, 2, 6),
+        rtol=1e-4,
+        anderson=anderson,
+        callback=lambda k, previous, x: iterates.append(x),
+    )
+    n = result.n_iter[1]
+    assert n < result.n_iter[0]
+    assert all(torch.equal(x[1], iterates[n - 1][1]) for x in iterates[n:])
+
+
 @pytest.mark.parametrize("anderson", [0, 1, 3])
 def test_a_batch_gives_what_its_samples_give_alone(anderson, rng):
     M, c, _ = affine_map(rng, (0.95, 0.2, 0.7))
@@ -300,8 +323,9 @@ def test_an_extrapolation_that_raises_the_residual_is_taken_back():
         callback=lambda k, previous, x: iterates.append(x.clone()),
     )
     first = [x[0].item() for x in iterates]
-    # A plain step, the extrapolation to zero, and back to the plain second step.
-    assert first[:3] == pytest.approx([9.0, 0.0, 8.1], abs=1e-5)
+    # A plain step, the extrapolation to zero, back to the plain second step, and a plain
+    # third one, since the history was dropped.
+    assert first[:4] == pytest.approx([9.0, 0.0, 8.1, 7.29], abs=1e-5)
     assert result.history[2, 0] > result.history[1, 0]
     assert result.n_inner[0] < result.n_iter[0]  # taking back costs no inner solve
     assert result.converged.all()
@@ -329,6 +353,7 @@ def test_anderson_survives_steps_that_repeat(depth, dtype):
     )
     assert result.converged.all()
     assert result.x.item() == pytest.approx(5.5, abs=1e-4)
+    assert result.n_iter <= 15  # and still accelerates: 25 without it
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
@@ -354,6 +379,19 @@ def test_too_few_iterations_are_flagged_for_those_samples_only(anderson, rng):
     )
     assert result.status.tolist() == [Status.MAX_ITER, Status.CONVERGED]
     assert result.n_iter[0] == 6 and result.n_iter[1] < 6
+
+
+@pytest.mark.parametrize("anderson", [0, 3])
+def test_stops_at_the_first_iterate_within_the_tolerance(anderson, rng):
+    M, c, _ = affine_map(rng, (0.9, 0.5))
+    freeze, init = freeze_affine(M, c), random(rng, 2, 6)
+    options = dict(rtol=1e-6, anderson=anderson)
+    result = fixed_point(freeze, init, max_iter=500, **options)
+    for i, n in enumerate(result.n_iter.tolist()):
+        assert (result.history[:n, i] > 1e-6).all() and result.history[n, i] <= 1e-6
+        # One iteration less is not enough, and is not called enough.
+        earlier = fixed_point(freeze, init, max_iter=n - 1, **options)
+        assert earlier.status[i] == Status.MAX_ITER and earlier.residual[i] > 1e-6
 
 
 def test_the_best_iterate_is_returned_when_none_converges():

@@ -1,0 +1,314 @@
+"""Training: data from a seed, the published loss, exact resume."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import deepinv as dinv
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from problems import random_prior
+
+from deepinv_deal import DEAL
+from deepinv_deal.cli import main
+from deepinv_deal.splines import LinearSpline
+from deepinv_deal.training import (
+    DEALRecipe,
+    DEALTrainer,
+    DenoisingSampler,
+    deal_loss,
+    load_image,
+    load_images,
+)
+from deepinv_deal.weights import load_prior
+
+SMALL = {
+    "num_filters": 4,
+    "patch_size": 16,
+    "batch_size": 2,
+    "steps": 6,
+    "warmup": 2,
+    "pool": 2,
+    "reuse": 2,
+    "depth_min": 2,
+    "depth_max": 4,
+    "val_every": 3,
+    "val_images": 1,
+    "val_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three images with edges."""
+    path = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        image = np.kron(rng.integers(0, 255, (6, 8)), np.ones((5, 5))).astype(np.uint8)
+        Image.fromarray(image).save(path / f"{i}.png")
+    return path
+
+
+def recipe(folder, out, **changes):
+    return DEALRecipe(data=str(folder), out=str(out), **(SMALL | changes))
+
+
+# -- data ----------------------------------------------------------------------
+
+
+def test_batches_depend_on_seed_and_index_only(folder):
+    images = load_images(folder, 1)
+    sampler = DenoisingSampler(images, 12, 0.2, seed=3)
+    late = sampler.batch(7, 4)
+    again = DenoisingSampler(images, 12, 0.2, seed=3).batch(7, 4)
+    for name in ("x", "y", "sigma"):
+        assert torch.equal(getattr(late, name), getattr(again, name))
+    assert not torch.equal(late.x, sampler.batch(8, 4).x)
+    assert not torch.equal(
+        late.x, DenoisingSampler(images, 12, 0.2, seed=4).batch(7, 4).x
+    )
+    assert late.x.shape == (4, 1, 12, 12)
+    assert late.x.min() >= 0
+    assert late.x.max() <= 1
+    assert late.sigma.max() <= 0.2
+
+
+def test_sampling_leaves_the_global_random_state_alone(folder):
+    state = torch.get_rng_state()
+    DenoisingSampler(load_images(folder, 1), 12, 0.2).batch(0, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_noise_has_the_level_it_says():
+    images = [torch.full((1, 64, 64), 128, dtype=torch.uint8)]
+    problems = DenoisingSampler(images, 64, 0.2).batch(0, 8)
+    measured = (problems.y - problems.x).flatten(1).std(1)
+    torch.testing.assert_close(measured, problems.sigma, rtol=0.1, atol=0)
+
+
+def test_gray_follows_matlab_and_colour_is_kept(tmp_path):
+    rgb = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 13
+    Image.fromarray(rgb).save(tmp_path / "c.png")
+    weights = [0.298936021, 0.587043074, 0.114020904]
+    expected = np.rint(rgb.astype(float) @ weights)
+    np.testing.assert_array_equal(load_image(tmp_path / "c.png", 1)[0], expected)
+    np.testing.assert_array_equal(
+        load_image(tmp_path / "c.png", 3).permute(1, 2, 0), rgb
+    )
+
+
+def test_bad_data_is_named(folder, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"data folder '.*nowhere' does not exist"
+    ):
+        load_images(tmp_path / "nowhere", 1)
+    with pytest.raises(FileNotFoundError, match="No image found"):
+        load_images(tmp_path, 1)
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
+        load_images(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"Image 0 has size \(30, 40\).*patch_size=31"):
+        DenoisingSampler(load_images(folder, 1), 31, 0.2)
+
+
+def test_bad_settings_are_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="Give steps or time_budget"):
+        recipe(folder, tmp_path, steps=None)
+    with pytest.raises(ValueError, match="steps must be positive, got -1"):
+        recipe(folder, tmp_path, steps=-1)
+    with pytest.raises(ValueError, match="pool must be at least 1"):
+        recipe(folder, tmp_path, pool=0)
+
+
+# -- loss ----------------------------------------------------------------------
+
+
+def test_the_loss_is_equation_12(rng):
+    x_hat, x = torch.rand(2, 3, 1, 5, 4, generator=rng, dtype=torch.float64)
+    mask, previous = torch.rand(2, 3, 6, 5, 4, generator=rng, dtype=torch.float64)
+    spline = LinearSpline(5, 0, 2, init=lambda t: t**2).double()
+    weights = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    loss = deal_loss(
+        x_hat, x, mask, previous, [spline, spline], gamma=0.3, weights=weights
+    )
+    expected = 0.0
+    for i in range(3):
+        expected += float(weights[i]) * ((x_hat - x)[i] ** 2).sum() / 3
+        expected += 0.3 / 6 * ((mask - previous)[i] ** 2).sum() / 3
+    slopes = np.diff(np.linspace(0, 2, 5) ** 2) / 0.5
+    expected += 0.3 * 2 * np.abs(np.diff(slopes)).sum()
+    assert loss.item() == pytest.approx(float(expected), rel=1e-12)
+
+
+# -- the loop ------------------------------------------------------------------
+
+
+def weights_of(trainer):
+    return {k: v.clone() for k, v in trainer.prior.state_dict().items()}
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run_bit_for_bit(
+    folder, tmp_path
+):
+    whole = DEALTrainer(recipe(folder, tmp_path / "whole"))
+    whole.train()
+    interrupted = DEALTrainer(recipe(folder, tmp_path / "parts"))
+    for _ in range(4):
+        interrupted._train_step()
+        interrupted.step += 1
+    interrupted.save()
+    resumed = DEALTrainer(recipe(folder, tmp_path / "parts"))
+    assert resumed.step == 4
+    resumed.train()
+    for key, value in weights_of(whole).items():
+        assert torch.equal(value, weights_of(resumed)[key]), key
+
+
+@pytest.mark.slow
+def test_a_killed_training_resumes_bit_for_bit(folder, tmp_path):
+    def command(out):
+        options = {**SMALL, "steps": 60, "checkpoint_every": 0.0}
+        arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+        return [
+            sys.executable,
+            "-c",
+            "import sys; from deepinv_deal.cli import main; sys.exit(main())",
+            *("train", "deal", "--threads=1", f"--data={folder}", f"--out={out}"),
+            *arguments,
+        ]
+
+    process = subprocess.Popen(command(tmp_path / "killed"))
+    while not (tmp_path / "killed" / "state.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for out in ("killed", "whole"):
+        subprocess.run(command(tmp_path / out), check=True)
+    states = [
+        torch.load(tmp_path / out / "state.pt", weights_only=True)["prior"]
+        for out in ("killed", "whole")
+    ]
+    for key in states[0]:
+        assert torch.equal(states[0][key], states[1][key]), key
+
+
+def test_other_settings_refuse_to_resume(folder, tmp_path):
+    DEALTrainer(recipe(folder, tmp_path)).save()
+    with pytest.raises(ValueError, match=r"other settings \(lr: 0.002 -> 0.1\)"):
+        DEALTrainer(recipe(folder, tmp_path, lr=0.1))
+    assert DEALTrainer(recipe(folder, tmp_path, lr=0.1), resume=False).step == 0
+
+
+def test_training_writes_a_log_and_the_best_weights(folder, tmp_path):
+    trainer = DEALTrainer(recipe(folder, tmp_path))
+    best = trainer.train()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert len(lines) == 2  # at steps 3 and 6
+    model = DEAL(pretrained=tmp_path / "best.safetensors")
+    assert model.prior[0].num_filters == 4
+    assert np.isfinite(best)
+
+
+def test_a_few_steps_lower_the_loss_on_the_same_patches(folder, tmp_path):
+    settings = {"steps": 1000, "pool": 1, "reuse": 1000, "lr": 5e-3, "warmup": 1}
+    trainer = DEALTrainer(recipe(folder, tmp_path, **settings))
+    losses = []
+    for _ in range(12):
+        losses.append(trainer._train_step())
+        trainer.step += 1
+    assert min(losses[-3:]) < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"jacobian_free": False}, id="jacobian_free"),
+        pytest.param({"balance": 0.0}, id="balance"),
+        pytest.param({"gamma": 1.0}, id="gamma"),
+        pytest.param({"seed": 1}, id="seed"),
+        pytest.param({"adjoint_rtol": 1e-6}, id="adjoint_rtol"),
+        pytest.param({"normalization": "exact"}, id="normalization"),
+        pytest.param({"sigma_max": 0.1}, id="sigma_max"),
+        pytest.param({"clip": 1e-3}, id="clip"),
+        pytest.param({"lr": 1e-4}, id="lr"),
+    ],
+)
+def test_each_setting_changes_the_training(folder, tmp_path, change):
+    def train(**settings):
+        trainer = DEALTrainer(
+            recipe(folder, tmp_path, steps=100, **settings), resume=False
+        )
+        for _ in range(3):
+            trainer._train_step()
+            trainer.step += 1
+        return torch.cat([p.detach().flatten() for p in trainer.prior.parameters()])
+
+    assert not torch.equal(train(), train(**change))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_path):
+    trainer = DEALTrainer(recipe(folder, tmp_path))
+    trainer.save()
+    before = trainer.state_path.read_bytes()
+    with torch.no_grad():
+        trainer.prior.kappa.coefficients.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 0.*kept"):
+        trainer.train()
+    assert trainer.state_path.read_bytes() == before
+
+
+def test_the_command_trains(folder, tmp_path, capsys):
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+    assert (
+        main(["train", "deal", f"--data={folder}", f"--out={tmp_path}", *arguments])
+        == 0
+    )
+    assert "6 steps" in capsys.readouterr().out
+    assert load_prior(tmp_path / "best.safetensors").num_filters == 4
+
+
+def test_the_command_names_bad_input(tmp_path, capsys):
+    arguments = ["train", "deal", "--data=nowhere", f"--out={tmp_path}", "--steps=1"]
+    assert main(arguments) == 2
+    assert "'nowhere' does not exist" in capsys.readouterr().err
+
+
+def test_deal_trains_in_deepinvs_trainer(tmp_path):
+    x = torch.rand(4, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, i):
+            return {"x": x[i]}
+
+    physics = dinv.physics.Inpainting((1, 12, 12), mask=0.5)
+    model = DEAL(
+        prior=random_prior(1, 4, dtype=torch.float32), pretrained=None, rtol=1e-3
+    )
+    before = model.prior[0].W.weight[0].detach().clone()
+    trainer = dinv.Trainer(
+        model=model,
+        physics=physics,
+        optimizer=torch.optim.Adam(model.parameters(), lr=1e-3),
+        train_dataloader=torch.utils.data.DataLoader(Data(), batch_size=2),
+        losses=dinv.loss.SupLoss(),
+        metrics=dinv.metric.PSNR(),
+        epochs=2,
+        online_measurements=True,
+        save_path=None,
+        verbose=False,
+        show_progress_bar=False,
+        device="cpu",
+        non_blocking_transfers=False,
+    )
+    trainer.train()
+    assert not torch.equal(model.prior[0].W.weight[0], before)
