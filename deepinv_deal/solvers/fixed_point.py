@@ -30,6 +30,8 @@ class FrozenProblem(Protocol):
         """
         Returns the solution, started at the image where the problem was frozen.
 
+        Its ``residual`` is the fraction of the problem's residual that remains.
+
         :param torch.Tensor rtol: factor by which to reduce ``residual``, shape
             ``(B,)``.
         :param torch.Tensor active: samples to work on, shape ``(B,)``; others stay.
@@ -140,8 +142,10 @@ def fixed_point(
         # safeguard).
         mismatch = (problem.residual - step.residual * residual).abs() / residual
         memory = eta**1.618
-        eta = torch.where(memory > 0.1, torch.maximum(mismatch, memory), mismatch)
-        eta = eta.nan_to_num(forcing).clamp(1e-3, forcing)
+        choice = torch.where(memory > 0.1, torch.maximum(mismatch, memory), mismatch)
+        choice = choice.nan_to_num(forcing).clamp(1e-3, forcing)
+        # A sample that only took a step back has learnt nothing about its problem.
+        eta = choice.where(working, eta)
         residual = problem.residual
         history.append(residual)
     return SolverResult(

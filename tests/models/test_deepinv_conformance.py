@@ -87,7 +87,7 @@ def restoration_cases():
             yield pytest.param(operator, channels, id=f"{operator}-{channels}")
 
 
-@pytest.mark.parametrize(("operator", "channels"), restoration_cases())
+@pytest.mark.parametrize(("operator", "channels"), list(restoration_cases()))
 @pytest.mark.parametrize("size", [(32, 37), (25, 129)])
 def test_restoration(shipped, monkeypatch, operator, channels, size):
     tests = shipped("test_models")
@@ -116,7 +116,7 @@ def test_restoration(shipped, monkeypatch, operator, channels, size):
     assert len(y) == 2
 
 
-@pytest.mark.parametrize(("operator", "channels"), restoration_cases())
+@pytest.mark.parametrize(("operator", "channels"), list(restoration_cases()))
 def test_restoration_backward(shipped, monkeypatch, operator, channels):
     # The shipped test skips its backward pass for all models but one.
     tests = shipped("test_models")

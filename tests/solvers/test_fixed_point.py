@@ -323,8 +323,8 @@ def test_an_extrapolation_that_raises_the_residual_is_taken_back():
         callback=lambda k, previous, x: iterates.append(x.clone()),
     )
     first = [x[0].item() for x in iterates]
-    # A plain step, the extrapolation to zero, back to the plain second step, and a plain
-    # third one, since the history was dropped.
+    # A plain step, the extrapolation to zero, back to the plain second step, and a
+    # plain third one, since the history was dropped.
     assert first[:4] == pytest.approx([9.0, 0.0, 8.1, 7.29], abs=1e-5)
     assert result.history[2, 0] > result.history[1, 0]
     assert result.n_inner[0] < result.n_iter[0]  # taking back costs no inner solve
