@@ -16,7 +16,8 @@ half the pixels, on a 128 x 128 crop of scikit-image's ``camera``):
 
 A solver is counted until its iterate *first* has a nonlinear residual
 ``||b - A(x) x|| / ||b||`` of at most the target. These evaluations are not counted.
-``--default-run`` lets deepinv go on until it stops by itself (tens of minutes).
+deepinv is stopped after ``--cap`` applications; ``--default-run`` lets it go
+on until it stops by itself (tens of minutes).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SIGMA_MODEL, LAMBDA = 15 / 255, 1.0
 
 
 class Reached(Exception):  # noqa: N818 - control flow, not an error
-    """The target residual is reached."""
+    """The target residual, or the cap, is reached."""
 
 
 @dataclass
@@ -131,7 +132,9 @@ def published(equation, judge, target: float, eps_in: float, cap: int) -> Count:
     return count
 
 
-def theirs(reference, run, judge, target: float, full: bool) -> tuple[Count, Count]:
+def theirs(
+    reference, run, judge, target: float, full: bool, cap: int
+) -> tuple[Count, Count]:
     """Runs deepinv's model; returns the work until the target and until it stops."""
     now, first = Count(), Count()
     inner = reference.model
@@ -153,6 +156,8 @@ def theirs(reference, run, judge, target: float, full: bool) -> tuple[Count, Cou
             first.__dict__.update(now.__dict__)
             if not full:
                 raise Reached
+        if not full and now.applications >= cap:
+            raise Reached
         now.masks += 1
         return cal_mask(x)
 
@@ -173,6 +178,7 @@ def main() -> None:
     parser.add_argument("--weights", help=".pth file in the authors' layout")
     parser.add_argument("--target", type=float, default=1e-3)
     parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--cap", type=int, default=6000, help="applications of W")
     parser.add_argument("--default-run", action="store_true")
     parser.add_argument("--skip-deepinv", action="store_true")
     args = parser.parse_args()
@@ -218,7 +224,9 @@ def main() -> None:
             print(line.line("published tolerances"), flush=True)
             if args.skip_deepinv:
                 continue
-            first, last = theirs(reference, run, judge, args.target, args.default_run)
+            first, last = theirs(
+                reference, run, judge, args.target, args.default_run, args.cap
+            )
             reached = first if first.applications else last
             print(reached.line("deepinv.models.DEAL"), flush=True)
             if args.default_run:

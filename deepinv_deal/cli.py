@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
+RTOL_HELP = "tolerance on the nonlinear residual; if unset, that of DEAL"
+
 #: Hyperparameters of the demo's inpainting problem, tuned on other photographs.
 DEMO_INPAINTING = {"sigma": 15 / 255, "lambda_reg": 1.0}
 
@@ -54,9 +56,7 @@ def _add_demo(commands: Commands[argparse.ArgumentParser]) -> None:
         "--size", type=int, default=256, help="side of the image in pixels"
     )
     demo.add_argument("--pretrained", default="deal_gray", help="weights: name or file")
-    demo.add_argument(
-        "--rtol", type=float, default=1e-4, help="tolerance of the solver"
-    )
+    demo.add_argument("--rtol", type=float, help=RTOL_HELP)
     demo.set_defaults(run=_demo)
 
 
@@ -112,7 +112,7 @@ def _demo(args: argparse.Namespace) -> int:
             f"residual {float(info.residual):.1e} "
             f"({'converged' if info.converged else 'NOT converged'}), {seconds:.1f} s"
         )
-        panels.append(Panel(title, x, y, x_hat, info, args.rtol, *captions))
+        panels.append(Panel(title, x, y, x_hat, info, *captions))
         worked &= bool(info.converged)
     plot_reconstructions(panels).savefig(args.out, dpi=110)
     print(f"Figure: {args.out}")
@@ -132,9 +132,7 @@ def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     evaluate.add_argument(
         "--pretrained", default="deal_gray", help="weights: name or file"
     )
-    evaluate.add_argument(
-        "--rtol", type=float, default=1e-4, help="tolerance of the solver"
-    )
+    evaluate.add_argument("--rtol", type=float, help=RTOL_HELP)
     evaluate.add_argument("--csv", help="file for one line per image and noise level")
     evaluate.add_argument(
         "--tv",

@@ -24,7 +24,6 @@ class Panel:
     :param torch.Tensor y: measurement as an image ``(1, C, H, W)``.
     :param torch.Tensor x_hat: reconstruction ``(1, C, H, W)``.
     :param ReconstructionInfo info: from ``model(..., return_info=True)``.
-    :param float rtol: tolerance of the solver, drawn into the convergence curve.
     :param str measured: caption of the measurement, e.g. its PSNR.
     :param str reconstructed: caption of the reconstruction.
     """
@@ -34,7 +33,6 @@ class Panel:
     y: Tensor
     x_hat: Tensor
     info: ReconstructionInfo
-    rtol: float
     measured: str = ""
     reconstructed: str = ""
 
@@ -79,10 +77,10 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
         axes[0].set_ylabel(panel.title, fontsize=12)
         history = panel.info.history[:, 0].cpu()
         axes[4].semilogy(range(len(history)), history, "o-", markersize=3)
-        axes[4].axhline(panel.rtol, color="gray", linestyle="--", linewidth=1)
+        axes[4].axhline(panel.info.rtol, color="gray", linestyle="--", linewidth=1)
         axes[4].annotate(
             "tolerance",
-            (0, panel.rtol),
+            (0, panel.info.rtol),
             textcoords="offset points",
             xytext=(2, 4),
             color="gray",

@@ -65,8 +65,8 @@ dinv.utils.plot(
 # ----------------
 #
 # ``info`` says so for each image of the batch. The residual is that of the *nonlinear*
-# equation, with the mask computed at the image that is returned; ``rtol=1e-4`` is the
-# default.
+# equation, with the mask computed at the image that is returned; for denoising
+# ``rtol=1e-3`` is the default.
 
 print(f"PSNR {psnr(x_hat, x).item():.2f} dB")
 print(f"converged: {info.converged.item()}, residual {info.residual.item():.1e}")

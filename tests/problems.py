@@ -47,8 +47,8 @@ def random_prior(
     A prior whose masks fill (0.01, 1) and follow the image, with kappa of 7 to 12.
 
     As initialised, the masks are about 1 whatever the image: the mask network would go
-    untested. With a large ``gain`` they depend on the image so strongly that some problems
-    have no stable fixed point.
+    untested. With a large ``gain`` they depend on the image so strongly that some
+    problems have no stable fixed point.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -219,3 +219,55 @@ def test_failing_downloads_name_the_address_and_the_way_out(monkeypatch, tmp_pat
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(OSError, match=r"raw\.githubusercontent\.com.*'deal_gray'"):
         load_prior("download")
+
+
+def test_loading_leaves_the_global_random_state_alone(file):
+    state = torch.get_rng_state()
+    load_prior(file)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_noise_in_a_file_raises_nothing_but_value_errors(prior, tmp_path, suffix):
+    path = tmp_path / f"noise{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": authors_state(prior)}, path)
+    else:
+        save_prior(prior, path)
+    content = path.read_bytes()
+    g = torch.Generator().manual_seed(0)
+    for k in range(40):
+        damaged = bytearray(content)
+        start = int(torch.randint(len(content) - 64, (), generator=g))
+        start = start if k % 2 else start % 1000  # the header is the fragile part
+        noise = torch.randint(256, (64,), generator=g)
+        damaged[start : start + 64] = bytes(noise.tolist())
+        path.write_bytes(damaged)
+        try:
+            load_prior(path)  # numbers may change unnoticed: a weights file has no hash
+        except ValueError:
+            pass
+
+
+def test_states_that_hold_no_tensors_are_refused(tmp_path):
+    path = tmp_path / "odd.pth"
+    for state in (
+        {"W.weight.0": 1, "W.weight.2": 2},
+        dict.fromkeys(io._AUTHORS_KEYS.values(), "text"),
+        [torch.ones(1)],
+        {},
+    ):
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=r"odd\.pth|layout"):
+            load_prior(path)
+
+
+def test_a_header_without_norm_rule_is_refused(prior, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    for header in (
+        {"format": io._FORMAT},
+        {"format": io._FORMAT, "normalization": "x"},
+    ):
+        save_file(dict(prior.state_dict()), path, header)
+        with pytest.raises(ValueError, match="normalization"):
+            load_prior(path)

@@ -208,7 +208,7 @@ class FixedPointOptim(BaseOptim):
         )
         # deepinv's metric object holds a local function and cannot be pickled.
         del self.psnr
-        self.psnr = _psnr
+        self.psnr: Callable[..., Tensor] = _psnr
         self.rtol, self.forcing, self.anderson = rtol, forcing, anderson
         self.warn = warn
 
@@ -316,6 +316,7 @@ class FixedPointOptim(BaseOptim):
         init: Tensor,
         x_gt: Tensor | None = None,
         compute_metrics: bool = False,
+        rtol: float | None = None,
     ) -> tuple[Tensor, SolverResult, dict[str, Any] | None]:
         """
         Solves an equation with the settings of this optimizer.
@@ -324,8 +325,10 @@ class FixedPointOptim(BaseOptim):
         :param torch.Tensor init: first image, shape ``(B, C, H, W)``.
         :param torch.Tensor x_gt: ground truth for the metrics.
         :param bool compute_metrics: whether to record metrics.
+        :param float rtol: tolerance instead of the constructor's.
         :return: solution with implicit gradients, solver result, metrics or ``None``.
         """
+        rtol = self.rtol if rtol is None else rtol
         metrics: dict[str, Any] | None = None
         if compute_metrics:
             metrics = self.init_metrics_fn({"est": (init,)}, x_gt=x_gt)
@@ -336,7 +339,7 @@ class FixedPointOptim(BaseOptim):
         x, result = solve_equation(
             equation,
             init,
-            rtol=self.rtol,
+            rtol=rtol,
             max_iter=self.max_iter,
             forcing=self.forcing,
             anderson=self.anderson,
@@ -344,10 +347,10 @@ class FixedPointOptim(BaseOptim):
             adjoint=self.adjoint_options,
         )
         self.has_converged = bool(result.converged.all())
-        if self.warn and self.rtol:
+        if self.warn and rtol:
             result.warn(
                 type(self).__name__,
-                self.rtol,
+                rtol,
                 "The image is the best iterate found. Raise max_iter, or relax rtol.",
                 stacklevel=6,  # the caller of the module
             )
@@ -357,8 +360,8 @@ class FixedPointOptim(BaseOptim):
 
 
 def _image_of(X: dict[str, Any]) -> Tensor:
-    return X["est"][0]  # type: ignore[no-any-return]
+    return X["est"][0]
 
 
 def _psnr(x: Tensor, x_gt: Tensor) -> Tensor:
-    return PSNR()(x, x_gt)  # type: ignore[no-any-return]
+    return PSNR()(x, x_gt)

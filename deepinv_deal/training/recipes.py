@@ -293,7 +293,12 @@ class DEALTrainer:
             )
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.prior.parameters(), recipe.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.prior.parameters(), recipe.clip)
+        if not torch.isfinite(norm):  # one step would make the weights and states NaN
+            raise FloatingPointError(
+                f"The gradient is not finite at step {self.step}. The last checkpoint "
+                "and the best weights are kept; lower lr or clip and start again."
+            )
         self.optimizer.step()
         self.pool[slot] = (problems, result.x)
         return float(loss.detach())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -61,17 +60,17 @@ def convert_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
         ``"published"``.
     :raises ValueError: if parameters are missing.
     """
-    state = {k.removeprefix("model."): v for k, v in state.items()}
-    missing = sorted(k for k in _AUTHORS_KEYS.values() if k not in state)
+    state = {str(k).removeprefix("model."): v for k, v in state.items()}
+    missing = sorted(
+        k for k in _AUTHORS_KEYS.values() if not isinstance(state.get(k), Tensor)
+    )
     if missing:
         raise ValueError(
             "The state dict is not in the layout of DEAL's authors: it lacks "
             f"{', '.join(missing[:4])}{', ...' * (len(missing) > 4)}. It holds "
             f"{', '.join(sorted(state)[:4]) or 'nothing'}, ..."
         )
-    return {
-        ours: torch.as_tensor(state[theirs]) for ours, theirs in _AUTHORS_KEYS.items()
-    }
+    return {ours: state[theirs] for ours, theirs in _AUTHORS_KEYS.items()}
 
 
 def prior_from_state_dict(
@@ -87,14 +86,18 @@ def prior_from_state_dict(
     :param str source: what to call the weights in errors.
     :raises ValueError: for missing or extra entries, wrong shapes, NaN or infinity.
     """
-    last = state.get("W.weight.2")
-    first = state.get("W.weight.0")
-    if last is None or first is None or last.ndim != 4 or first.ndim != 4:
+    first, last = state.get("W.weight.0"), state.get("W.weight.2")
+    if (
+        not (isinstance(first, Tensor) and isinstance(last, Tensor))
+        or first.ndim != 4
+        or last.ndim != 4
+    ):
         raise ValueError(
             f"{source} does not hold weights of a DEALPrior: no filters W.weight.0 and "
             "W.weight.2."
         )
-    prior = DEALPrior(first.shape[1], last.shape[0], normalization)
+    with torch.random.fork_rng(devices=[]):  # the random initial weights are replaced
+        prior = DEALPrior(first.shape[1], last.shape[0], normalization)
     expected = prior.state_dict()
     if set(state) != set(expected):
         missing = sorted(set(expected) - set(state))
@@ -183,7 +186,7 @@ def _load_safetensors(path: Path) -> DEALPrior:
             f"{path} is not a weights file of this package: its format is "
             f"{header.get('format')!r}, expected {_FORMAT!r}."
         )
-    return prior_from_state_dict(state, header["normalization"], str(path))
+    return prior_from_state_dict(state, header.get("normalization", ""), str(path))
 
 
 def _load_pth(path: Path) -> DEALPrior:
@@ -192,13 +195,7 @@ def _load_pth(path: Path) -> DEALPrior:
             # torch remarks on unusual pickle protocols; what it cannot read it refuses.
             warnings.simplefilter("ignore", UserWarning)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        OSError,
-    ) as error:
+    except Exception as error:  # a damaged pickle can make its reader raise anything
         raise ValueError(
             f"{path} cannot be read as a checkpoint of plain tensors: {error}"
         ) from error

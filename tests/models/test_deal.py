@@ -66,7 +66,7 @@ def y():
     return images(2, *SHAPE)
 
 
-# -- batches -----------------------------------------------------------------------------
+# -- batches -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_batch_equals_its_samples_one_by_one(physics, anderson):
         assert torch.equal(info.scale[rows], alone.scale)
 
 
-# -- calls -------------------------------------------------------------------------------
+# -- calls ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_linear_map_without_a_physics_class(model, y):
     assert relative_error(model(y, Map(inpainting())), expected) < 1e-8
 
 
-# -- answers -----------------------------------------------------------------------------
+# -- answers -------------------------------------------------------------------
 
 
 def test_info_tells_how_it_went(model, y):
@@ -220,6 +220,16 @@ def test_info_tells_how_it_went(model, y):
     expected = model.prior[0].mask(x_hat, DEFAULT_SIGMA)
     torch.testing.assert_close(info.mask, expected)
     assert info.mask.shape == (2, 4, 9, 8) and not info.mask.requires_grad
+
+
+def test_info_tells_the_tolerance(y):
+    # Denoising needs less: its errors are not amplified by an inverse.
+    model = DEAL(prior=random_prior(), pretrained=None)
+    assert model(y, sigma=0.1, return_info=True)[1].rtol == 1e-3
+    assert model(y, inpainting(), return_info=True)[1].rtol == 1e-4
+    model = DEAL(prior=random_prior(), pretrained=None, rtol=1e-2)
+    for physics in (None, inpainting()):
+        assert model(y, physics, sigma=0.1, return_info=True)[1].rtol == 1e-2
 
 
 def test_metrics_are_those_of_base_optim(y):
@@ -273,7 +283,7 @@ def test_init_is_not_modified(model, y):
     assert torch.equal(init, y)
 
 
-# -- units -------------------------------------------------------------------------------
+# -- units ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
@@ -349,7 +359,7 @@ def test_zero_noise_level_is_finite(model, y):
     assert x_hat.isfinite().all() and info.converged.all()
 
 
-# -- constructor -------------------------------------------------------------------------
+# -- constructor ---------------------------------------------------------------
 
 
 def answer(y, **kwargs):
@@ -464,7 +474,7 @@ def test_trainable_parameters_need_a_value():
         DEAL(prior=random_prior(), pretrained=None, trainable_params=["sigmma"])
 
 
-# -- physics -----------------------------------------------------------------------------
+# -- physics -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coils", [None, 3])
@@ -519,7 +529,7 @@ def test_odd_and_tiny_images(model, shape):
     assert model(images(1, *shape), sigma=0.1).shape == (1, *shape)
 
 
-# -- a good citizen ----------------------------------------------------------------------
+# -- a good citizen ------------------------------------------------------------
 
 
 def test_train_and_eval_agree(model, y):
@@ -618,7 +628,7 @@ def test_moved_model_moves_all(y):
     torch.testing.assert_close(model.float()(y.float(), sigma=0.1), expected)
 
 
-# -- as a part of deepinv ----------------------------------------------------------------
+# -- as a part of deepinv ------------------------------------------------------
 
 
 def test_denoiser_in_plug_and_play_and_red(model, y):

@@ -24,13 +24,15 @@ JACOBIAN_FREE = DEQConfig(jacobian_free=True, eps_backward=1e-13)
 
 
 def blur():
-    kernel = torch.tensor([[1.0, 2, 1], [2, 9, 2], [1, 2, 3]], dtype=DOUBLE)[None, None]
+    kernel = torch.tensor([[1.0, 2, 1], [2, 25, 2], [1, 2, 3]], dtype=DOUBLE)[
+        None, None
+    ]
     return dinv.physics.Blur(kernel / kernel.sum(), padding="circular")
 
 
 def inpainting():
-    # A mask of fractions without zeros, to be differentiated. Zeros would make the problem
-    # so ill-conditioned that a residual of 1e-13 leaves an error of 1e-10.
+    # A mask of fractions without zeros, to be differentiated. Zeros would make the
+    # problem so ill-conditioned that a residual of 1e-13 leaves an error of 1e-10.
     mask = 0.2 + 0.8 * (images(1, 1, HEIGHT, WIDTH, seed=5)[0] > 0.5)
     return dinv.physics.Inpainting((1, HEIGHT, WIDTH), mask=mask.double())
 
@@ -65,9 +67,12 @@ class Problem:
         with torch.no_grad():
             self.solution = self.solve()[0]
 
-    def solve(self, init=None):
+    def solve(self, init=None, rtol=None):
         inputs = {k: v for k, v in self.inputs.items() if "." not in k}
-        return self.model(
+        model = self.model
+        if rtol is not None:
+            model = random_model(model.prior[0], **{**EXACT, "rtol": rtol})
+        return model(
             inputs.pop("y"), self.physics, init=init, return_info=True, **inputs
         )
 
@@ -78,7 +83,7 @@ class Problem:
         return (weights * error + 0.5 * error.square()).sum()
 
     def kinks(self, x_hat, info) -> list[torch.Tensor]:
-        """On which side of every spline knot, absolute value, clip and maximum we are."""
+        """On which side of every knot, absolute value, clip and maximum we are."""
         prior = self.model.prior[0]
         network, levels = prior.mask_network, 255 * info.sigma
         bound = network.bind(levels)
@@ -117,16 +122,15 @@ class Problem:
 
     @torch.no_grad()
     def finite_difference(self, variable, direction, x_hat) -> float:
-        """The central difference along a direction, over a step that crosses no kink."""
+        """The central difference along a direction, in a step that crosses no kink."""
         size = float(variable.norm() / direction.norm())
         start = variable.clone()
-        # To the rounding level, since the difference amplifies every error by 1 / eps.
-        self.model.rtol = 4e-15
         for eps in (3e-5, 1e-5, 3e-6, 1e-6, 3e-7):
             losses, sides = [], []
             for step in (eps, -eps):
                 variable.copy_(start + step * size * direction)
-                x, info = self.solve(init=x_hat)
+                # To the rounding level: the difference amplifies errors by 1 / eps.
+                x, info = self.solve(init=x_hat, rtol=4e-15)
                 assert (info.residual <= 1e-14).all()
                 losses.append(self.loss(x))
                 sides.append(self.kinks(x, info))

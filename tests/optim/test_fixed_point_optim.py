@@ -1,4 +1,4 @@
-"""The deepinv optimizer: FrozenIteration in deepinv's BaseOptim, and FixedPointOptim."""
+"""FrozenIteration in deepinv's BaseOptim, and our FixedPointOptim."""
 
 import deepinv as dinv
 import pytest
@@ -71,7 +71,7 @@ def test_unrolled_gradients_approach_the_implicit_ones(physics):
 
 def test_data_fidelity_weight_divides_lambda(physics):
     prior, y = random_prior(), physics(images(1, 1, 9, 8))
-    # 1 / (2 s^2) ||Ax - y||^2 + lambda R  is minimised with 1/2 || . ||^2 + s^2 lambda R.
+    # 1 / (2 s^2) ||Ax - y||^2 + lambda R  is  1/2 ||Ax - y||^2 + s^2 lambda R.
     x = ours(prior, data_fidelity=dinv.optim.L2(sigma=0.5))(y, physics)
     expected = ours(prior)(y, physics, lambda_reg=0.25 * LAMBDA)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-10)

@@ -30,14 +30,15 @@ def reference_model(color: bool):
             noise = torch.randn(p.shape, generator=g, dtype=DOUBLE)
             p.add_(0.05 * p.abs().mean() * noise)
         model.spline_scaling.coefficients.add_(2.0)
-        # In float64 the reference rounds 2.9 / 0.1 down to 28, and continues the last but
-        # one piece of spline3 beyond its knots, not the last. With the tail of the
+        # In float64 the reference rounds 2.9 / 0.1 down to 28, and continues the last
+        # but one piece of spline3 beyond its knots, not the last. With the tail of the
         # Gaussian both give less than 0.01, where the mask is clipped.
         tail = model.spline3.coefficients[0, 25:]
         tail.copy_(torch.exp(-(torch.linspace(2.5, 3, len(tail), dtype=DOUBLE) ** 2)))
     # The reference keeps the knots as integers and divides them in float32, also after
-    # .double(): its distance of the knots is 0.1 + 1.5e-9. The comparison to 1e-10 needs
-    # the same knots, so the buffers are set to what their formulas give in float64.
+    # .double(): its distance of the knots is 0.1 + 1.5e-9. The comparison to 1e-10
+    # needs the same knots, so the buffers are set to what their formulas give in
+    # float64.
     for m in model.modules():
         if isinstance(m, ReferenceSpline):
             m.x_min, m.x_max = m.x_min.double(), m.x_max.double()

@@ -264,6 +264,27 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_pa
     assert trainer.state_path.read_bytes() == before
 
 
+def test_gradients_that_are_not_finite_never_reach_the_checkpoint(
+    folder, tmp_path, monkeypatch
+):
+    # The loss is finite and its gradient is not: the step would fill the weights with
+    # NaN, and a checkpoint written after it would be lost for ever.
+    trainer = DEALTrainer(recipe(folder, tmp_path, checkpoint_every=0.0))
+    trainer.save()
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def poison(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        parameters[0].grad.fill_(float("nan"))
+        return clip(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
+    with pytest.raises(FloatingPointError, match=r"gradient.*step 0.*kept"):
+        trainer.train()
+    state = torch.load(trainer.state_path, weights_only=True)
+    assert all(value.isfinite().all() for value in state["prior"].values())
+
+
 def test_the_command_trains(folder, tmp_path, capsys):
     arguments = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
     assert (
