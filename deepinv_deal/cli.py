@@ -133,6 +133,9 @@ def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
         "--pretrained", default="deal_gray", help="weights: name or file"
     )
     evaluate.add_argument("--rtol", type=float, help=RTOL_HELP)
+    evaluate.add_argument(
+        "--max-iter", type=int, default=100, help="largest number of outer iterations"
+    )
     evaluate.add_argument("--csv", help="file for one line per image and noise level")
     evaluate.add_argument(
         "--tv",
@@ -156,7 +159,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         channels = 1
         denoiser = tuned_tv(load_image_folder(args.tv, channels), args.sigma)
     else:
-        denoiser = DEAL(pretrained=args.pretrained, rtol=args.rtol)
+        denoiser = DEAL(
+            pretrained=args.pretrained,
+            rtol=args.rtol,
+            max_iter=args.max_iter,
+            warn=False,
+        )
         channels = denoiser.prior[0].in_channels
     scores = evaluate_denoising(
         denoiser, load_image_folder(args.data, channels), args.sigma

@@ -178,7 +178,7 @@ class DEAL(FixedPointOptim, Denoiser):
         sigma: float | Tensor | str | None = None,
         lambda_reg: float | Tensor | None = None,
         rtol: float | None = None,
-        max_iter: int = 200,
+        max_iter: int = 100,
         inner_max_iter: int = 1000,
         forcing: float = 0.5,
         anderson: int = 0,

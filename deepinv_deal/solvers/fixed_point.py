@@ -39,6 +39,13 @@ class FrozenProblem(Protocol):
         ...
 
 
+#: Factor by which the first inner solve reduces the residual, unless ``forcing`` is less.
+FIRST_FORCING = 0.1
+
+#: Steps are shortened by the first factor when the residual rises, lengthened by the
+#: second when it falls, and never shorter than the third.
+DAMPING, RECOVERY, SHORTEST_STEP = 0.7, 1.05, 0.2
+
 #: ``callback(k, x_previous, x)`` after outer iteration ``k = 0, 1, ...``
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -66,6 +73,10 @@ def fixed_point(
     least the factor ``forcing``, more if the frozen problem has turned out to predict
     the nonlinear residual well, and never far below ``rtol`` (choice 1 of
     :footcite:t:`eisenstat1996choosing`).
+
+    Where :math:`T` overshoots, the iterates would oscillate. Steps are therefore damped:
+    a sample whose residual has risen moves only a fraction of the way to :math:`T(x_k)`,
+    and returns to full steps as its residual falls. Fixed points stay the same.
 
     With ``anderson=m``, the last :math:`m` steps are combined such that the combined
     step is shortest (Anderson acceleration, :footcite:t:`walker2011anderson`). It is
@@ -104,7 +115,8 @@ def fixed_point(
     n_inner = torch.zeros_like(n_iter)
     status = torch.full_like(n_iter, Status.MAX_ITER, dtype=torch.int8)
     history = [residual]
-    eta = torch.full_like(residual, forcing)
+    eta = torch.full_like(residual, min(FIRST_FORCING, forcing))
+    omega = torch.ones_like(residual)
     mixer = _Anderson(anderson) if anderson else None
     for k in range(max_iter + 1):
         finite = residual.isfinite()
@@ -130,22 +142,25 @@ def fixed_point(
         working = working & ~broken
         n_iter += active
         n_inner += step.n_iter * working
+        image = x + expand(omega, x) * (step.x - x)
         if mixer is not None:
-            x = mixer.extrapolate(x, step.x, residual, working)
+            x = mixer.extrapolate(x, image, residual, working)
         else:
-            x = select(working, step.x, x)
+            x = select(working, image, x)
         if callback is not None:
             callback(k, previous, x)
         problem = freeze(x)
         # How well the frozen problem predicted the residual tells how accurately the
-        # next one is worth solving (choice 1 of Eisenstat and Walker, with their
-        # safeguard).
+        # next one is worth solving. The safeguard of Eisenstat and Walker, by which eta
+        # falls slowly, is left out: it cost more than it saved on trained weights.
         mismatch = (problem.residual - step.residual * residual).abs() / residual
-        memory = eta**1.618
-        choice = torch.where(memory > 0.1, torch.maximum(mismatch, memory), mismatch)
-        choice = choice.nan_to_num(forcing).clamp(1e-3, forcing)
+        choice = mismatch.nan_to_num(forcing).clamp(min(1e-3, forcing), forcing)
         # A sample that only took a step back has learnt nothing about its problem.
         eta = choice.where(working, eta)
+        # Overshooting shows as a residual that rises: take shorter steps from then on.
+        rose = working & (problem.residual > residual)
+        omega = torch.where(rose, DAMPING * omega, RECOVERY * omega)
+        omega = omega.clamp(SHORTEST_STEP, 1.0)
         residual = problem.residual
         history.append(residual)
     return SolverResult(

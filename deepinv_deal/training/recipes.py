@@ -142,7 +142,7 @@ class DEALTrainer:
     The folder ``recipe.out`` receives ``state.pt`` (everything needed to go on exactly
     where the last checkpoint was written), ``log.jsonl`` (one line per validation) and
     ``best.safetensors`` (weights with the best mean validation PSNR, loadable with
-    ``DEAL(pretrained=path)``). All files are replaced atomically.
+    ``DEAL(pretrained=path)``) and, at the end, ``last.safetensors``. All files are replaced atomically.
 
     :param DEALRecipe recipe: settings.
     :param bool resume: go on from ``state.pt`` if there is one.
@@ -221,6 +221,7 @@ class DEALTrainer:
                 last_save = time.monotonic()
         bar.close()
         self.save()
+        save_prior(self.prior, self.out / "last.safetensors")
         return self.best
 
     def _progress(self) -> float:

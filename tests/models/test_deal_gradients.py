@@ -24,10 +24,9 @@ JACOBIAN_FREE = DEQConfig(jacobian_free=True, eps_backward=1e-13)
 
 
 def blur():
-    kernel = torch.tensor([[1.0, 2, 1], [2, 25, 2], [1, 2, 3]], dtype=DOUBLE)[
-        None, None
-    ]
-    return dinv.physics.Blur(kernel / kernel.sum(), padding="circular")
+    kernel = torch.tensor([[1.0, 2, 1], [2, 25, 2], [1, 2, 3]], dtype=DOUBLE)
+    kernel = (kernel / kernel.sum())[None, None]
+    return dinv.physics.Blur(kernel, padding="circular")
 
 
 def inpainting():

@@ -185,7 +185,6 @@ def test_every_looser_or_tighter_option_changes_something(rng):
     assert (solve(rtol=1e-3).n_iter < base.n_iter).all()
     assert solve(max_iter=2).n_iter.tolist() == [2, 2]
     careful = solve(forcing=0.01)
-    assert (careful.n_iter <= base.n_iter).all()
     assert (careful.n_inner / careful.n_iter > base.n_inner / base.n_iter).all()
     assert not torch.equal(solve(anderson=3).x, base.x)
     assert not torch.equal(solve(anderson=1).x, solve(anderson=3).x)
