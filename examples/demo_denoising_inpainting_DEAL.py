@@ -121,8 +121,8 @@ dinv.utils.plot_curves({name: metrics[name] for name in ("psnr", "nonlinear_resi
 # ---------
 #
 # The solution is differentiable with respect to the weights, the measurements,
-# ``lambda_reg``, ``sigma`` and the physics, by implicit differentiation: memory does not
-# grow with the number of iterations. Here is the slope of the squared error in
+# ``lambda_reg``, ``sigma`` and the physics, by implicit differentiation: memory does
+# not grow with the number of iterations. Here is the slope of the squared error in
 # ``lambda_reg``.
 
 weight = torch.tensor(0.5, requires_grad=True)

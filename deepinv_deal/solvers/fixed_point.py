@@ -39,7 +39,8 @@ class FrozenProblem(Protocol):
         ...
 
 
-#: Factor by which the first inner solve reduces the residual, unless ``forcing`` is less.
+#: Factor by which the first inner solve reduces the residual, unless ``forcing`` is
+#: less.
 FIRST_FORCING = 0.1
 
 #: Steps are shortened by the first factor when the residual rises, lengthened by the
@@ -58,6 +59,7 @@ def fixed_point(
     max_iter: int = 100,
     forcing: float = 0.5,
     anderson: int = 0,
+    damped: bool = True,
     callback: Callback | None = None,
 ) -> SolverResult:
     r"""
@@ -74,9 +76,10 @@ def fixed_point(
     the nonlinear residual well, and never far below ``rtol`` (choice 1 of
     :footcite:t:`eisenstat1996choosing`).
 
-    Where :math:`T` overshoots, the iterates would oscillate. Steps are therefore damped:
-    a sample whose residual has risen moves only a fraction of the way to :math:`T(x_k)`,
-    and returns to full steps as its residual falls. Fixed points stay the same.
+    Where :math:`T` overshoots, the iterates would oscillate. Steps are therefore
+    damped: a sample whose residual has risen moves only a fraction of the way to
+    :math:`T(x_k)`, and returns to full steps as its residual falls. Fixed points stay
+    the same.
 
     With ``anderson=m``, the last :math:`m` steps are combined such that the combined
     step is shortest (Anderson acceleration, :footcite:t:`walker2011anderson`). It is
@@ -93,6 +96,8 @@ def fixed_point(
     :param float forcing: largest factor, in (0, 1), by which an inner solve reduces the
         residual.
     :param int anderson: depth of the acceleration; ``0`` switches it off.
+    :param bool damped: shorten steps that overshoot; without effect on Anderson
+        acceleration, which has a safeguard of its own.
     :param Callable callback: called as ``callback(k, x_previous, x)`` after each
         iteration.
     :return: (:class:`SolverResult`) with the inner iterations in ``n_inner`` and the
@@ -142,11 +147,10 @@ def fixed_point(
         working = working & ~broken
         n_iter += active
         n_inner += step.n_iter * working
-        image = x + expand(omega, x) * (step.x - x)
         if mixer is not None:
-            x = mixer.extrapolate(x, image, residual, working)
+            x = mixer.extrapolate(x, step.x, residual, working)
         else:
-            x = select(working, image, x)
+            x = select(working, x + expand(omega, x) * (step.x - x), x)
         if callback is not None:
             callback(k, previous, x)
         problem = freeze(x)
@@ -158,7 +162,7 @@ def fixed_point(
         # A sample that only took a step back has learnt nothing about its problem.
         eta = choice.where(working, eta)
         # Overshooting shows as a residual that rises: take shorter steps from then on.
-        rose = working & (problem.residual > residual)
+        rose = damped & working & (problem.residual > residual)
         omega = torch.where(rose, DAMPING * omega, RECOVERY * omega)
         omega = omega.clamp(SHORTEST_STEP, 1.0)
         residual = problem.residual

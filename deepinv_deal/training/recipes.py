@@ -142,7 +142,8 @@ class DEALTrainer:
     The folder ``recipe.out`` receives ``state.pt`` (everything needed to go on exactly
     where the last checkpoint was written), ``log.jsonl`` (one line per validation) and
     ``best.safetensors`` (weights with the best mean validation PSNR, loadable with
-    ``DEAL(pretrained=path)``) and, at the end, ``last.safetensors``. All files are replaced atomically.
+    ``DEAL(pretrained=path)``) and, at the end, ``last.safetensors``. All files are
+    replaced atomically.
 
     :param DEALRecipe recipe: settings.
     :param bool resume: go on from ``state.pt`` if there is one.
