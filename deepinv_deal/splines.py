@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+__all__ = ["BoundSpline", "LinearSpline", "linear_spline"]
+
 
 def linear_spline(x: Tensor, coefficients: Tensor, x_min: float, step: float) -> Tensor:
     r"""

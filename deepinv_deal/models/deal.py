@@ -83,9 +83,9 @@ class ReconstructionInfo:
 
 class DEAL(FixedPointOptim, Denoiser):
     r"""
-    Deep attentive least squares (:footcite:t:`pourya2025dealing`).
+    Deep attentive least squares.
 
-    The reconstruction is a fixed point :math:`\hat x = T(\hat x)` of
+    The method is that of :footcite:t:`pourya2025dealing`. The reconstruction is a fixed point :math:`\hat x = T(\hat x)` of
 
     .. math::
         T(z) = \underset{x}{\arg\min} \; \tfrac{1}{2} \|A x - y\|_2^2
@@ -339,7 +339,7 @@ class DEAL(FixedPointOptim, Denoiser):
         sigma: float | Tensor | None = None,
         lambda_reg: float | Tensor | None = None,
     ) -> AttentiveEquation:
-        """See :meth:`deepinv_deal.optim.FixedPointOptim.equation`."""
+        """Returns the equation of one problem, see :class:`FixedPointOptim`."""
         return super().equation(y, physics, sigma=sigma, lambda_reg=lambda_reg)
 
     def _scale(self, operator: _ImageOperator, notes: list[str]) -> Tensor:

@@ -321,7 +321,7 @@ class FixedPointOptim(BaseOptim):
         """
         Solves an equation with the settings of this optimizer.
 
-        :param AttentiveEquation equation: from :meth:`equation`.
+        :param object equation: from :meth:`equation`.
         :param torch.Tensor init: first image, shape ``(B, C, H, W)``.
         :param torch.Tensor x_gt: ground truth for the metrics.
         :param bool compute_metrics: whether to record metrics.

@@ -21,8 +21,9 @@ def deal_loss(
     weights: Tensor | None = None,  # (B,)
 ) -> Tensor:
     r"""
-    Returns the loss of :footcite:t:`pourya2025dealing`, Eq. (12), averaged over the
-    batch.
+    Returns the training loss of DEAL, averaged over the batch.
+
+    This is Eq. (12) of :footcite:t:`pourya2025dealing`:
 
     .. math::
         \|x_K - x\|_2^2 + \frac{\gamma}{N_C} \|M(x_K) - M(x_{K-1})\|_2^2

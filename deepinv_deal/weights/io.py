@@ -147,7 +147,7 @@ def load_prior(pretrained: str | os.PathLike[str], in_channels: int = 1) -> DEAL
     """
     Loads a prior by bundled name, ``"download"`` or file.
 
-    :param str pretrained: a name in :data:`BUNDLED`; ``"download"`` for the official
+    :param str pretrained: a name in ``BUNDLED``; ``"download"`` for the official
         weights of the authors (fetched once, checked against their pinned content
         before use); or the path of a ``.safetensors`` file of this package or of a
         ``.pth`` file in the authors' layout (read without executing code).
