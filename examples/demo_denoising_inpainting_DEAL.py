@@ -103,7 +103,8 @@ weights = [0.05, 0.5, 5.0]
 images = [model(y, inpainting, lambda_reg=weight) for weight in weights]
 dinv.utils.plot(
     [y, *images],
-    titles=["half of the pixels", *(f"lambda = {weight:g}" for weight in weights)],
+    titles=["measured", *(f"lambda {weight:g}" for weight in weights)],
+    figsize=(11, 3.5),
     subtitles=[f"{psnr(image, x).item():.2f} dB" for image in [y, *images]],
 )
 

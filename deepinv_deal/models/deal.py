@@ -85,7 +85,8 @@ class DEAL(FixedPointOptim, Denoiser):
     r"""
     Deep attentive least squares.
 
-    The method is that of :footcite:t:`pourya2025dealing`. The reconstruction is a fixed point :math:`\hat x = T(\hat x)` of
+    The method is that of :footcite:t:`pourya2025dealing`. The reconstruction is a fixed
+    point :math:`\hat x = T(\hat x)` of
 
     .. math::
         T(z) = \underset{x}{\arg\min} \; \tfrac{1}{2} \|A x - y\|_2^2
