@@ -312,8 +312,13 @@ def test_deal_trains_in_deepinvs_trainer(tmp_path):
             return {"x": x[i]}
 
     physics = dinv.physics.Inpainting((1, 12, 12), mask=0.5)
+    # The masks of these weights are so steep that an exact adjoint need not converge.
     model = DEAL(
-        prior=random_prior(1, 4, dtype=torch.float32), pretrained=None, rtol=1e-3
+        prior=random_prior(1, 4, dtype=torch.float32),
+        pretrained=None,
+        rtol=1e-3,
+        DEQ=dinv.optim.DEQConfig(jacobian_free=True),
+        warn=False,
     )
     before = model.prior[0].W.weight[0].detach().clone()
     trainer = dinv.Trainer(
