@@ -143,8 +143,8 @@ class DEAL(FixedPointOptim, Denoiser):
     :param float, torch.Tensor lambda_reg: default regularization weight, see above.
     :param float rtol: tolerance on the relative nonlinear residual
         :math:`\|A^{\top} y - A_{\hat x} \hat x\| / \|A^{\top} y\|`. ``None``: ``1e-3``
-        for denoising, where it fixes the PSNR to about 0.01 dB, and ``1e-4`` for other
-        problems, which are worse conditioned.
+        for denoising, where the PSNR has all but settled by then, and ``1e-4`` for
+        other problems, which are worse conditioned.
     :param int max_iter: largest number of outer iterations.
     :param int inner_max_iter: largest number of conjugate gradient iterations per
         solve.

@@ -161,8 +161,7 @@ class MultiConv(nn.Module):
         if kernel_size % 2 == 0 or kernel_size < 1:
             raise ValueError(
                 f"kernel_size must be odd and positive, got {kernel_size}: with an "
-                "even "
-                "size the adjoint would be shifted by one pixel."
+                "even size the adjoint would be shifted by one pixel."
             )
         if len(channels) < 2:
             raise ValueError(
@@ -187,15 +186,18 @@ class MultiConv(nn.Module):
         Take it once and apply it often: the constraints and the norm are evaluated
         here. Gradients flow through them into the weights.
         """
+        kernels = self._zero_mean_kernels()
+        if self.normalization != "none":
+            kernels[-1] = kernels[-1] / self.sqnorm().sqrt()
+        return MultiConvOperator(kernels)
+
+    def _zero_mean_kernels(self) -> list[Tensor]:
         # The zero mean is a plain re-parametrisation: torch's parametrize would do the
         # same, but modules that use it cannot be pickled.
-        kernels = list(self.weight)
+        kernels: list[Tensor] = list(self.weight)
         if self.zero_mean:
             kernels[0] = kernels[0] - kernels[0].mean((1, 2, 3), keepdim=True)
-        if self.normalization != "none":
-            sqnorm = self._sqnorm(MultiConvOperator(kernels))
-            kernels[-1] = kernels[-1] / sqnorm.sqrt()
-        return MultiConvOperator(kernels)
+        return kernels
 
     def sqnorm(self, rule: Normalization | None = None) -> Tensor:
         r"""
@@ -204,19 +206,11 @@ class MultiConv(nn.Module):
         :param str rule: ``"published"`` or ``"exact"``; ``None``: the module's own.
         :return: scalar :math:`L`, differentiable in the weights.
         """
-        _check_normalization(rule or self.normalization)
-        kernels = list(self.weight)
-        if self.zero_mean:
-            kernels[0] = kernels[0] - kernels[0].mean((1, 2, 3), keepdim=True)
-        return self._sqnorm(MultiConvOperator(kernels), rule)
-
-    def _sqnorm(
-        self, operator: MultiConvOperator, rule: Normalization | None = None
-    ) -> Tensor:
         rule = rule or self.normalization
+        _check_normalization(rule)
         if rule == "none":
-            return operator.layers[0].kernel.new_ones(())
-        kernel = operator.normal_kernel()
+            return self.weight[0].new_ones(())
+        kernel = MultiConvOperator(self._zero_mean_kernels()).normal_kernel()
         if rule == "exact":
             # (C, C, n, n) -> one Hermitian C x C matrix per frequency.
             symbol = torch.fft.fft2(kernel, s=(2 * PUBLISHED_DFT_SIZE,) * 2)

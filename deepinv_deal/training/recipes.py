@@ -290,8 +290,8 @@ class DEALTrainer:
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {float(loss.detach())} at step {self.step}. The last "
-                "checkpoint and the "
-                "best weights are kept; lower lr or clip and start again."
+                "checkpoint and the best weights are kept; lower lr or clip and start "
+                "again."
             )
         self.optimizer.zero_grad()
         loss.backward()
@@ -308,12 +308,12 @@ class DEALTrainer:
     def _validate(self, loss: float) -> None:
         psnr = {}
         n_iter, converged = [], []
+        model = DEAL(
+            pretrained=None, prior=self.prior, rtol=1e-3, warn=False, scale=None
+        )
         for sigma, problems in self.validation:
             scores = []
             for x, y in problems:
-                model = DEAL(
-                    pretrained=None, prior=self.prior, rtol=1e-3, warn=False, scale=None
-                )
                 with torch.no_grad():
                     x_hat, info = model(
                         y.to(self.device), sigma=sigma, return_info=True
