@@ -18,15 +18,17 @@ def deal_loss(
     splines: Iterable[LinearSpline],
     *,
     gamma: float = 1e-4,
+    drift: float = 1e-4,
     weights: Tensor | None = None,  # (B,)
 ) -> Tensor:
     r"""
     Returns the training loss of DEAL, averaged over the batch.
 
-    This is Eq. (12) of :footcite:t:`pourya2025dealing`:
+    This is Eq. (12) of :footcite:t:`pourya2025dealing`, which has
+    :math:`\delta = \gamma = 10^{-4}`:
 
     .. math::
-        \|x_K - x\|_2^2 + \frac{\gamma}{N_C} \|M(x_K) - M(x_{K-1})\|_2^2
+        \|x_K - x\|_2^2 + \frac{\delta}{N_C} \|M(x_K) - M(x_{K-1})\|_2^2
         + \gamma \sum_i \mathrm{TV}^{(2)}(\varphi_i)
 
     :param torch.Tensor x_hat: reconstruction :math:`x_K`.
@@ -34,13 +36,14 @@ def deal_loss(
     :param torch.Tensor mask: mask at :math:`x_K`.
     :param torch.Tensor previous_mask: mask one iteration earlier.
     :param Iterable splines: splines whose second-order total variation is penalised.
-    :param float gamma: weight of the penalties.
+    :param float gamma: weight :math:`\gamma` of the splines' total variation.
+    :param float drift: weight :math:`\delta` of the change of the mask.
     :param torch.Tensor weights: weights of the samples' squared errors; ones if
         ``None``.
     """
     error = (x_hat - x).square().flatten(1).sum(1)
     if weights is not None:
         error = weights * error
-    drift = (mask - previous_mask).square().flatten(1).sum(1) / mask.shape[1]
+    change = (mask - previous_mask).square().flatten(1).sum(1) / mask.shape[1]
     tv2 = torch.stack([spline.tv2() for spline in splines]).sum()
-    return error.mean() + gamma * (drift.mean() + tv2)
+    return error.mean() + drift * change.mean() + gamma * tv2

@@ -32,7 +32,7 @@ from deepinv_deal.training.data import (
     numbered_generator,
 )
 from deepinv_deal.training.losses import deal_loss
-from deepinv_deal.weights import save_prior
+from deepinv_deal.weights import load_prior, save_prior
 
 #: Noise levels at which validation is reported.
 VALIDATION_SIGMAS = (5 / 255, 15 / 255, 25 / 255)
@@ -49,8 +49,9 @@ class DEALRecipe:
     iterations find the fixed point of the slightly changed weights. And the errors are
     weighted by :math:`(\sigma / \sigma_{\max} + 0.1)^{-b}`, so that low noise counts in
     a short training. The published scheme is ``reuse=1, pool=1, balance=0,
-    depth_min=15, depth_max=60, batch_size=16, patch_size=128, lr=5e-4, lr_final=4e-4,
-    rtol=1e-4``, then a second phase.
+    drift=1e-4, depth_min=15, depth_max=60, batch_size=16, patch_size=128, lr=5e-4,
+    lr_final=4e-4, rtol=1e-4``, then a second phase, which starts from the weights of
+    the first by ``init``.
 
     :param str data: folder of training images.
     :param str out: folder for checkpoints, log and weights.
@@ -67,7 +68,11 @@ class DEALRecipe:
     :param float lr: learning rate after the warm-up.
     :param float lr_final: learning rate at the end of the cosine.
     :param int warmup: number of warm-up steps.
-    :param float gamma: weight of the penalties in the loss.
+    :param str init: weights to start from, as :class:`deepinv_deal.DEAL` names them
+        (bundled name or path); ``None``: random.
+    :param float gamma: weight of the splines' second-order total variation in the loss.
+    :param float drift: weight of the change of the mask in the last iteration. A larger
+        weight than the published one makes the iteration contract.
     :param float balance: exponent :math:`b` of the weights of the noise levels.
     :param int depth_min: fewest outer iterations on a new problem.
     :param int depth_max: most outer iterations on a new problem.
@@ -102,7 +107,9 @@ class DEALRecipe:
     lr: float = 2e-3
     lr_final: float = 1e-6
     warmup: int = 200
+    init: str | None = None
     gamma: float = 1e-4
+    drift: float = 1e-4
     balance: float = 1.0
     depth_min: int = 6
     depth_max: int = 14
@@ -171,11 +178,13 @@ class DEALTrainer:
         )
         self.validation = _validation_problems(validation, recipe)
         with _seeded(recipe.seed):
-            self.prior = DEALPrior(
-                recipe.in_channels,
-                recipe.num_filters,
-                recipe.normalization,
-            ).to(self.device)
+            prior = DEALPrior(
+                recipe.in_channels, recipe.num_filters, recipe.normalization
+            )
+        resume = resume and self.state_path.exists()
+        if recipe.init is not None and not resume:
+            prior = _start_from(recipe.init, prior)
+        self.prior = prior.to(self.device)
         # kappa counts gray levels, of order 1 to 30, all else is of order 0.01 to 1.
         kappa = list(self.prior.kappa.parameters())
         others = [p for p in self.prior.parameters() if all(p is not k for k in kappa)]
@@ -185,7 +194,7 @@ class DEALTrainer:
         )
         self.step, self.elapsed, self.best = 0, 0.0, -math.inf
         self.pool: dict[int, tuple[Problems, Tensor]] = {}
-        if resume and self.state_path.exists():
+        if resume:
             self._load()
 
     @property
@@ -285,6 +294,7 @@ class DEALTrainer:
             squared_masks[0].sqrt(),
             self.prior.splines(),
             gamma=recipe.gamma,
+            drift=recipe.drift,
             weights=weights,
         )
         if not torch.isfinite(loss):
@@ -420,6 +430,27 @@ def _validation_problems(
             pairs.append((x, x + sigma * torch.randn(x.shape, generator=rng)))
         problems.append((sigma, pairs))
     return problems
+
+
+def _start_from(pretrained: str, expected: DEALPrior) -> DEALPrior:
+    """Loads the weights to start from, and checks that the recipe describes them."""
+    prior = load_prior(pretrained)
+    for name in ("in_channels", "num_filters", "normalization"):
+        theirs, ours = (_description(p)[name] for p in (prior, expected))
+        if theirs != ours:
+            raise ValueError(
+                f"init={pretrained!r} has {name}={theirs!r}, the recipe says {ours!r}. "
+                f"Set {name} to {theirs!r}, or start from other weights."
+            )
+    return prior
+
+
+def _description(prior: DEALPrior) -> dict[str, Any]:
+    return {
+        "in_channels": prior.in_channels,
+        "num_filters": prior.num_filters,
+        "normalization": prior.W.normalization,
+    }
 
 
 @contextmanager

@@ -134,12 +134,19 @@ def test_the_loss_is_equation_12(rng):
     spline = LinearSpline(5, 0, 2, init=lambda t: t**2).double()
     weights = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     loss = deal_loss(
-        x_hat, x, mask, previous, [spline, spline], gamma=0.3, weights=weights
+        x_hat,
+        x,
+        mask,
+        previous,
+        [spline, spline],
+        gamma=0.3,
+        drift=0.7,
+        weights=weights,
     )
     expected = 0.0
     for i in range(3):
         expected += float(weights[i]) * ((x_hat - x)[i] ** 2).sum() / 3
-        expected += 0.3 / 6 * ((mask - previous)[i] ** 2).sum() / 3
+        expected += 0.7 / 6 * ((mask - previous)[i] ** 2).sum() / 3
     slopes = np.diff(np.linspace(0, 2, 5) ** 2) / 0.5
     expected += 0.3 * 2 * np.abs(np.diff(slopes)).sum()
     assert loss.item() == pytest.approx(float(expected), rel=1e-12)
@@ -150,6 +157,21 @@ def test_the_loss_is_equation_12(rng):
 
 def weights_of(trainer):
     return {k: v.clone() for k, v in trainer.prior.state_dict().items()}
+
+
+def test_training_starts_from_the_weights_asked_for(folder, tmp_path):
+    first = DEALTrainer(recipe(folder, tmp_path / "first"))
+    first.train()
+    last = str(tmp_path / "first" / "last.safetensors")
+    second = DEALTrainer(recipe(folder, tmp_path / "second", init=last, seed=1))
+    for name, value in weights_of(first).items():
+        torch.testing.assert_close(weights_of(second)[name], value, rtol=0, atol=0)
+    assert second.step == 0
+
+
+def test_initial_weights_of_another_model_are_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="num_filters=32, the recipe says 4"):
+        DEALTrainer(recipe(folder, tmp_path / "out", init="deal_gray"))
 
 
 def test_resuming_gives_the_weights_of_an_uninterrupted_run_bit_for_bit(
