@@ -84,10 +84,16 @@ def ours(model, equation, target: float) -> Count:
     from deepinv_deal.solvers import fixed_point
 
     count = counted(equation)
+
+    def freeze(x):
+        problem = equation.freeze(x)
+        problem.weight = torch.ones_like(problem.residual)  # judged by the residual
+        return problem
+
     start = time.perf_counter()
     with torch.no_grad():
         result = fixed_point(
-            equation.freeze,
+            freeze,
             torch.zeros_like(equation.b),
             rtol=target,
             max_iter=1000,
@@ -102,6 +108,10 @@ def ours(model, equation, target: float) -> Count:
 def published(equation, judge, target: float, eps_in: float, cap: int) -> Count:
     """The published iteration; ``cap`` limits inner and outer iterations."""
     count = counted(equation)
+
+    def normal(v, squared_mask):
+        return equation.H(v) + equation.force(v, squared_mask)
+
     lambda_reg = float(equation.lambda_reg)
     x = torch.zeros_like(equation.b)
     b = equation.b / (1 + lambda_reg)
@@ -111,12 +121,12 @@ def published(equation, judge, target: float, eps_in: float, cap: int) -> Count:
         for _ in range(cap):
             squared_mask = equation.regularizer.mask(x).square()
             previous = x
-            r = b - equation._normal(x, squared_mask) / (1 + lambda_reg)
+            r = b - normal(x, squared_mask) / (1 + lambda_reg)
             p, rr = r, r.square().sum()
             for _ in range(cap):
                 if rr <= eps_in:
                     break
-                q = equation._normal(p, squared_mask) / (1 + lambda_reg)
+                q = normal(p, squared_mask) / (1 + lambda_reg)
                 alpha = rr / (p * q).sum()
                 x, r = x + alpha * p, r - alpha * q
                 rr, old = r.square().sum(), rr

@@ -7,51 +7,57 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Number
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from deepinv.models import Denoiser
 from deepinv.models.noise_level_estimation import PatchCovarianceNoiseEstimator
 from deepinv.optim import DEQConfig
-from deepinv.physics import Denoising, LinearPhysics, Physics
-from deepinv.utils import TensorList
 from torch import Tensor
 
 from deepinv_deal._batch import expand, inner
+from deepinv_deal.models.image_operator import (
+    ComplexMode,
+    ImageOperator,
+    check_image,
+    check_measurements,
+    is_noise_level,
+    per_sample,
+)
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.optim import FixedPointOptim
-from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ
+from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ, DEFAULT_RTOL
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.priors.deal import AttentiveEquation
+from deepinv_deal.priors.preconditioning import Preconditioner
 from deepinv_deal.weights import load_prior
 
 #: Noise level of the model for inverse problems, as published.
 DEFAULT_SIGMA = 15 / 255
 
-#: Tolerances on the nonlinear residual if none is given.
-DEFAULT_RTOL, DEFAULT_DENOISING_RTOL = 1e-4, 1e-3
+LambdaMode = Literal["absolute", "relative"]
 
-ComplexMode = Literal["real_imag", "real"]
+#: First images that have a name.
+INITS = ("zero", "adjoint", "pseudo_inverse")
 
 
 @dataclass
 class ReconstructionInfo:
-    """
+    r"""
     How a reconstruction went, one entry per sample.
 
-    :param torch.Tensor converged: whether the nonlinear residual met the tolerance,
-        ``(B,)``.
+    :param torch.Tensor converged: whether ``imbalance`` met the tolerance, ``(B,)``.
     :param torch.Tensor status: :class:`deepinv_deal.solvers.Status` values, ``(B,)``.
     :param torch.Tensor n_iter: outer iterations, ``(B,)``.
     :param torch.Tensor cg_iter: conjugate gradient iterations in total, ``(B,)``.
-    :param torch.Tensor residual: relative nonlinear residual of the result, ``(B,)``.
-    :param torch.Tensor history: residual of every iterate, ``(n, B)``.
+    :param torch.Tensor imbalance: nonlinear residual of the result relative to the
+        force of the regularizer, ``(B,)``.
+    :param torch.Tensor residual: the same relative to :math:`A^{\top} y`, ``(B,)``.
+    :param torch.Tensor history: ``residual`` of every iterate, ``(n, B)``.
     :param torch.Tensor sigma: noise level given to the model, in its [0, 1] units,
         ``(B,)``.
-    :param torch.Tensor lambda_reg: regularization weight, ``(B,)``.
-    :param float rtol: tolerance on the residual.
+    :param torch.Tensor lambda_reg: regularization weight, absolute, ``(B,)``.
+    :param float rtol: tolerance on the imbalance.
     :param torch.Tensor scale: intensity by which the data were divided, ``(B,)``.
     :param list notes: remarks on what was decided for the user.
     :param Callable compute_mask: returns the masks at the solution, see :attr:`mask`.
@@ -61,6 +67,7 @@ class ReconstructionInfo:
     status: Tensor
     n_iter: Tensor
     cg_iter: Tensor
+    imbalance: Tensor
     residual: Tensor
     history: Tensor
     sigma: Tensor
@@ -110,7 +117,20 @@ class DEAL(FixedPointOptim, Denoiser):
 
     **Regularization weight.** :math:`\lambda` is absolute, as in the paper. Denoising
     uses the learned :math:`\kappa(\sigma)` unless told otherwise; other problems use
-    ``lambda_reg``, 1 by default, which should be tuned on a few images.
+    ``lambda_reg``, 1 by default, which should be tuned on a few images. With
+    ``lambda_mode="relative"`` it is multiplied by :math:`\|A\|_2^2`, so that one value
+    serves operators of any norm.
+
+    **Accuracy.** The iteration stops when the forces of data and regularizer balance:
+
+    .. math::
+        \| A^{\top} (y - A \hat x) - \lambda G_\sigma(\hat x) \|
+        \leq \mathrm{rtol} \, \| \lambda G_\sigma(\hat x) \|, \qquad
+        G_\sigma(x) = W^{\top} \big( M_\sigma(x)^2 \odot W x \big)
+
+    (the right-hand side is at least :math:`10^{-4} \, \mathrm{rtol} \,
+    \|A^{\top} y\|`). A residual that is small against :math:`A^{\top} y` alone would
+    mean little where much was not measured.
 
     **Intensity.** The filters expect images in about [0, 1]. With ``scale="auto"``,
     data whose intensity is far from that (a largest absolute value above 2 or below
@@ -141,22 +161,21 @@ class DEAL(FixedPointOptim, Denoiser):
     :param int num_filters: number of filters for ``pretrained=None``.
     :param float, torch.Tensor, str sigma: default noise level, see above.
     :param float, torch.Tensor lambda_reg: default regularization weight, see above.
-    :param float rtol: tolerance on the relative nonlinear residual
-        :math:`\|A^{\top} y - A_{\hat x} \hat x\| / \|A^{\top} y\|`. ``None``: ``1e-3``
-        for denoising, where the PSNR has all but settled by then, and ``1e-4`` for
-        other problems, which are worse conditioned.
+    :param float rtol: tolerance on the imbalance of forces, see above.
     :param int max_iter: largest number of outer iterations.
     :param int inner_max_iter: largest number of conjugate gradient iterations per
         solve.
     :param float forcing: factor by which each inner solve reduces the residual.
     :param int anderson: depth of the safeguarded Anderson acceleration, ``0`` for none.
+    :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``,
+        see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
+    :param str lambda_mode: ``"absolute"`` or ``"relative"``, see above.
     :param float, str scale: ``"auto"``, a positive number or ``None``, see above.
     :param str complex_mode: ``"real_imag"`` or ``"real"``, see above.
     :param deepinv.optim.DEQConfig DEQ: settings of the backward pass, see
         :class:`deepinv_deal.optim.FixedPointOptim`.
     :param list trainable_params: among ``"lambda_reg"`` and ``"g_param"`` (sigma).
-    :param Callable custom_init: first image, as in :class:`deepinv.optim.BaseOptim`;
-        zeros if ``None``.
+    :param Callable, str custom_init: first image, see ``init`` of :meth:`forward`.
     :param dict custom_metrics: as in :class:`deepinv.optim.BaseOptim`.
     :param bool warn: issue a :class:`deepinv_deal.ConvergenceWarning` if a sample does
         not converge.
@@ -178,16 +197,18 @@ class DEAL(FixedPointOptim, Denoiser):
         *,
         sigma: float | Tensor | str | None = None,
         lambda_reg: float | Tensor | None = None,
-        rtol: float | None = None,
+        rtol: float = DEFAULT_RTOL,
         max_iter: int = 100,
         inner_max_iter: int = 1000,
         forcing: float = 0.5,
         anderson: int = 0,
+        preconditioner: Preconditioner = "auto",
+        lambda_mode: LambdaMode = "absolute",
         scale: float | str | None = "auto",
         complex_mode: ComplexMode = "real_imag",
         DEQ: DEQConfig = DEFAULT_DEQ,
         trainable_params: list[str] | None = None,
-        custom_init: Callable[..., Any] | None = None,
+        custom_init: Callable[..., Any] | str | None = None,
         custom_metrics: dict[str, Any] | None = None,
         warn: bool = True,
         prior: DEALPrior | None = None,
@@ -227,24 +248,30 @@ class DEAL(FixedPointOptim, Denoiser):
             raise ValueError(
                 f"complex_mode must be 'real_imag' or 'real', got {complex_mode!r}."
             )
+        if lambda_mode not in ("absolute", "relative"):
+            raise ValueError(
+                f"lambda_mode must be 'absolute' or 'relative', got {lambda_mode!r}."
+            )
+        _check_init("custom_init", custom_init)
         super().__init__(
             prior,
             lambda_reg=lambda_reg,
             sigma=None if isinstance(sigma, str) else sigma,
             max_iter=max_iter,
             inner_max_iter=inner_max_iter,
-            rtol=DEFAULT_RTOL if rtol is None else rtol,
+            rtol=rtol,
             forcing=forcing,
             anderson=anderson,
+            preconditioner=preconditioner,
             DEQ=DEQ,
             trainable_params=trainable_params,
-            custom_init=custom_init,
             custom_metrics=custom_metrics,
             warn=warn,
         )
-        self.denoising_rtol = DEFAULT_DENOISING_RTOL if rtol is None else rtol
+        self.custom_init = custom_init
         self.estimate_sigma = isinstance(sigma, str)
         self.scale, self.complex_mode = scale, complex_mode
+        self.lambda_mode = lambda_mode
         self.to(device)
         self.eval()
 
@@ -271,7 +298,8 @@ class DEAL(FixedPointOptim, Denoiser):
         :param float, torch.Tensor, str sigma: noise level in units of the image, one or
             one per sample; ``"estimate"`` for denoising.
         :param float, torch.Tensor lambda_reg: weight, one or one per sample.
-        :param Callable, torch.Tensor, tuple, dict init: first image, as in
+        :param str, Callable, torch.Tensor, tuple, dict init: first image: ``"zero"``
+            (the default), ``"adjoint"``, ``"pseudo_inverse"``, or as in
             :class:`deepinv.optim.BaseOptim`.
         :param torch.Tensor x_gt: ground truth for the metrics.
         :param bool compute_metrics: also return deepinv's dictionary of metrics.
@@ -285,31 +313,25 @@ class DEAL(FixedPointOptim, Denoiser):
         """
         if kwargs:
             raise TypeError(f"Unknown arguments: {', '.join(sorted(kwargs))}.")
-        if sigma is None and _is_noise_level(physics):
+        if sigma is None and is_noise_level(physics):
             physics, sigma = None, physics
         reference = next(self.prior.parameters())
-        _check_measurements(y, reference)
-        operator = _ImageOperator(
+        check_measurements(y, reference)
+        operator = ImageOperator(
             physics, y, self.prior[0].in_channels, self.complex_mode
         )
         b = operator.b
-        notes: list[str] = []
+        notes = operator.notes
         scale = self._scale(operator, notes)
         level = self._sigma(sigma, physics, operator, scale, notes)
         weight = self._lambda(lambda_reg, operator)
+        x0 = self._first_image(init, y, physics, operator) / expand(scale, b)
         operator.b = b / expand(scale, b)
         equation = self.equation(y, operator, sigma=level, lambda_reg=weight)
-        x0 = torch.zeros_like(b)
-        if init is not None or self.custom_init is not None:
-            x0 = self.init_iterate_fn(y, physics or operator, init=init)["est"][0]
-            x0 = operator.extract(_check_image("init", x0, operator)) / expand(scale, b)
-            if not torch.isfinite(x0).all():
-                raise ValueError("init holds NaN or infinity.")
         if x_gt is not None:
-            x_gt = operator.extract(_check_image("x_gt", x_gt, operator))
+            x_gt = operator.extract(check_image("x_gt", x_gt, operator))
             x_gt = x_gt / expand(scale, b)
-        rtol = self.denoising_rtol if operator.denoising else self.rtol
-        x, result, metrics = self.solve(equation, x0, x_gt, compute_metrics, rtol)
+        x, result, metrics = self.solve(equation, x0, x_gt, compute_metrics)
         image = operator.embed(x * expand(scale, b))
         if not compute_metrics and not return_info:
             return image
@@ -317,14 +339,13 @@ class DEAL(FixedPointOptim, Denoiser):
             result.converged,
             result.status,
             result.n_iter,
-            torch.zeros_like(result.n_iter)
-            if result.n_inner is None
-            else result.n_inner,
+            result.n_inner,
+            result.weighted_residual,
             result.residual,
-            result.residual[None] if result.history is None else result.history,
+            result.history,
             torch.as_tensor(level).detach(),
             equation.lambda_reg.detach(),
-            rtol,
+            self.rtol,
             scale,
             notes,
             lambda: equation.regularizer.mask(x.detach()),
@@ -343,7 +364,7 @@ class DEAL(FixedPointOptim, Denoiser):
         """Returns the equation of one problem, see :class:`FixedPointOptim`."""
         return super().equation(y, physics, sigma=sigma, lambda_reg=lambda_reg)
 
-    def _scale(self, operator: _ImageOperator, notes: list[str]) -> Tensor:
+    def _scale(self, operator: ImageOperator, notes: list[str]) -> Tensor:
         """Intensity of the images ``(B,)`` by which the data are divided."""
         b = operator.b.detach()
         ones = b.new_ones(len(b))
@@ -369,7 +390,7 @@ class DEAL(FixedPointOptim, Denoiser):
         self,
         sigma: float | Tensor | str | None,
         physics: Any,
-        operator: _ImageOperator,
+        operator: ImageOperator,
         scale: Tensor,
         notes: list[str],
     ) -> Tensor:
@@ -398,11 +419,11 @@ class DEAL(FixedPointOptim, Denoiser):
             )
         if sigma is None and not operator.denoising:
             # The model's own hyperparameter is relative to images in [0, 1].
-            return _per_sample("sigma", DEFAULT_SIGMA if own is None else own, b)
-        return _per_sample("sigma", own if sigma is None else sigma, b) / scale
+            return per_sample("sigma", DEFAULT_SIGMA if own is None else own, b)
+        return per_sample("sigma", own if sigma is None else sigma, b) / scale
 
     def _lambda(
-        self, lambda_reg: float | Tensor | None, operator: _ImageOperator
+        self, lambda_reg: float | Tensor | None, operator: ImageOperator
     ) -> Tensor | None:
         if lambda_reg is None:
             lambda_reg = self.update_params_fn(0)["lambda"]
@@ -410,159 +431,33 @@ class DEAL(FixedPointOptim, Denoiser):
             if operator.denoising:
                 return None
             lambda_reg = 1.0
-        return _per_sample("lambda_reg", lambda_reg, operator.b)
+        weight = per_sample("lambda_reg", lambda_reg, operator.b)
+        return weight * operator.sqnorm() if self.lambda_mode == "relative" else weight
+
+    def _first_image(
+        self, init: Any, y: Tensor, physics: Any, operator: ImageOperator
+    ) -> Tensor:
+        """The image to start from, ``(B, C, H, W)``."""
+        _check_init("init", init)
+        init = self.custom_init if init is None else init
+        if init is None or isinstance(init, str) and init == "zero":
+            return torch.zeros_like(operator.b)
+        if isinstance(init, str) and (init == "adjoint" or operator.denoising):
+            return operator.b.detach()
+        if isinstance(init, str):
+            with torch.no_grad():
+                x0 = physics.A_dagger(y)
+        else:
+            x0 = self.init_iterate_fn(y, physics or operator, init=init)["est"][0]
+        x0 = operator.extract(check_image("init", x0, operator))
+        if not torch.isfinite(x0).all():
+            raise ValueError("init holds NaN or infinity.")
+        return x0
 
 
-class _ImageOperator:
-    """The physics as a map on images that the filters can see."""
-
-    def __init__(self, physics: Any, y: Tensor, in_channels: int, complex_mode: str):
-        if isinstance(physics, Physics) and not isinstance(physics, LinearPhysics):
-            raise TypeError(
-                f"physics must be linear, got {type(physics).__name__}, which is not a "
-                "deepinv.physics.LinearPhysics: DEAL solves least-squares problems."
-            )
-        if physics is not None and not hasattr(physics, "A_adjoint"):
-            raise TypeError(
-                "physics must be a deepinv.physics.LinearPhysics, got "
-                f"{type(physics).__name__} without A_adjoint."
-            )
-        self.physics = physics
-        self.denoising = physics is None or isinstance(physics, Denoising)
-        image = y if self.denoising else _adjoint(physics, y)
-        if not isinstance(image, Tensor) or image.ndim != 4:
-            raise ValueError(
-                "Images must be tensors of shape (B, C, H, W), got "
-                f"{_shape(image)}. Add the batch dimension with [None]; "
-                "three-dimensional "
-                "images are not supported."
-            )
-        if image.is_complex():
-            raise TypeError(
-                "y must be real, or the physics give real images, got "
-                f"{image.dtype}. Give the real and imaginary part as two channels."
-            )
-        self.shape = image.shape
-        channels = image.shape[1]
-        # A gray prior takes a two-channel image for real and imaginary part.
-        self.is_complex = in_channels == 1 and channels == 2
-        if channels != in_channels and not self.is_complex:
-            hint = "gray" if in_channels == 1 else "colour"
-            raise ValueError(
-                f"The model has {hint} filters (in_channels={in_channels}), but the "
-                "image "
-                f"has {channels} channels (shape {tuple(image.shape)}). Choose "
-                "weights for "
-                f"{channels} channels."
-            )
-        self.real = self.is_complex and complex_mode == "real"
-        self.b = self.extract(image)
-
-    def extract(self, image: Tensor) -> Tensor:
-        """Adjoint of :meth:`embed`."""
-        return image[:, :1] if self.real else image
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Turns what is solved for into an image of the physics."""
-        return torch.cat([x, torch.zeros_like(x)], 1) if self.real else x
-
-    def A_adjoint(self, y: Tensor) -> Tensor:  # noqa: ARG002 - known since construction
-        """Returns the right-hand side."""
-        return self.b
-
-    def A_adjoint_A(self, x: Tensor) -> Tensor:
-        """Applies the normal operator."""
-        if self.denoising:
-            return x
-        image = self.embed(x)
-        if hasattr(self.physics, "A_adjoint_A"):
-            return self.extract(self.physics.A_adjoint_A(image))
-        return self.extract(self.physics.A_adjoint(self.physics.A(image)))
-
-
-def _adjoint(physics: Any, y: Any) -> Any:
-    shape = (
-        [tuple(part.shape) for part in y] if isinstance(y, TensorList) else _shape(y)
-    )
-    try:
-        image = physics.A_adjoint(y)
-    except (RuntimeError, IndexError) as error:
+def _check_init(name: str, init: Any) -> None:
+    if isinstance(init, str) and init not in INITS:
         raise ValueError(
-            f"y of {shape} does not fit the physics {type(physics).__name__}: {error}"
-        ) from error
-    first = y[0] if isinstance(y, TensorList) else y
-    if isinstance(image, Tensor) and image.ndim == 4 and len(image) != len(first):
-        raise ValueError(
-            f"y of {shape} holds {len(first)} samples, but the physics makes "
-            f"{len(image)} images of it (shape {tuple(image.shape)}). Add the batch or "
-            "channel dimension that y lacks."
+            f"{name} must be one of {INITS}, an image, or a function of (y, physics), "
+            f"got {init!r}."
         )
-    return image
-
-
-def _is_noise_level(value: Any) -> bool:
-    return isinstance(value, (Number, Tensor, np.ndarray, list, tuple, str))
-
-
-def _shape(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    return type(value).__name__ if shape is None else f"shape {tuple(shape)}"
-
-
-def _check_measurements(y: Any, reference: Tensor) -> None:
-    parts = list(y) if isinstance(y, TensorList) else [y]
-    for part in parts:
-        if not isinstance(part, Tensor):
-            raise TypeError(f"y must be a torch.Tensor, got {type(part).__name__}.")
-        if not (part.is_floating_point() or part.is_complex()):
-            raise TypeError(
-                f"y must be floating point, got {part.dtype}. Divide 8-bit images by "
-                "255."
-            )
-        if part.is_floating_point() and part.dtype != reference.dtype:
-            raise ValueError(
-                f"y has dtype {part.dtype}, the model {reference.dtype}. Convert one: "
-                f"y.to({reference.dtype}) or model.to({part.dtype})."
-            )
-        if part.device != reference.device:
-            raise ValueError(
-                f"y is on {part.device}, the model on {reference.device}. Move one of "
-                "them."
-            )
-        if part.ndim == 0 or part.numel() == 0:
-            raise ValueError(f"y is empty: shape {tuple(part.shape)}.")
-        if not torch.isfinite(part).all():
-            raise ValueError(
-                "y holds NaN or infinity. Remove or mask these measurements."
-            )
-
-
-def _check_image(name: str, image: Any, operator: _ImageOperator) -> Tensor:
-    if not isinstance(image, Tensor) or image.shape != operator.shape:
-        raise ValueError(
-            f"{name} must be an image of shape {tuple(operator.shape)}, got "
-            f"{_shape(image)}."
-        )
-    return image
-
-
-def _per_sample(name: str, value: Any, like: Tensor) -> Tensor:
-    """Checks a number, or one per sample, and returns it as ``(B,)``."""
-    try:
-        values = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-        values = values.reshape(-1)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"{name} must be a number or a tensor, got {type(value).__name__}."
-        ) from error
-    if len(values) not in (1, len(like)):
-        raise ValueError(
-            f"{name} must hold one value, or one per sample ({len(like)}), got "
-            f"{len(values)}."
-        )
-    checked = values.detach()
-    if not bool((checked >= 0).all()) or not math.isfinite(float(checked.sum())):
-        raise ValueError(
-            f"{name} must not be negative and must be finite, got {checked.tolist()}."
-        )
-    return values.expand(len(like))

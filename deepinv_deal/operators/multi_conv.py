@@ -97,12 +97,23 @@ class MultiConvOperator:
             response to a Dirac in channel ``i``, with
             :math:`n = 1 + 2 \sum_i (k_i - 1)`.
         """
+        return self.adjoint(self.impulse_responses())
+
+    def impulse_responses(self) -> Tensor:
+        r"""
+        Returns the responses of :math:`W` to a Dirac in each image channel.
+
+        The Dirac is so far from the border that :math:`W^{\top}` can follow without
+        meeting it.
+
+        :return: shape ``(C, C_out, n, n)``, n as in :meth:`normal_kernel`.
+        """
         centre, channels = 2 * self.reach, self.in_channels
         dirac = self.layers[0].kernel.new_zeros(
             channels, channels, 2 * centre + 1, 2 * centre + 1
         )
         dirac[range(channels), range(channels), centre, centre] = 1.0
-        return self.adjoint(self(dirac))
+        return self(dirac)
 
 
 class MultiConv(nn.Module):

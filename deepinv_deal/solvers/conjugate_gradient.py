@@ -20,7 +20,7 @@ def conjugate_gradient(
     *,
     init: Tensor | None = None,  # (B, ...)
     rtol: float | Tensor = 1e-5,  # scalar or (B,)
-    max_iter: int = 100,
+    max_iter: int | Tensor = 100,  # scalar or (B,)
     preconditioner: LinearMap | None = None,
     check_every: int | None = None,
     verify: bool = True,
@@ -61,7 +61,8 @@ def conjugate_gradient(
     :param float, torch.Tensor rtol: relative tolerance on the residual norm, one for
         all or one per sample ``(B,)``. With ``0``, ``max_iter`` iterations are run,
         fewer if rounding ends the progress before.
-    :param int max_iter: largest number of iterations per sample.
+    :param int, torch.Tensor max_iter: largest number of iterations, one for all or one
+        per sample ``(B,)``.
     :param Callable preconditioner: symmetric positive definite approximation of
         :math:`A^{-1}`; identity if ``None``.
     :param int check_every: number of iterations between two looks at whether all
@@ -80,7 +81,7 @@ def conjugate_gradient(
         )
     if not isinstance(rtol, Tensor) and rtol < 0:
         raise ValueError(f"rtol must not be negative, got {rtol}.")
-    if max_iter < 0:
+    if not isinstance(max_iter, Tensor) and max_iter < 0:
         raise ValueError(f"max_iter must not be negative, got {max_iter}.")
     M = preconditioner or (lambda v: v)
     if check_every is None:
@@ -107,7 +108,7 @@ def conjugate_gradient(
     # The budget is counted per sample: one that restarts late, because the slowest of
     # its batch was waited for, still has the iterations it would have alone.
     for k in count():
-        if (k % check_every == 0 or k == max_iter) and not active.any():
+        if k % check_every == 0 and not active.any():
             if not verify or k == 0 and init is None:
                 break
             # Residual replacement: restart samples whose true residual is still too

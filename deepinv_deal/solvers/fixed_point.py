@@ -15,6 +15,9 @@ from deepinv_deal.solvers.result import SolverResult, Status
 class FrozenProblem(Protocol):
     r"""
     The convex problem left when the weights are frozen at an image :math:`x_k`.
+
+    It may also have an attribute ``weight``, ``(B,)``: the residual that counts as 1
+    when it is compared with ``rtol``.
     """
 
     @property
@@ -67,9 +70,9 @@ def fixed_point(
     at :math:`z`, by :math:`x_{k+1} \approx T(x_k)`.
 
     Sample :math:`i` stops, and is left unchanged, as soon as its nonlinear residual is
-    at most ``rtol``. That residual is recomputed with fresh weights at every iterate: a
-    small step :math:`x_{k+1} - x_k` is no evidence of convergence when the inner solves
-    are inexact.
+    at most ``rtol`` times the weight that the problem gives it. That residual is
+    recomputed with fresh weights at every iterate: a small step :math:`x_{k+1} - x_k`
+    is no evidence of convergence when the inner solves are inexact.
 
     The inner problems are solved just well enough: their residual is reduced by at
     least the factor ``forcing``, more if the frozen problem has turned out to predict
@@ -86,12 +89,13 @@ def fixed_point(
     safeguarded: an extrapolation that raises the nonlinear residual is taken back, the
     plain iterate restored and the history dropped, for that sample only.
 
-    If a sample does not converge, the iterate with the smallest residual is returned.
+    If a sample does not converge, the iterate with the smallest weighted residual is
+    returned.
 
     :param Callable freeze: maps an image batch to its :class:`FrozenProblem`.
     :param torch.Tensor init: first image, shape ``(B, ...)``. Not modified.
-    :param float rtol: tolerance on the nonlinear residual. With ``0``, ``max_iter``
-        iterations are run.
+    :param float rtol: tolerance on the nonlinear residual, divided by its weight. With
+        ``0``, ``max_iter`` iterations are run.
     :param int max_iter: largest number of outer iterations.
     :param float forcing: largest factor, in (0, 1), by which an inner solve reduces the
         residual.
@@ -100,8 +104,9 @@ def fixed_point(
         acceleration, which has a safeguard of its own.
     :param Callable callback: called as ``callback(k, x_previous, x)`` after each
         iteration.
-    :return: (:class:`SolverResult`) with the inner iterations in ``n_inner`` and the
-        nonlinear residuals of all iterates in ``history``.
+    :return: (:class:`SolverResult`) with the inner iterations in ``n_inner``, the
+        nonlinear residuals of all iterates in ``history`` and the weighted residual of
+        the result in ``weighted_residual``.
     :raises ValueError: if ``forcing`` is not in (0, 1) or a number is negative.
     """
     if not 0 < forcing < 1:
@@ -114,7 +119,7 @@ def fixed_point(
     x = best = init
     problem = freeze(x)
     residual = problem.residual
-    best_residual = torch.full_like(residual, torch.inf)
+    best_residual = best_weighted = torch.full_like(residual, torch.inf)
     active = torch.ones_like(residual, dtype=torch.bool)
     n_iter = torch.zeros_like(residual, dtype=torch.int64)
     n_inner = torch.zeros_like(n_iter)
@@ -125,12 +130,14 @@ def fixed_point(
     mixer = _Anderson(anderson) if anderson else None
     for k in range(max_iter + 1):
         finite = residual.isfinite()
+        weighted = residual / getattr(problem, "weight", 1.0)
         status = status.where(~active | finite, Status.NON_FINITE)
-        status = status.where(~active | ~(residual <= rtol), Status.CONVERGED)
-        better = active & (residual < best_residual)
+        status = status.where(~active | ~(weighted <= rtol), Status.CONVERGED)
+        better = active & (weighted < best_weighted)
         best_residual = residual.where(better, best_residual)
+        best_weighted = weighted.where(better, best_weighted)
         best = select(better, x, best)
-        active = active & finite & (residual > rtol)
+        active = active & finite & (weighted > rtol)
         if k == max_iter or not active.any():
             break
         previous = x
@@ -138,7 +145,7 @@ def fixed_point(
         if mixer is not None:
             x, working = mixer.safeguard(x, residual, active)
         # No need to aim far below the final tolerance.
-        enough = 0.5 * rtol / residual
+        enough = 0.5 * rtol / weighted
         step = problem.solve(torch.maximum(eta, enough).clamp(max=forcing), working)
         # An indefinite inner problem has no meaningful solution to go on from.
         broken = working & (step.status >= Status.BREAKDOWN)
@@ -168,7 +175,13 @@ def fixed_point(
         residual = problem.residual
         history.append(residual)
     return SolverResult(
-        best, status, n_iter, best_residual, n_inner, torch.stack(history)
+        best,
+        status,
+        n_iter,
+        best_residual,
+        n_inner,
+        torch.stack(history),
+        best_weighted,
     )
 
 

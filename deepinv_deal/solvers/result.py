@@ -39,14 +39,26 @@ class SolverResult:
     :param torch.Tensor n_inner: iterations of the inner solver in total, shape
         ``(B,)``.
     :param torch.Tensor history: residual at every outer iteration, shape ``(n, B)``.
+    :param torch.Tensor weighted_residual: what was compared with the tolerance if the
+        problem weights its residual, the residual itself otherwise, shape ``(B,)``.
     """
 
     x: Tensor
     status: Tensor
     n_iter: Tensor
     residual: Tensor
-    n_inner: Tensor | None = None
-    history: Tensor | None = None
+    n_inner: Tensor = None  # type: ignore[assignment]
+    history: Tensor = None  # type: ignore[assignment]
+    weighted_residual: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Fills in what a solver without inner solver or weights need not say."""
+        if self.n_inner is None:
+            self.n_inner = torch.zeros_like(self.n_iter)
+        if self.history is None:
+            self.history = self.residual[None]
+        if self.weighted_residual is None:
+            self.weighted_residual = self.residual
 
     @property
     def converged(self) -> Tensor:
@@ -58,13 +70,14 @@ class SolverResult:
         failed = (~self.converged).nonzero().flatten().tolist()
         if not failed:
             return
-        worst = max(failed, key=lambda i: float(self.residual[i].nan_to_num(torch.inf)))
+        judged = self.weighted_residual
+        worst = max(failed, key=lambda i: float(judged[i].nan_to_num(torch.inf)))
         warnings.warn(
             f"{what} did not converge for {len(failed)} of {len(self.status)} samples "
             f"(index {', '.join(map(str, failed[:8]))}{', ...' * (len(failed) > 8)}). "
             f"Worst: {Status(int(self.status[worst])).name} after "
             f"{int(self.n_iter[worst])} iterations, relative residual "
-            f"{float(self.residual[worst]):.1e}, asked for {rtol:.1e}. {advice}",
+            f"{float(judged[worst]):.1e}, asked for {rtol:.1e}. {advice}",
             ConvergenceWarning,
             stacklevel=stacklevel,
         )

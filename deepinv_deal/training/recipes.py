@@ -50,7 +50,7 @@ class DEALRecipe:
     weighted by :math:`(\sigma / \sigma_{\max} + 0.1)^{-b}`, so that low noise counts in
     a short training. The published scheme is ``reuse=1, pool=1, balance=0,
     drift=1e-4, depth_min=15, depth_max=60, batch_size=16, patch_size=128, lr=5e-4,
-    lr_final=4e-4, rtol=1e-4``, then a second phase, which starts from the weights of
+    lr_final=4e-4, rtol=5e-4``, then a second phase, which starts from the weights of
     the first by ``init``.
 
     :param str data: folder of training images.
@@ -81,7 +81,7 @@ class DEALRecipe:
         steps.
     :param int warm_depth_min: fewest outer iterations on a problem used before.
     :param int warm_depth_max: most outer iterations on a problem used before.
-    :param float rtol: tolerance at which the outer iteration stops early.
+    :param float rtol: tolerance (imbalance of forces) at which the iteration stops.
     :param float adjoint_rtol: tolerance of the backward pass.
     :param bool jacobian_free: Jacobian-free (published) or exact gradients.
     :param float clip: largest norm of the gradient.
@@ -117,7 +117,7 @@ class DEALRecipe:
     pool: int = 128
     warm_depth_min: int = 1
     warm_depth_max: int = 4
-    rtol: float = 1e-3
+    rtol: float = 5e-3
     adjoint_rtol: float = 0.05
     jacobian_free: bool = True
     clip: float = 1.0
@@ -318,9 +318,7 @@ class DEALTrainer:
     def _validate(self, loss: float) -> None:
         psnr = {}
         n_iter, converged = [], []
-        model = DEAL(
-            pretrained=None, prior=self.prior, rtol=1e-3, warn=False, scale=None
-        )
+        model = DEAL(pretrained=None, prior=self.prior, warn=False, scale=None)
         for sigma, problems in self.validation:
             scores = []
             for x, y in problems:

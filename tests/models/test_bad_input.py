@@ -59,7 +59,11 @@ MEASUREMENTS = {
     ),
     "list": ([image()], TypeError, r"y must be a torch.Tensor, got list"),
     "none": (None, TypeError, r"y must be a torch.Tensor, got NoneType"),
-    "complex": (image() + 0j, TypeError, r"y .*complex"),
+    "complex of another precision": (
+        image().to(torch.complex64),
+        ValueError,
+        r"y has dtype .*complex64.*float64",
+    ),
     "float32": (image().float(), ValueError, r"y has dtype .*float32.*float64.*to\("),
     "half": (image().half(), ValueError, r"y has dtype .*float16"),
     "empty batch": (image()[:0], ValueError, r"y is empty: shape \(0, 1, 6, 7\)"),
@@ -233,7 +237,22 @@ SETTINGS = {
     "rtol": ({"rtol": -1e-3}, ValueError, r"rtol.*-0.001"),
     "rtol nan": ({"rtol": math.nan}, ValueError, r"rtol.*nan"),
     "max_iter": ({"max_iter": -1}, ValueError, r"max_iter.*-1"),
-    "inner_max_iter": ({"inner_max_iter": -1}, ValueError, r"max_iter.*-1"),
+    "inner_max_iter": ({"inner_max_iter": -1}, ValueError, r"inner_max_iter.*-1"),
+    "preconditioner": (
+        {"preconditioner": "jacobi"},
+        ValueError,
+        r"preconditioner must be one of .*auto.*got 'jacobi'",
+    ),
+    "lambda_mode": (
+        {"lambda_mode": "norm"},
+        ValueError,
+        r"lambda_mode must be 'absolute' or 'relative', got 'norm'",
+    ),
+    "custom_init": (
+        {"custom_init": "ones"},
+        ValueError,
+        r"custom_init must be one of .*zero.*got 'ones'",
+    ),
     "anderson": ({"anderson": -1}, ValueError, r"anderson.*-1"),
     "forcing one": (
         {"forcing": 1.0},

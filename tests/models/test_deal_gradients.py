@@ -19,7 +19,7 @@ from deepinv_deal.priors.deal import MASK_MAX, MASK_MIN
 
 #: Small, to keep the distance to the next kink large.
 HEIGHT, WIDTH = 7, 6
-EXACT = {"rtol": 2e-14, "max_iter": 1000, "scale": None}
+EXACT = {"rtol": 1e-13, "max_iter": 1000, "scale": None}
 JACOBIAN_FREE = DEQConfig(jacobian_free=True, eps_backward=1e-13)
 
 

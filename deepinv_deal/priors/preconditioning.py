@@ -1,0 +1,121 @@
+"""Preconditioners for the quadratic problems of attentive priors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deepinv_deal._batch import expand, select
+from deepinv_deal.operators import MultiConvOperator
+from deepinv_deal.solvers.conjugate_gradient import LinearMap
+from deepinv_deal.solvers.preconditioner import (
+    LARGEST_MISFIT,
+    PreconditionedSolver,
+    bounded,
+    diagonal,
+    from_fourier,
+    to_fourier,
+    transfer_function,
+)
+
+Preconditioner = Literal["auto", "circulant", "diagonal", "none"]
+PRECONDITIONERS: tuple[str, ...] = ("auto", "circulant", "diagonal", "none")
+
+#: An operator whose circulant and diagonal model both fit this well is a multiple of
+#: the identity.
+IDENTITY_MISFIT = 1e-3
+
+
+class Preconditioning:
+    r"""
+    Preconditioners for the systems :math:`H + \lambda W^{\top} m^2 W`, all samples.
+
+    * ``"circulant"``: :math:`H` is replaced by the closest circular convolution and the
+      mask of every filter by its mean; one Fourier transform each way.
+    * ``"diagonal"``: both terms are replaced by their diagonals, where a filter counts
+      with its energy and its mask is taken to be smooth.
+    * ``"auto"``: for every sample the one whose model of :math:`H` fits better, on
+      trial (:class:`deepinv_deal.solvers.preconditioner.PreconditionedSolver`); none
+      where neither fits, and for denoising, which is well conditioned.
+    * ``"none"``.
+
+    Borders, the shape of the mask inside an image and coupled colour channels are left
+    out: preconditioners change the speed, not the solution.
+
+    :param str choice: see above.
+    :param Callable H: normal operator on images ``(B, C, H, W)``.
+    :param torch.Tensor b: images of that shape; the values do not matter.
+    :param torch.Tensor lambda_reg: weights, ``(B,)``.
+    :param MultiConvOperator W: the filters.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        choice: Preconditioner,
+        H: LinearMap,
+        b: Tensor,
+        lambda_reg: Tensor,
+        W: MultiConvOperator,
+    ):
+        self.W, self.lambda_reg = W, lambda_reg
+        # Two channels seen by gray filters are the parts of a complex image.
+        self.complex_pair = b.shape[1] == 2 and W.in_channels == 1
+        nowhere = torch.zeros(len(b), dtype=torch.bool, device=b.device)
+        self.use_circulant, usable = nowhere, nowhere
+        if choice != "none":
+            self.symbol, by_symbol = transfer_function(
+                H, b, complex_pair=self.complex_pair
+            )
+            self.diagonal, by_diagonal = diagonal(H, b)
+            self.use_circulant = by_symbol <= by_diagonal
+            self.responses = W.impulse_responses()
+        if choice == "auto":
+            misfit = torch.minimum(by_symbol, by_diagonal)
+            identity = torch.maximum(by_symbol, by_diagonal) < IDENTITY_MISFIT
+            usable = (misfit < LARGEST_MISFIT) & ~identity
+        elif choice != "none":
+            usable = ~nowhere
+            self.use_circulant = usable if choice == "circulant" else nowhere
+        self.solver = PreconditionedSolver(usable, on_trial=choice == "auto")
+
+    @torch.no_grad()
+    def at(self, squared_mask: Tensor) -> LinearMap:
+        """Returns the preconditioner for the squared masks ``(B * parts, N, H, W)``."""
+        weight = expand(self.lambda_reg, self.diagonal)
+        circulant: Tensor | None = None
+        if self.use_circulant.any():
+            symbol = self._filter_symbol(squared_mask)
+            circulant = bounded(self.symbol + weight * symbol)
+        energy = self.responses.square().sum((-2, -1))[:, :, None, None]  # (C, N, 1, 1)
+        filters = F.conv2d(squared_mask, energy).view_as(self.diagonal)
+        divisor = bounded(self.diagonal + weight * filters)
+
+        def apply(r: Tensor) -> Tensor:
+            if circulant is None:
+                return r / divisor
+            spectrum = to_fourier(r, self.complex_pair) / circulant
+            image = from_fourier(spectrum, r, self.complex_pair)
+            return select(self.use_circulant, image, r / divisor)
+
+        return apply
+
+    def _filter_symbol(self, squared_mask: Tensor) -> Tensor:
+        r"""Eigenvalues of :math:`W^{\top} m^2 W` for the mean masks, per channel."""
+        batch = len(self.diagonal)
+        mean = squared_mask.mean((2, 3)).view(batch, -1, squared_mask.shape[1]).mean(1)
+        weighted = mean[:, None, :, None, None] * self.responses  # (B, C, N, n, n)
+        own = self.W.adjoint(weighted.flatten(0, 1)).unflatten(0, weighted.shape[:2])
+        kernels = own.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)  # (B, C, n, n)
+        # A kernel larger than the image wraps around.
+        size = self.diagonal.shape[-2:]
+        reach = kernels.shape[-1] // 2
+        lack = [-kernels.shape[-1] % n for n in size]
+        kernels = F.pad(kernels, (0, lack[1], 0, lack[0]))
+        for dim, n in zip((-2, -1), size, strict=True):
+            kernels = kernels.unflatten(dim, (-1, n)).sum(dim - 1)
+        centred = kernels.roll((-reach, -reach), (-2, -1))
+        return torch.fft.fft2(centred).real.clamp_min(0)

@@ -1,0 +1,188 @@
+"""Preconditioners that follow from a few applications of an operator to images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deepinv_deal._batch import expand, norm, select
+from deepinv_deal.solvers.conjugate_gradient import LinearMap, conjugate_gradient
+from deepinv_deal.solvers.result import SolverResult
+
+#: Number of random images by which an operator is probed.
+PROBES = 4
+
+#: A model of an operator is worth a trial if it predicts its action on a random image
+#: up to this relative error.
+LARGEST_MISFIT = 0.7
+
+#: A preconditioner is kept if it makes convergence per iteration faster by this factor.
+LEAST_GAIN = 1.3
+
+#: Preconditioners stay bounded: no eigenvalue below this fraction of the largest.
+FLOOR = 1e-6
+
+
+def probe(like: Tensor, seed: int, *, complex_pair: bool = False) -> Tensor:
+    """
+    Returns a random image with a flat spectrum, the same for every sample.
+
+    On such an image the action of a convolution shows its transfer function exactly.
+
+    :param torch.Tensor like: images ``(B, C, H, W)``; their values do not matter.
+    :param int seed: number of the probe.
+    :param bool complex_pair: whether the two channels are real and imaginary part.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    noise = torch.randn(like.shape[1:], generator=rng, dtype=like.dtype)[None]
+    spectrum = to_fourier(noise, complex_pair)
+    flat = from_fourier(spectrum / spectrum.abs(), noise, complex_pair)
+    return math.sqrt(like[0, 0].numel()) * flat.to(like.device).expand_as(like)
+
+
+def to_fourier(x: Tensor, complex_pair: bool) -> Tensor:
+    """
+    Returns the spectrum of every channel, or of the complex image of a channel pair.
+    """
+    return torch.fft.fft2(torch.complex(x[:, :1], x[:, 1:]) if complex_pair else x)
+
+
+def from_fourier(spectrum: Tensor, like: Tensor, complex_pair: bool) -> Tensor:
+    """Inverts :func:`to_fourier` for real images shaped ``like``."""
+    x = torch.fft.ifft2(spectrum, s=like.shape[-2:])
+    return torch.cat([x.real, x.imag], 1) if complex_pair else x.real.contiguous()
+
+
+def transfer_function(
+    H: LinearMap, like: Tensor, *, complex_pair: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""
+    Estimates the circulant operator closest to :math:`H`.
+
+    Its eigenvalues are the diagonal of :math:`F H F^{*}`, where :math:`F` is the
+    Fourier transform; they are exact if :math:`H` is a circular convolution, or masks
+    the Fourier transform.
+
+    :param Callable H: symmetric positive semi-definite operator on images.
+    :param torch.Tensor like: images ``(B, C, H, W)``; their values do not matter.
+    :param bool complex_pair: whether the two channels are real and imaginary part.
+    :return: eigenvalues ``(B, C, H, W)``, with one channel for a complex pair, and the
+        relative error ``(B,)`` with which they predict the action of :math:`H`.
+    """
+    estimates, outputs = [], []
+    for seed in range(PROBES):
+        v = probe(like, seed, complex_pair=complex_pair)
+        image = H(v)
+        spectrum = to_fourier(v, complex_pair)
+        output = to_fourier(image, complex_pair)
+        estimates.append((spectrum.conj() * output).real / spectrum.abs().square())
+        outputs.append((spectrum, output))
+    values = torch.stack(estimates).mean(0).clamp_min(0)
+    if not complex_pair:  # real operators have real, hence symmetric, kernels
+        mirrored = values.flip(-2, -1).roll((1, 1), (-2, -1))
+        values = 0.5 * (values + mirrored)
+    return values, _misfit(values, outputs)
+
+
+def diagonal(H: LinearMap, like: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Estimates the diagonal of an operator on images; exactly if it is diagonal.
+
+    :param Callable H: symmetric positive semi-definite operator on images.
+    :param torch.Tensor like: images ``(B, C, H, W)``; their values do not matter.
+    :return: diagonal, shape of ``like``, and the relative error ``(B,)`` with which it
+        predicts the action of :math:`H`.
+    """
+    outputs = []
+    for seed in range(PROBES):
+        rng = torch.Generator().manual_seed(seed)
+        sign = torch.randint(0, 2, like.shape[1:], generator=rng).to(like) * 2 - 1
+        v = sign.expand_as(like)
+        outputs.append((v, H(v)))
+    values = torch.stack([v * u for v, u in outputs]).mean(0).clamp_min(0)
+    return values, _misfit(values, outputs)
+
+
+def _misfit(values: Tensor, outputs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Relative error of ``values * v`` for given pairs of v and its image, ``(B,)``."""
+    errors = torch.stack([norm(values * v - u) for v, u in outputs])
+    sizes = torch.stack([norm(u) for _, u in outputs])
+    return (norm(errors.T) / norm(sizes.T)).nan_to_num(0)
+
+
+def bounded(values: Tensor) -> Tensor:
+    """Raises the smallest values of every sample to a fraction of its largest."""
+    largest = values.flatten(1).amax(1)
+    return torch.maximum(values, expand(FLOOR * largest, values))
+
+
+class PreconditionedSolver:
+    r"""
+    Conjugate gradients for a sequence of similar systems, with a preconditioner that is
+    kept only where it pays.
+
+    Every sample decides for itself. The first system is solved without preconditioner,
+    since the first weights of a model are those of an empty image; the second too, and
+    its rate of convergence is measured; the third is solved with the preconditioner,
+    with at most as many iterations as it would have taken without. If that was faster
+    by the factor ``LEAST_GAIN``, the preconditioner stays. So a useless one costs at
+    most one solve.
+
+    :param torch.Tensor usable: samples for which a preconditioner exists, ``(B,)``.
+    :param bool on_trial: try it as described; otherwise it is used from the start.
+    """
+
+    def __init__(self, usable: Tensor, *, on_trial: bool = True):
+        self.candidates = usable & on_trial
+        self.kept = usable & ~self.candidates
+        self.solves = torch.zeros_like(usable, dtype=torch.int64)
+        self.rate = torch.zeros_like(usable, dtype=torch.float64)
+
+    def solve(
+        self,
+        A: LinearMap,
+        b: Tensor,
+        rtol: Tensor,
+        max_iter: int,
+        preconditioner: Callable[[], LinearMap],
+        active: Tensor | None = None,
+    ) -> SolverResult:
+        """
+        Solves :math:`A x = b` by :func:`conjugate_gradient`, started at zero.
+
+        :param Callable A: symmetric positive definite map.
+        :param torch.Tensor b: right-hand side, shape ``(B, ...)``.
+        :param torch.Tensor rtol: tolerance per sample, ``(B,)``.
+        :param int max_iter: largest number of iterations.
+        :param Callable preconditioner: makes the preconditioner; called where needed.
+        :param torch.Tensor active: samples that take part in trials, ``(B,)``.
+            ``None``: no trials.
+        """
+        used, limit = self.kept, torch.full_like(self.solves, max_iter)
+        trial = torch.zeros_like(self.kept)
+        if active is not None:
+            trial = self.candidates & active & (self.solves == 2)
+            # As many iterations as the measured rate predicts without preconditioner.
+            predicted = (-rtol.double().log() / self.rate).ceil().clamp(1, max_iter)
+            limit = torch.where(trial, predicted.long(), limit)
+            used = used | trial
+        M: LinearMap | None = None
+        if used.any():
+            P = preconditioner()
+
+            def M(r: Tensor) -> Tensor:
+                return select(used, P(r), r)
+
+        result = conjugate_gradient(
+            A, b, rtol=rtol, max_iter=limit, preconditioner=M, verify=False
+        )
+        if active is not None:
+            reduction = result.residual.double().clamp(1e-16, 1 - 1e-6)
+            rate = -reduction.log() / result.n_iter.clamp_min(1)
+            self.kept = self.kept | trial & (rate > LEAST_GAIN * self.rate)
+            self.rate = torch.where(active & (self.solves == 1), rate, self.rate)
+            self.solves = self.solves + active
+        return result

@@ -1,0 +1,148 @@
+"""Models of operators from probes, and preconditioners that must earn their place."""
+
+import pytest
+import torch
+from problems import DOUBLE, generator
+
+from deepinv_deal.solvers.preconditioner import (
+    FLOOR,
+    PreconditionedSolver,
+    bounded,
+    diagonal,
+    from_fourier,
+    probe,
+    to_fourier,
+    transfer_function,
+)
+
+SHAPE = (3, 2, 6, 7)
+
+
+def circular(symbol, complex_pair=False):
+    return lambda x: from_fourier(to_fourier(x, complex_pair) * symbol, x, complex_pair)
+
+
+def symmetric_symbol(*shape, seed=0):
+    """Eigenvalues of a circular convolution with a real symmetric kernel."""
+    kernel = torch.rand(shape, generator=generator(seed), dtype=DOUBLE)
+    return torch.fft.fft2(kernel).abs().square()
+
+
+@pytest.mark.parametrize("complex_pair", [False, True])
+def test_a_probe_has_a_flat_spectrum_and_is_the_same_for_all_samples(complex_pair):
+    v = probe(torch.empty(SHAPE, dtype=DOUBLE), 0, complex_pair=complex_pair)
+    size = to_fourier(v, complex_pair).abs()
+    torch.testing.assert_close(size, size[0, 0, 0, 0].expand_as(size))
+    assert torch.equal(v[0], v[2])
+    assert not torch.equal(v, probe(v, 1, complex_pair=complex_pair))
+
+
+def test_a_circular_convolution_is_recognised_sample_by_sample():
+    symbol = symmetric_symbol(*SHAPE)
+    values, misfit = transfer_function(circular(symbol), torch.empty(SHAPE).double())
+    torch.testing.assert_close(values, symbol)
+    assert (misfit < 1e-12).all()
+    assert (diagonal(circular(symbol), torch.empty(SHAPE).double())[1] > 0.5).all()
+
+
+def test_a_masked_fourier_transform_is_recognised():
+    # Not symmetric: it acts on complex images only.
+    mask = (torch.rand(3, 1, 6, 7, generator=generator()) < 0.5).double()
+    values, misfit = transfer_function(
+        circular(mask, True), torch.empty(SHAPE).double(), complex_pair=True
+    )
+    torch.testing.assert_close(values, mask)
+    assert (misfit < 1e-12).all()
+
+
+def test_a_diagonal_operator_is_recognised():
+    mask = torch.rand(SHAPE, generator=generator(), dtype=DOUBLE).round()
+    values, misfit = diagonal(lambda x: mask * x, torch.empty(SHAPE).double())
+    torch.testing.assert_close(values, mask)
+    assert (misfit == 0).all()
+    symbol, misfit = transfer_function(lambda x: mask * x, torch.empty(SHAPE).double())
+    assert (misfit > 0.3).all() and symbol.shape == SHAPE
+
+
+def test_no_eigenvalue_of_a_preconditioner_explodes():
+    values = bounded(torch.tensor([[0.0, 5.0], [0.0, 1e-3]], dtype=DOUBLE))
+    assert values.tolist() == [[5 * FLOOR, 5.0], [1e-3 * FLOOR, 1e-3]]
+
+
+# -- trials --------------------------------------------------------------------
+
+#: Two samples with eigenvalues over four decades: the inverse diagonal helps a lot.
+SPREAD = torch.logspace(0, 4, 40, dtype=DOUBLE).expand(2, 40)
+
+
+def run(solver, M, solves=4, rtol=1e-6, active=(True, True), max_iter=500):
+    rng = generator(1)
+    results = []
+    for _ in range(solves):
+        b = torch.randn(2, 40, generator=rng, dtype=DOUBLE)
+        results.append(
+            solver.solve(
+                lambda x: SPREAD * x,
+                b,
+                torch.full((2,), rtol, dtype=DOUBLE),
+                max_iter,
+                lambda: M,
+                torch.tensor(active),
+            )
+        )
+    return results
+
+
+def everywhere():
+    return torch.ones(2, dtype=torch.bool)
+
+
+def test_a_good_preconditioner_is_tried_third_and_kept():
+    solver = PreconditionedSolver(everywhere())
+    results = run(solver, lambda r: r / SPREAD)
+    assert solver.kept.all()
+    assert [bool((r.n_iter == 1).all()) for r in results] == [False, False, True, True]
+    assert all(r.converged.all() for r in results)
+
+
+def test_a_bad_preconditioner_costs_at_most_one_solve():
+    solver = PreconditionedSolver(everywhere())
+    results = run(solver, lambda r: r * SPREAD)
+    assert not solver.kept.any()
+    assert (results[2].n_iter <= 1.5 * results[1].n_iter).all()
+    assert not results[2].converged.any() and results[3].converged.all()
+
+
+def test_samples_decide_for_themselves():
+    good_for_the_first = torch.stack([1 / SPREAD[0], SPREAD[1]])
+    solver = PreconditionedSolver(everywhere())
+    run(solver, lambda r: r * good_for_the_first)
+    assert solver.kept.tolist() == [True, False]
+
+
+def test_samples_that_rest_do_not_try():
+    solver = PreconditionedSolver(everywhere())
+    run(solver, lambda r: r / SPREAD, active=(True, False))
+    assert solver.kept.tolist() == [True, False]
+    assert solver.solves.tolist() == [4, 0]
+
+
+def test_unusable_samples_go_without():
+    solver = PreconditionedSolver(torch.tensor([True, False]))
+    run(solver, lambda r: r / SPREAD)
+    assert solver.kept.tolist() == [True, False]
+
+
+def test_without_trial_a_preconditioner_is_used_from_the_start():
+    solver = PreconditionedSolver(everywhere(), on_trial=False)
+    results = run(solver, lambda r: r / SPREAD, solves=2)
+    assert all((r.n_iter == 1).all() for r in results)
+
+
+def test_solves_without_activity_leave_the_trial_alone():
+    solver = PreconditionedSolver(everywhere())
+    b = torch.ones(2, 40, dtype=DOUBLE)
+    rtol = torch.full((2,), 1e-6, dtype=DOUBLE)
+    for _ in range(4):
+        solver.solve(lambda x: SPREAD * x, b, rtol, 500, lambda: lambda r: r / SPREAD)
+    assert not solver.kept.any() and (solver.solves == 0).all()
