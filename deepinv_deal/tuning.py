@@ -46,6 +46,8 @@ PROBE_SEED = 0x5EED_0BE5
 #: Evaluations allowed if ``max_trials`` is not given: for lambda, and with sigma.
 DEFAULT_MAX_TRIALS = {1: 15, 2: 45}
 
+EMPTY = "The validation set is empty: at least one image is needed to tune."
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -160,7 +162,7 @@ def tune(
     sigma: float | None = None,
     tune_sigma: bool = False,
     spread: float = 4.0,
-    precision: float = 1.5,
+    precision: float = 1.2,
     max_trials: int | None = None,
     batch_candidates: bool = False,
     seed: int = 0,
@@ -475,6 +477,8 @@ def _problems(
                 own = physics.clone()
                 own.update(**params)
             x = None if x is None else x.to(device)
+            if x is not None and not len(x):
+                raise ValueError(EMPTY)
             if y is None:
                 if physics is None:
                     raise ValueError(
@@ -486,10 +490,8 @@ def _problems(
                     y = own(x)
             y = y.to(device)
             problems.append(_Problem(x, y, own))
-    if not problems or not all(map(len, problems)):
-        raise ValueError(
-            "The validation set is empty: at least one image is needed to tune."
-        )
+    if not problems:
+        raise ValueError(EMPTY)
     return problems
 
 
@@ -524,21 +526,24 @@ def _unpack(item: Any, i: int) -> tuple[Tensor | None, Any, dict[str, Any] | Non
 def _own_randomness(physics: Any, device: torch.device, seed: int) -> Iterator[None]:
     """Seeds all generators, and puts them back as they were."""
     devices = [] if device.type == "cpu" else [device]
-    modules = physics.modules() if isinstance(physics, torch.nn.Module) else ()
+    modules: Iterable[Any] = (
+        physics.modules() if isinstance(physics, torch.nn.Module) else ()
+    )
     generators = [
-        rng
+        (module, rng, rng.get_state())
         for module in modules
         if isinstance(rng := getattr(module, "rng", None), torch.Generator)
     ]
-    states = [rng.get_state() for rng in generators]
     with torch.random.fork_rng(devices, device_type=device.type):
         torch.manual_seed(seed)
-        for rng in generators:
+        for _, rng, _ in generators:
             rng.manual_seed(seed)
         try:
             yield
         finally:
-            for rng, state in zip(generators, states, strict=True):
+            for module, rng, state in generators:
+                # An update of the noise model may have put another generator there.
+                module.rng = rng
                 rng.set_state(state)
 
 

@@ -40,7 +40,7 @@ def blur(**kwargs):
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(rtol=1e-6)
+    return random_model(rtol=1e-4)
 
 
 @pytest.fixture
@@ -62,10 +62,10 @@ def test_the_search_comes_within_three_per_cent_of_a_smooth_minimum(best, skew):
         return [s**2 + skew * abs(s) * s for s in t]
 
     steps = np.array([np.log(4.0)])
-    assert _search(evaluate, np.zeros(1), steps, np.log(1.5), 20)
+    assert _search(evaluate, np.zeros(1), steps, np.log(1.2), 20)
     closest = min(abs(float(p[0]) - best) for p in calls)
     assert closest < (0.03 if skew else 1e-9)
-    assert len(calls) == len({round(float(p[0]), 6) for p in calls}) <= 15
+    assert len(calls) == len({round(float(p[0]), 6) for p in calls}) <= 18
 
 
 def test_the_search_in_two_variables_follows_a_tilted_valley():
@@ -101,7 +101,7 @@ def test_a_fit_that_is_not_convex_has_no_vertex():
 # -- real problems ---------------------------------------------------------------
 
 
-def photograph(size=20):
+def photograph(size):
     image = resize(camera() / 255.0, (64, 64), anti_aliasing=True)
     return torch.from_numpy(image).float()[None, None, 18 : 18 + size, 26 : 26 + size]
 
@@ -112,7 +112,7 @@ def photograph(size=20):
         pytest.param(Denoising(noise(25 / 255)), id="denoising"),
         pytest.param(
             Blur(
-                dinv.physics.functional.gaussian_blur((7, 7), (0.7, 0.7)),
+                dinv.physics.functional.gaussian_blur((5, 5), (0.7, 0.7)),
                 padding="circular",
                 noise_model=noise(10 / 255),
             ),
@@ -120,23 +120,23 @@ def photograph(size=20):
         ),
         pytest.param(
             Inpainting(
-                (1, 20, 20), mask=0.7, rng=generator(), noise_model=noise(10 / 255)
+                (1, 16, 16), mask=0.7, rng=generator(), noise_model=noise(10 / 255)
             ),
             id="inpainting",
         ),
     ],
 )
 def test_tuning_is_within_two_hundredths_of_a_decibel_of_a_fine_grid(physics):
-    x, model = photograph(), DEAL(rtol=3e-4, max_iter=300)
-    result = tune(model, physics, [x])
+    x, model = photograph(16), DEAL(rtol=1e-3, max_iter=100)
+    result = tune(model, physics, [x], batch_candidates=True)
     assert result.complete and len(result.trials) <= 15
 
     # The same measurements, and a fine grid that the optimum lies well inside of.
     physics.noise_model.rng.manual_seed(0)
-    y, fine = physics(x), np.geomspace(0.4, 2.5, 17)
+    y, fine = physics(x), torch.logspace(-0.2, 0.2, 9)
     with torch.no_grad():
-        x_hat = torch.cat(
-            [model(y, physics, lambda_reg=result.lambda_reg * f) for f in fine]
+        x_hat = model(
+            y.repeat(len(fine), 1, 1, 1), physics, lambda_reg=result.lambda_reg * fine
         )
         scores = PSNR()(x_hat, x.expand_as(x_hat))
     assert result.best.score > float(scores.max()) - 0.02
@@ -144,18 +144,19 @@ def test_tuning_is_within_two_hundredths_of_a_decibel_of_a_fine_grid(physics):
 
 
 def test_sure_chooses_nearly_as_well_as_the_ground_truth():
-    x, model, physics = photograph(32), DEAL(), denoising(25 / 255)
-    with_truth = tune(model, physics, [x])
-    physics.noise_model.rng.manual_seed(0)
-    y = physics(x)
-    without = tune(model, physics, [{"y": y}], metric="sure")
+    x, model, sigma = photograph(24), DEAL(), 25 / 255
+    y = denoising(sigma)(x)
+    physics = Denoising(GaussianNoise(sigma))
+    options = {"batch_candidates": True, "precision": 1.5, "max_trials": 6}
+    with_truth = tune(model, physics, [(x, y)], **options)
+    without = tune(model, physics, [{"y": y}], metric="sure", **options)
     assert without.metric == "SURE" and without.lower_better
     with torch.no_grad():
         psnr = float(PSNR()(model(y, physics, lambda_reg=without.lambda_reg), x))
     assert psnr > with_truth.best.score - 0.1
-    # The estimate of the error itself, at the standard deviation of 1024 pixels.
-    mse = 10 ** (-psnr / 10)
-    assert without.best.score == pytest.approx(mse, abs=4 * (25 / 255) ** 2 / 32)
+    # It estimates the error, up to the deviation of the mean of as many squares.
+    deviation = (2 / x.numel()) ** 0.5 * sigma**2
+    assert without.best.score == pytest.approx(10 ** (-psnr / 10), abs=3 * deviation)
 
 
 # -- what is compared ------------------------------------------------------------
@@ -183,15 +184,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:Tuning stopped at max_trials")
 
 
 @pytest.mark.parametrize("tune_sigma", [False, True])
-def test_candidates_in_one_batch_give_what_they_give_one_by_one(model, x, tune_sigma):
+def test_candidates_in_one_batch_give_what_they_give_one_by_one(x, tune_sigma):
     data = [(x, blur()(x)), (x[:1], blur()(x[:1]) + 0.01)]
+    model = random_model(rtol=1e-4)
     results = [
         tune(
             model,
             blur(),
             data,
             tune_sigma=tune_sigma,
-            max_trials=9 if tune_sigma else 8,
+            max_trials=9 if tune_sigma else 5,
             batch_candidates=batched,
         )
         for batched in (False, True)
@@ -277,7 +279,7 @@ def test_sigma_is_chosen_or_fixed_on_request(model, x):
 
 def test_denoising_starts_at_the_learned_weight(model, x):
     level = torch.tensor(0.1, dtype=DOUBLE)
-    learned = float(model.prior[0].default_lambda(level, x)[0])
+    learned = float(model.prior[0].default_lambda(level, x)[0].detach())
     start = tune(model, denoising(0.1), [x], max_trials=1)
     assert start.lambda_reg == pytest.approx(learned, rel=1e-6)
     pair = tune(model, None, [(x, x + 0.1)], sigma=0.1, max_trials=1)
@@ -296,11 +298,11 @@ def test_measurements_depend_on_the_seed_and_no_generator_is_touched(
     for seed in (0, 0, 1):
         torch.rand(3)
         before = torch.get_rng_state()
-        state = physics.noise_model.rng.get_state() if own_generator else before
         scores.append(tune(model, physics, x, max_trials=1, seed=seed).best.score)
         assert torch.equal(torch.get_rng_state(), before)
-        if own_generator:
-            assert torch.equal(physics.noise_model.rng.get_state(), state)
+    if own_generator:  # as if it had never been used
+        drawn = torch.rand(5, generator=physics.noise_model.rng)
+        assert torch.equal(drawn, torch.rand(5, generator=generator()))
     assert scores[0] == scores[1] != scores[2]
 
 
