@@ -20,7 +20,7 @@ class Panel:
     One row of :func:`plot_reconstructions`.
 
     :param str title: name of the problem.
-    :param torch.Tensor x: ground truth ``(1, C, H, W)``.
+    :param torch.Tensor x: ground truth ``(1, C, H, W)``; ``None`` if there is none.
     :param torch.Tensor y: measurement as an image ``(1, C, H, W)``.
     :param torch.Tensor x_hat: reconstruction ``(1, C, H, W)``.
     :param ReconstructionInfo info: from ``model(..., return_info=True)``.
@@ -29,7 +29,7 @@ class Panel:
     """
 
     title: str
-    x: Tensor
+    x: Tensor | None
     y: Tensor
     x_hat: Tensor
     info: ReconstructionInfo
@@ -62,6 +62,9 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
             (f"reconstruction\n{panel.reconstructed}", panel.x_hat),
         )
         for axis, (title, image) in zip(axes, pictures, strict=False):
+            if image is None:
+                axis.set_axis_off()
+                continue
             picture = image[0].detach().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(-1)
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_title(title, fontsize=11)
