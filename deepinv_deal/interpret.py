@@ -66,9 +66,10 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
                 axis.set_axis_off()
                 continue
             picture = image[0].detach().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(-1)
+            picture = picture.numpy()
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_title(title, fontsize=11)
-        mask = panel.info.mask[0].mean(0).cpu()
+        mask = panel.info.mask[0].mean(0).cpu().numpy()
         shown = axes[3].imshow(
             mask, cmap="magma", vmin=0, vmax=1, interpolation="nearest"
         )
@@ -78,7 +79,7 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
             axis.set_xticks([])
             axis.set_yticks([])
         axes[0].set_ylabel(panel.title, fontsize=12)
-        history = panel.info.history[:, 0].cpu()
+        history = panel.info.history[:, 0].cpu().numpy()
         axes[4].semilogy(range(len(history)), history, "o-", markersize=3)
         axes[4].axhline(panel.info.rtol, color="gray", linestyle="--", linewidth=1)
         axes[4].annotate(

@@ -41,7 +41,10 @@ def save(path, x):
 
 
 def load(path):
-    return np.load(path) if str(path).endswith("npy") else np.asarray(Image.open(path))
+    if str(path).endswith("npy"):
+        return np.load(path)
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 @pytest.fixture
@@ -83,9 +86,9 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path):
 
 def test_a_folder_keeps_its_tree_and_shows_no_bar_off_terminals(tmp_path, capsys):
     (tmp_path / "in" / "sub").mkdir(parents=True)
-    save(tmp_path / "in" / "a.png", noisy())
-    save(tmp_path / "in" / "sub" / "b.jpg", noisy(3))
-    save(tmp_path / "in" / "c.npy", noisy())
+    save(tmp_path / "in" / "a.png", noisy(size=(32, 32)))
+    save(tmp_path / "in" / "sub" / "b.jpg", noisy(3, size=(32, 30)))
+    save(tmp_path / "in" / "c.npy", noisy(size=(30, 32)))
     command = ["denoise", str(tmp_path / "in"), str(tmp_path / "out"), "--sigma"]
     assert main([*command, "estimate", *FAST]) == 0
     found = {
@@ -124,7 +127,7 @@ def test_strict_makes_failure_an_exit_code_and_a_figure_is_drawn(tmp_path, capsy
     figure = tmp_path / "figure.png"
     assert main([*command, "--rtol", "1e-6", "--figure", str(figure)]) == 0
     assert "NOT converged" in capsys.readouterr().out
-    assert Image.open(figure).size[0] > 500
+    assert load(figure).shape[1] > 500
     assert main([*command, "--rtol", "1e-6", "--strict"]) == 1
     assert main(["denoise", source, target, "--sigma", "20", *FAST, "--strict"]) == 0
 
@@ -198,7 +201,7 @@ def test_pictures_are_reconstructed(tmp_path, capsys, operator, channels):
         "inpainting": (
             dinv.physics.Inpainting((1, *SIZE), mask=mask[None]),
             ["--mask", str(tmp_path / "mask.npy")],
-            0.1,
+            1.0,
         ),
         "downsampling": (
             dinv.physics.Downsampling((1, *SIZE), filter=kernel, factor=2),
@@ -210,7 +213,7 @@ def test_pictures_are_reconstructed(tmp_path, capsys, operator, channels):
     truth = save(tmp_path / "x.npy", photograph(channels))
     target = str(tmp_path / "x_hat.npy")
     command = ["reconstruct", operator, source, target, *options]
-    command += ["--lambda-reg", str(weight), "--truth", truth, "--rtol", "1e-3"]
+    command += ["--lambda-reg", str(weight), "--truth", truth, "--rtol", "3e-4"]
     assert main(command) == 0
     assert load(target).shape == photograph(channels).shape
     error = np.square(load(target) - photograph(channels)).mean()
