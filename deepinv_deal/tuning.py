@@ -35,6 +35,7 @@ from deepinv_deal.optim import FixedPointOptim
 from deepinv_deal.solvers import ConvergenceWarning
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["Trial", "TuningResult", "tune"]
@@ -116,17 +117,21 @@ class TuningResult:
             for trial in self.trials:
                 rows.add(trial)
 
-    def plot(self) -> Figure:
+    def plot(self, axis: Axes | None = None) -> Figure:
         """
         Draws the score over lambda or, if sigma was tuned too, over both.
 
+        :param matplotlib.axes.Axes axis: where to draw; on a figure of its own if
+            ``None``.
         :return: the figure; ``figure.savefig(path)`` writes it.
         """
         # A Figure of its own needs no display and leaves pyplot's state alone.
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5.5, 4), layout="constrained")
-        axis = figure.subplots()
+        if axis is None:
+            axis = Figure(figsize=(5.5, 4), layout="constrained").subplots()
+        figure = axis.get_figure(root=True)
+        assert figure is not None
         trials = sorted(self.trials, key=lambda trial: trial.lambda_reg)
         weights = [trial.lambda_reg for trial in trials]
         scores = [trial.score for trial in trials]

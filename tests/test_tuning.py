@@ -412,6 +412,8 @@ def test_table_and_curve_hold_every_trial(model, x, tmp_path):
         drawn = len(axis.collections[0].get_offsets() if tune_sigma
                     else axis.lines[0].get_xdata())  # fmt: skip
         assert drawn == len(result.trials)
+        axis.clear()
+        assert result.plot(axis) is axis.figure and axis.get_xlabel() == "lambda_reg"
 
 
 def test_a_progress_bar_is_drawn_on_request(model, x, capsys):
