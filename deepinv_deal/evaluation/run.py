@@ -80,7 +80,7 @@ def evaluate(
     Reconstructs every image under every condition of a task; scores what is clipped.
 
     :param DEAL model: the model; for MRI, published with ``complex_mode="real"``.
-    :param Task task: from :data:`TASKS`.
+    :param Task task: made by one of ``TASKS``.
     :param Iterable images: pairs of name and 8-bit image ``(C, H, W)``.
     :param float lambda_reg: weight; the published one of each condition if ``None``.
     :param float sigma: noise level of the model in gray levels; the published one if
