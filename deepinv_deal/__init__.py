@@ -8,6 +8,8 @@ Learned, interpretable, convergent image reconstruction for deepinv.
   differentiation
 * :mod:`deepinv_deal.operators`, :mod:`deepinv_deal.splines`: the learned building
   blocks
+* :mod:`deepinv_deal.tuning`: choosing lambda and sigma on a few images, :func:`tune`
+* :mod:`deepinv_deal.evaluation`: the published protocols
 * :mod:`deepinv_deal.training`: data, losses, recipes
 * :mod:`deepinv_deal.weights`: bundled weights, checkpoints, converters
 """
@@ -18,6 +20,7 @@ from deepinv_deal.models import DEAL, ReconstructionInfo
 from deepinv_deal.optim import FixedPointOptim, FrozenIteration
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.solvers import ConvergenceWarning
+from deepinv_deal.tuning import Trial, TuningResult, tune
 
 __version__ = version("deepinv-deal")
 
@@ -28,5 +31,8 @@ __all__ = [
     "FixedPointOptim",
     "FrozenIteration",
     "ReconstructionInfo",
+    "Trial",
+    "TuningResult",
     "__version__",
+    "tune",
 ]

@@ -20,7 +20,7 @@ class Panel:
     One row of :func:`plot_reconstructions`.
 
     :param str title: name of the problem.
-    :param torch.Tensor x: ground truth ``(1, C, H, W)``.
+    :param torch.Tensor x: ground truth ``(1, C, H, W)``; ``None`` if there is none.
     :param torch.Tensor y: measurement as an image ``(1, C, H, W)``.
     :param torch.Tensor x_hat: reconstruction ``(1, C, H, W)``.
     :param ReconstructionInfo info: from ``model(..., return_info=True)``.
@@ -29,7 +29,7 @@ class Panel:
     """
 
     title: str
-    x: Tensor
+    x: Tensor | None
     y: Tensor
     x_hat: Tensor
     info: ReconstructionInfo
@@ -43,7 +43,8 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
 
     The mean mask shows where the model lowers the penalty: dark means that filter
     responses are left alone (edges, texture), bright that they are suppressed (flat
-    regions).
+    regions). Several samples of one panel are its channels, solved one by one, or real
+    and imaginary part: the mask is their mean, the residual that of the worst.
 
     :param list panels: one :class:`Panel` per row.
     :return: the figure; ``figure.savefig(path)`` writes it.
@@ -51,44 +52,56 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
     # A Figure of its own needs no display and leaves pyplot's state alone.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 3.6 * len(panels)), layout="constrained")
+    truth = int(any(panel.x is not None for panel in panels))  # a column for it?
+    figure = Figure(
+        figsize=(12.5 + 3.5 * truth, 3.6 * len(panels)), layout="constrained"
+    )
     grid = figure.subplots(
-        len(panels), 5, squeeze=False, width_ratios=[1, 1, 1, 1.12, 1.25]
+        len(panels),
+        4 + truth,
+        squeeze=False,
+        width_ratios=[1] * (2 + truth) + [1.12, 1.25],
     )
     for axes, panel in zip(grid, panels, strict=True):
-        pictures = (
+        pictures = [
             ("ground truth", panel.x),
             (f"measurement\n{panel.measured}", panel.y),
             (f"reconstruction\n{panel.reconstructed}", panel.x_hat),
-        )
+        ][1 - truth :]
         for axis, (title, image) in zip(axes, pictures, strict=False):
+            if image is None:
+                axis.set_axis_off()
+                continue
             picture = image[0].detach().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(-1)
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.imshow(
+                picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+            )
             axis.set_title(title, fontsize=11)
-        mask = panel.info.mask[0].mean(0).cpu()
-        shown = axes[3].imshow(
+        mask = panel.info.mask.mean((0, 1)).cpu().numpy()
+        shown = axes[-2].imshow(
             mask, cmap="magma", vmin=0, vmax=1, interpolation="nearest"
         )
-        axes[3].set_title("mean mask\n1: smoothed, 0: left alone", fontsize=11)
-        figure.colorbar(shown, ax=axes[3], shrink=0.85)
-        for axis in axes[:4]:
+        axes[-2].set_title("mean mask\n1: smoothed, 0: left alone", fontsize=11)
+        figure.colorbar(shown, ax=axes[-2], shrink=0.85)
+        for axis in axes[:-1]:
             axis.set_xticks([])
             axis.set_yticks([])
         axes[0].set_ylabel(panel.title, fontsize=12)
-        history = panel.info.history[:, 0].cpu()
-        axes[4].semilogy(range(len(history)), history, "o-", markersize=3)
-        axes[4].axhline(panel.info.rtol, color="gray", linestyle="--", linewidth=1)
-        axes[4].annotate(
+        history = panel.info.history.amax(1).cpu().numpy()
+        axes[-1].semilogy(range(len(history)), history, "o-", markersize=3)
+        axes[-1].axhline(panel.info.rtol, color="gray", linestyle="--", linewidth=1)
+        axes[-1].annotate(
             "tolerance",
             (0, panel.info.rtol),
             textcoords="offset points",
             xytext=(2, 4),
             color="gray",
         )
-        axes[4].set_xlabel("outer iteration")
-        axes[4].set_title(
-            f"relative nonlinear residual\n{int(panel.info.cg_iter[0])} CG iterations",
+        steps = int(panel.info.cg_iter.sum())
+        axes[-1].set_xlabel("outer iteration")
+        axes[-1].set_title(
+            f"relative nonlinear residual\n{steps} CG iterations",
             fontsize=11,
         )
-        axes[4].grid(alpha=0.3)
+        axes[-1].grid(alpha=0.3)
     return figure

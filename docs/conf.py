@@ -87,6 +87,7 @@ nitpick_ignore_regex = [
 ] + [
     # Short names in `:param Callable A:` and in annotations, absent from inventories.
     (r"py:.*", r"Callable|Iterable|Iterator|Mapping|Sequence|Path|Tensor|Generator"),
+    (r"py:.*", r"Dataset|DataLoader|Figure|matplotlib\..*"),
     # Aliases of types that have no page of their own.
     (r"py:.*", r"(.*\.)?LinearMap"),
     # Base classes in torch and deepinv are documented under their public names only.

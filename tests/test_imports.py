@@ -27,6 +27,7 @@ ALLOWED = {
     "weights": PARTS | {"priors"},
     "optim": PARTS | {"priors"},
     "models": PARTS | {"priors", "optim", "weights"},
+    "files": set(),
 }
 for _part in (
     "training",
@@ -34,7 +35,7 @@ for _part in (
     "interpret",
     "evaluation",
 ):  # independent of another
-    ALLOWED[_part] = PARTS | {"priors", "optim", "weights", "models"}
+    ALLOWED[_part] = PARTS | {"priors", "optim", "weights", "models", "files"}
 TOP = {"", "cli", "__main__"}
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -1,0 +1,63 @@
+"""Options and output that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepinv_deal import DEAL, ReconstructionInfo
+
+Commands = argparse._SubParsersAction  # its type parameter exists for checkers only
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of :func:`make_model`."""
+    parser.add_argument(
+        "--pretrained", default="deal_gray", help="weights: name or file"
+    )
+    parser.add_argument(
+        "--rtol",
+        type=float,
+        help="tolerance on the nonlinear residual; if unset, that of DEAL",
+    )
+    parser.add_argument(
+        "--max-iter", type=int, default=100, help="largest number of outer iterations"
+    )
+
+
+def make_model(args: argparse.Namespace, **kwargs: Any) -> DEAL:
+    """Makes the model that the options describe."""
+    from deepinv_deal import DEAL
+
+    return DEAL(
+        pretrained=args.pretrained, rtol=args.rtol, max_iter=args.max_iter, **kwargs
+    )
+
+
+def add_outcome_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what to do with a result beside writing it."""
+    parser.add_argument(
+        "--figure",
+        metavar="FILE",
+        help="also draw measurement, result, mean mask and convergence",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit with code 1 if an image did not converge",
+    )
+
+
+def report(name: str, info: ReconstructionInfo, seconds: float) -> bool:
+    """Prints how a reconstruction went; returns whether all of it converged."""
+    converged = bool(info.converged.all())
+    print(
+        f"{name}: {int(info.n_iter.max())} iterations, {int(info.cg_iter.sum())} "
+        f"conjugate gradient steps, residual {float(info.residual.max()):.1e} "
+        f"({'converged' if converged else 'NOT converged'}), {seconds:.1f} s"
+    )
+    for note in info.notes:
+        print(f"  {note}", file=sys.stderr)
+    return converged

@@ -1,0 +1,293 @@
+"""``deepinv-deal reconstruct``: measurements and operator from files."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from deepinv_deal.cli._options import (
+    Commands,
+    add_model_options,
+    add_outcome_options,
+    make_model,
+    report,
+)
+
+if TYPE_CHECKING:
+    from deepinv_deal.files import Picture
+
+KERNEL_HELP = (
+    "FILE (.npy, .npz:NAME, .mat:NAME/INDEX, image), gaussian:STD, motion:SIZE or "
+    "square:SIZE"
+)
+
+
+def add_reconstruct(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    reconstruct = commands.add_parser(
+        "reconstruct", help="reconstruct an image from measurements in a file"
+    )
+    operators = reconstruct.add_subparsers(required=True, metavar="OPERATOR")
+
+    blur = _operator(operators, "blur", "convolution with a kernel", _blur)
+    blur.add_argument("--kernel", required=True, help=KERNEL_HELP)
+    blur.add_argument(
+        "--padding",
+        choices=("circular", "valid", "reflect", "replicate", "constant"),
+        default="circular",
+        help="what the image is outside; 'valid': y is smaller than the image",
+    )
+
+    inpainting = _operator(
+        operators, "inpainting", "some pixels are missing", _inpainting
+    )
+    inpainting.add_argument(
+        "--mask", required=True, help="file: nonzero where the pixel was measured"
+    )
+
+    downsampling = _operator(
+        operators, "downsampling", "blur, then every n-th pixel", _downsampling
+    )
+    downsampling.add_argument("--factor", type=int, required=True, help="n")
+    downsampling.add_argument(
+        "--kernel", help=f"{KERNEL_HELP}; if unset, no blur", metavar="KERNEL"
+    )
+
+    mri = _operator(
+        operators,
+        "mri",
+        "Cartesian MRI: complex k-space (H, W), or (N, H, W) with coil maps",
+        _mri,
+    )
+    mri.add_argument(
+        "--mask",
+        help="file: nonzero where k-space was measured; if unset, where y is not zero",
+    )
+    mri.add_argument("--coil-maps", help="file with complex maps (N, H, W)")
+    mri.add_argument(
+        "--zero-frequency",
+        choices=("centre", "corner"),
+        default="centre",
+        help="where k-space and mask have it; 'corner' is the order of numpy.fft.fft2",
+    )
+    mri.add_argument(
+        "--complex-mode",
+        choices=("real_imag", "real"),
+        default="real_imag",
+        help="whether the image has an imaginary part",
+    )
+
+
+def _operator(
+    operators: Commands[argparse.ArgumentParser], name: str, text: str, load: Any
+) -> argparse.ArgumentParser:
+    parser = operators.add_parser(
+        name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("input", help="measurements: image, .npy, .npz:NAME, ...")
+    parser.add_argument("output", help="image, .npy or .pt")
+    parser.add_argument("--lambda-reg", type=float, default=1.0, help="weight")
+    parser.add_argument(
+        "--sigma-model",
+        type=float,
+        default=15.0,
+        help="noise level of the model, gray levels",
+    )
+    if name != "mri":
+        parser.add_argument(
+            "--white",
+            type=float,
+            help="value in the file that is white; if unset, 255 or 65535 for integers "
+            "of 8 or 16 bit, and 1 for floating point",
+        )
+    parser.add_argument("--truth", help="file with the true image: print the PSNR")
+    add_model_options(parser)
+    add_outcome_options(parser)
+    parser.set_defaults(run=lambda args: _reconstruct(args, load))
+    return parser
+
+
+def _reconstruct(args: argparse.Namespace, load: Any) -> int:
+    import torch
+
+    from deepinv_deal.files import write_picture
+
+    y, physics, like = load(args)
+    kind = {"complex_mode": args.complex_mode} if load is _mri else {}
+    model = make_model(args, warn=False, **kind)
+    # The channels of a colour image one by one, if the filters are gray.
+    split = load is not _mri and model.prior[0].in_channels == 1
+    y = y.transpose(0, 1) if split else y
+    start = time.perf_counter()
+    with torch.no_grad():
+        x_hat, info = model(
+            y,
+            physics,
+            sigma=args.sigma_model / 255,
+            lambda_reg=args.lambda_reg,
+            return_info=True,
+        )
+        seconds = time.perf_counter() - start
+        first = physics.A_adjoint(y)
+    if split:
+        x_hat, first = x_hat.transpose(0, 1), first.transpose(0, 1)
+    _write(args.output, x_hat, like, load is _mri, write_picture)
+    converged = report(f"{args.input} -> {args.output}", info, seconds)
+    truth = _truth(args, x_hat, load is _mri)
+    if args.figure:
+        _draw(args, load is _mri, first, x_hat, truth, info)
+    return 1 if args.strict and not converged else 0
+
+
+def _write(path: str, x_hat: Any, like: Picture, is_mri: bool, write: Any) -> None:
+    if is_mri:
+        import torch
+
+        x_hat = torch.complex(x_hat[:, :1], x_hat[:, 1:])
+        if not path.lower().endswith((".npy", ".pt")):  # a picture: the magnitude
+            x_hat = x_hat.abs()
+            top = float(x_hat.max())
+            print(f"White in {path} is a magnitude of {top:.6g}.")
+            x_hat = x_hat / (top or 1.0)
+    write(path, x_hat, like)
+
+
+def _magnitude(x: Any) -> Any:
+    return x.square().sum(1, keepdim=True).sqrt()
+
+
+def _truth(args: argparse.Namespace, x_hat: Any, is_mri: bool) -> Any:
+    """Reads the true image, if there is one, and prints the PSNR."""
+    if not args.truth:
+        return None
+    import torch
+
+    from deepinv_deal.evaluation import quality
+    from deepinv_deal.files import read_array, read_picture
+
+    if is_mri:
+        array = torch.from_numpy(read_array(args.truth)).abs().float()
+        x = array.reshape(1, 1, *array.shape[-2:])
+        x_hat = _magnitude(x_hat)
+        unit = float(x.max()) or 1.0
+        x, x_hat = x / unit, x_hat / unit
+    else:
+        x = read_picture(args.truth, args.white).x
+    if x.shape != x_hat.shape:
+        raise ValueError(
+            f"--truth has shape {tuple(x.shape)}, the result {tuple(x_hat.shape)}."
+        )
+    print("PSNR {:.2f} dB, SSIM {:.4f}".format(*quality(x_hat, x)))
+    return x
+
+
+def _draw(
+    args: argparse.Namespace,
+    is_mri: bool,
+    first: Any,
+    x_hat: Any,
+    truth: Any,
+    info: Any,
+) -> None:
+    from deepinv_deal.interpret import Panel, plot_reconstructions
+
+    if is_mri:
+        first, x_hat = _magnitude(first), _magnitude(x_hat)
+        first, x_hat = first / first.max(), x_hat / x_hat.max()
+    panel = Panel(f"lambda {args.lambda_reg:g}", truth, first, x_hat, info, "(adjoint)")
+    plot_reconstructions([panel]).savefig(args.figure, dpi=110)
+
+
+# -- operators -------------------------------------------------------------------
+
+
+def _picture(args: argparse.Namespace) -> Picture:
+    from deepinv_deal.files import read_picture
+
+    return read_picture(args.input, args.white)
+
+
+def _blur(args: argparse.Namespace) -> tuple[Any, Any, Picture]:
+    from deepinv.physics import Blur
+
+    from deepinv_deal.evaluation import make_kernel
+
+    picture = _picture(args)
+    _, kernel = make_kernel(args.kernel)
+    return picture.x, Blur(kernel, padding=args.padding), picture
+
+
+def _inpainting(args: argparse.Namespace) -> tuple[Any, Any, Picture]:
+    import numpy as np
+    import torch
+    from deepinv.physics import Inpainting
+
+    from deepinv_deal.files import read_array
+
+    picture = _picture(args)
+    known = read_array(args.mask) != 0
+    if known.ndim == 3 and known.shape[-1] == 3:  # a colour picture
+        known = known.any(-1)
+    size = tuple(picture.x.shape[-2:])
+    if known.shape != size:
+        raise ValueError(f"--mask has shape {known.shape}, the image {size}.")
+    mask = torch.from_numpy(np.asarray(known)).float()[None]
+    if not mask.any():
+        raise ValueError("--mask is zero everywhere: nothing was measured.")
+    return picture.x * mask, Inpainting((1, *size), mask=mask), picture
+
+
+def _downsampling(args: argparse.Namespace) -> tuple[Any, Any, Picture]:
+    from deepinv.physics import Downsampling
+
+    from deepinv_deal.evaluation import make_kernel
+
+    if args.factor < 1:
+        raise ValueError(f"--factor must be at least 1, got {args.factor}.")
+    picture = _picture(args)
+    height, width = (n * args.factor for n in picture.x.shape[-2:])
+    kernel = make_kernel(args.kernel)[1] if args.kernel else None
+    physics = Downsampling((1, height, width), filter=kernel, factor=args.factor)
+    return picture.x, physics, picture
+
+
+def _mri(args: argparse.Namespace) -> tuple[Any, Any, Picture]:
+    import torch
+    from deepinv.physics import MRI, MultiCoilMRI
+
+    from deepinv_deal.files import Picture, read_array
+
+    y = torch.from_numpy(read_array(args.input))
+    expected = 3 if args.coil_maps else 2
+    if not y.is_complex() or y.ndim != expected:
+        raise ValueError(
+            f"{args.input} must hold complex numbers of shape "
+            f"{'(N, H, W)' if args.coil_maps else '(H, W); coils need --coil-maps'}, "
+            f"got {y.dtype} of shape {tuple(y.shape)}."
+        )
+    y = y.to(torch.complex64)
+    size = (int(y.shape[-2]), int(y.shape[-1]))
+    if args.mask:
+        mask = torch.from_numpy(read_array(args.mask) != 0)
+        if mask.shape != size:
+            raise ValueError(f"--mask has shape {tuple(mask.shape)}, k-space {size}.")
+    else:
+        mask = (y != 0).reshape(-1, *size).any(0)
+    if not mask.any():
+        raise ValueError("Nothing was measured: the mask is zero everywhere.")
+    if args.zero_frequency == "corner":
+        # deepinv's transform has the origin of both domains in the middle.
+        y = MRI.fft(torch.fft.ifft2(y, norm="ortho"), dim=(-2, -1))
+        mask = torch.fft.fftshift(mask)
+    y = torch.view_as_real(y * mask).movedim(-1, 0)[None]  # (1, 2, [N,] H, W)
+    mask = mask.float()
+    if not args.coil_maps:
+        return y, MRI(mask=mask, img_size=size), Picture(y, 1.0)
+    maps = torch.from_numpy(read_array(args.coil_maps)).to(torch.complex64)
+    if maps.shape != y.shape[2:]:
+        raise ValueError(
+            f"--coil-maps have shape {tuple(maps.shape)}, k-space {tuple(y.shape[2:])}."
+        )
+    physics = MultiCoilMRI(mask=mask, coil_maps=maps, img_size=size)
+    return y, physics, Picture(y, 1.0)

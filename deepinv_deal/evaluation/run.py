@@ -1,0 +1,317 @@
+"""Runs a model on the images of a task, and prints the scores."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepinv.loss.metric import PSNR, SSIM
+from torch import Tensor
+from tqdm import tqdm
+
+from deepinv_deal.evaluation.published import PUBLISHED, SOURCE
+from deepinv_deal.evaluation.tasks import Task, denoising
+from deepinv_deal.models import DEAL
+
+
+@dataclass
+class Score:
+    """
+    One image under one condition.
+
+    :param str image: name of the image.
+    :param float sigma: noise level in gray levels.
+    :param float psnr: peak signal-to-noise ratio of the clipped estimate, dB.
+    :param float ssim: structural similarity of the clipped estimate.
+    :param float seconds: wall time.
+    :param int n_iter: outer iterations, 0 for other methods.
+    :param int cg_iter: conjugate gradient iterations, 0 for other methods.
+    :param float residual: nonlinear residual, NaN for other methods.
+    :param bool converged: whether the solver met its tolerance.
+    :param str setting: operator, if the task has several.
+    :param float lambda_reg: regularization weight, NaN for other methods.
+    """
+
+    image: str
+    sigma: float
+    psnr: float
+    ssim: float
+    seconds: float
+    n_iter: int = 0
+    cg_iter: int = 0
+    residual: float = math.nan
+    converged: bool = True
+    setting: str = ""
+    lambda_reg: float = math.nan
+
+
+def add_noise(x: Tensor, sigma: float) -> Tensor:
+    """
+    Adds the noise of the published protocol: always the same, and not clipped.
+
+    It is drawn as ``np.random.seed(0); np.random.normal(0, sigma, x.shape[1:])``,
+    without touching NumPy's global state.
+
+    :param torch.Tensor x: one image, shape ``(1, C, H, W)``.
+    :param float sigma: noise level in [0, 1] units.
+    """
+    noise = np.random.RandomState(0).normal(0, sigma, x.shape[1:])
+    return x + torch.from_numpy(noise).to(x)
+
+
+def evaluate(
+    model: DEAL,
+    task: Task,
+    images: Iterable[tuple[str, Tensor]],
+    *,
+    lambda_reg: float | None = None,
+    sigma: float | None = None,
+    progress: bool | None = None,
+) -> list[Score]:
+    """
+    Reconstructs every image under every condition of a task; scores what is clipped.
+
+    :param DEAL model: the model; for MRI, published with ``complex_mode="real"``.
+    :param Task task: made by one of ``TASKS``.
+    :param Iterable images: pairs of name and 8-bit image ``(C, H, W)``.
+    :param float lambda_reg: weight; the published one of each condition if ``None``.
+    :param float sigma: noise level of the model in gray levels; the published one if
+        ``None``.
+    :param bool progress: show a progress bar; on terminals if ``None``.
+    :return: list of :class:`Score`.
+    :raises ValueError: if there is no image, or no published weight and none is given.
+    """
+    level = task.sigma if sigma is None else sigma
+    settings: dict[str, float] = {} if level is None else {"sigma": level / 255}
+    for condition in task.conditions:
+        if task.sigma is not None and lambda_reg is condition.lambda_reg is None:
+            raise ValueError(
+                f"No weight was published for {task.name} at noise "
+                f"{condition.noise:g}. Give lambda_reg, or choose it on other images "
+                "(deepinv_deal.tune; --tune DIR on the command line)."
+            )
+
+    def reconstruct(y: Tensor, physics: Any, condition: Any) -> tuple[Tensor, Any]:
+        weight = condition.lambda_reg if lambda_reg is None else lambda_reg
+        own = settings if weight is None else {**settings, "lambda_reg": weight}
+        return model(y, physics, return_info=True, **own)
+
+    return _evaluate(reconstruct, task, images, progress)
+
+
+def evaluate_denoising(
+    denoiser: Callable[..., Any],
+    images: Iterable[tuple[str, Tensor]],
+    sigmas: Sequence[float] = (5, 15, 25),
+    *,
+    progress: bool | None = None,
+) -> list[Score]:
+    """
+    Denoises every image at every noise level and scores the clipped estimates.
+
+    :param Callable denoiser: called as ``denoiser(y, sigma)``, sigma in [0, 1] units; a
+        :class:`deepinv_deal.DEAL` also reports iterations and convergence.
+    :param Iterable images: pairs of name and 8-bit image ``(C, H, W)``.
+    :param tuple sigmas: noise levels in gray levels.
+    :param bool progress: show a progress bar; on terminals if ``None``.
+    :return: list of :class:`Score`.
+    """
+    task = denoising(sigmas)
+    if isinstance(denoiser, DEAL):
+        return evaluate(denoiser, task, images, progress=progress)
+    return _evaluate(
+        lambda y, _, condition: (denoiser(y, condition.noise / 255), None),
+        task,
+        images,
+        progress,
+    )
+
+
+def _evaluate(
+    reconstruct: Callable[[Tensor, Any, Any], tuple[Tensor, Any]],
+    task: Task,
+    images: Iterable[tuple[str, Tensor]],
+    progress: bool | None,
+) -> list[Score]:
+    images = list(images)
+    todo = [(c, *image) for c in task.conditions for image in images]
+    if not todo:
+        raise ValueError("There is no image to evaluate on.")
+    bar = tqdm(
+        todo,
+        task.name.capitalize(),
+        disable=None if progress is None else not progress,
+    )
+    scores = []
+    for condition, name, image in bar:
+        x = task.ground_truth(image)
+        y, physics = condition.measure(x)
+        start = time.perf_counter()
+        with torch.no_grad():
+            x_hat, info = reconstruct(y, physics, condition)
+        seconds = time.perf_counter() - start
+        extra: dict[str, Any] = {}
+        if info is not None:
+            extra = {
+                "n_iter": int(info.n_iter),
+                "cg_iter": int(info.cg_iter),
+                "residual": float(info.residual),
+                "converged": bool(info.converged),
+                "lambda_reg": float(info.lambda_reg),
+            }
+        psnr, ssim = quality(task.compare(x_hat), task.compare(x))
+        scores.append(
+            Score(
+                name,
+                condition.noise,
+                psnr,
+                ssim,
+                seconds,
+                setting=condition.setting,
+                **extra,
+            )
+        )
+    return scores
+
+
+def quality(x_hat: Tensor, x: Tensor) -> tuple[float, float]:
+    """
+    Returns mean PSNR (dB) and SSIM of the estimate clipped to [0, 1].
+
+    :param torch.Tensor x_hat: estimates, shape ``(B, C, H, W)``.
+    :param torch.Tensor x: ground truth, same shape, in [0, 1].
+    """
+    x_hat = x_hat.clamp(0, 1)
+    return float(PSNR()(x_hat, x).mean()), float(SSIM()(x_hat, x).mean())
+
+
+def summarise(
+    scores: Sequence[Score], task: str | None = None, channels: int = 1
+) -> str:
+    """
+    Returns a table of means, and the published figures for comparison.
+
+    :param list scores: from :func:`evaluate`.
+    :param str task: name of the task whose published figures are added.
+    :param int channels: 1 (gray) or 3 (colour).
+    """
+    head = "sigma  images   PSNR    SSIM   n_iter  cg_iter  converged  s/image  setting"
+    lines = [head.removesuffix("  setting")]
+    for sigma in dict.fromkeys(score.sigma for score in scores):
+        level = [score for score in scores if score.sigma == sigma]
+        settings = list(dict.fromkeys(score.setting for score in level))
+        if settings != [""]:
+            lines[0] = head
+        for setting in settings:
+            own = [score for score in level if score.setting == setting]
+            lines.append(_line(sigma, own, setting))
+        if len(settings) > 1:
+            lines.append(_line(sigma, level, "mean"))
+    return "\n".join(lines + (_beside(scores, task, channels) if task else []))
+
+
+def _line(sigma: float, scores: Sequence[Score], setting: str) -> str:
+    psnr, ssim, n_iter, cg_iter, converged, seconds = (
+        sum(getattr(score, name) for score in scores) / len(scores)
+        for name in ("psnr", "ssim", "n_iter", "cg_iter", "converged", "seconds")
+    )
+    images = len({score.image for score in scores})
+    return (
+        f"{sigma:5g}  {images:6d}  {psnr:5.2f}  {ssim:6.4f}  {n_iter:6.1f}  "
+        f"{cg_iter:7.1f}  {converged:9.0%}  {seconds:7.2f}  {setting}"
+    ).rstrip()
+
+
+def _beside(scores: Sequence[Score], task: str, channels: int) -> list[str]:
+    """The published figures at the noise levels and settings of the scores."""
+    keys = {(score.sigma, score.setting) for score in scores}
+    levels = {sigma for sigma, _ in keys}
+    rows = [row for row in PUBLISHED if row.task == task]
+    fitting = [
+        row
+        for row in rows
+        if row.noise in levels
+        and (
+            not row.setting
+            or any(s == row.noise and t.endswith(row.setting) for s, t in keys)
+        )
+    ]
+    fitting = [row for row in fitting if row.channels == channels] or fitting
+    if not fitting:
+        return ["", f"Published ({SOURCE}): nothing at these noise levels or settings."]
+    lines = ["", f"Published ({SOURCE}), PSNR in dB:"]
+    for row in fitting:
+        figures = ", ".join(f"{name} {psnr:.2f}" for name, psnr in row.psnr.items())
+        colour = "colour" if row.channels == 3 else "gray"
+        lines.append(f"{row.noise:5g}  {figures}  ({row.data}; {colour})")
+    images = len({score.image for score in scores})
+    total = {row.images for row in fitting}
+    differences = []
+    if images not in total and not (task == "deblurring" and images == 3):
+        differences.append(
+            f"{images} image{'s' * (images != 1)} instead of {min(total)}"
+        )
+    if channels not in {row.channels for row in fitting}:
+        differences.append("gray instead of colour" if channels == 1 else "colour")
+    if any(t.startswith(("gaussian:", "motion:", "square:")) for _, t in keys):
+        differences.append("other kernels")
+    if task == "mri-multi-coil-8x":
+        differences.append("simulated coil maps")
+    lines.append(
+        f"NOT the published setting: {', '.join(differences)}."
+        if differences
+        else "Comparable only if the images are those of the data set named."
+    )
+    return lines
+
+
+def write_csv(scores: Sequence[Score], path: str | os.PathLike[str]) -> None:
+    """Writes one line per image and condition."""
+    with open(Path(path), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Score)])
+        writer.writeheader()
+        writer.writerows(asdict(score) for score in scores)
+
+
+def tuned_tv(
+    images: Sequence[tuple[str, Tensor]], sigmas: Sequence[float], steps: int = 5
+) -> Callable[[Tensor, float], Tensor]:
+    """
+    Tunes deepinv's total-variation denoiser, one threshold per noise level.
+
+    The threshold ``factor * sigma`` has the best mean PSNR on ``images`` among factors
+    on a logarithmic grid that is refined once.
+
+    :param list images: pairs of name and 8-bit image.
+    :param tuple sigmas: noise levels in gray levels.
+    :param int steps: points of each grid.
+    :return: a function of ``(y, sigma)``.
+    """
+    from deepinv.models import TVDenoiser
+
+    tv = TVDenoiser(n_it_max=300)
+    factors = {}
+    for sigma in sigmas:
+        tried: dict[float, float] = {}
+
+        def score(factor: float, sigma: float = sigma, tried: Any = tried) -> None:
+            if factor not in tried:
+                own = evaluate_denoising(
+                    lambda y, s: tv(y, factor * s), images, [sigma], progress=False
+                )
+                tried[factor] = sum(s.psnr for s in own) / len(own)
+
+        for spread in (2.0, 2.0 ** (2 / (steps - 1))):
+            centre = max(tried, key=lambda f: tried[f]) if tried else 0.8
+            for exponent in np.linspace(-1, 1, steps):
+                score(float(centre * spread**exponent))
+        factors[round(sigma / 255, 6)] = max(tried, key=lambda f: tried[f])
+    return lambda y, s: tv(y, factors[round(s, 6)] * s)

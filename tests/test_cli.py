@@ -1,0 +1,338 @@
+"""The commands, end to end on tiny files."""
+
+import csv
+
+import deepinv as dinv
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from problems import generator, random_prior
+
+from deepinv_deal import DEAL
+from deepinv_deal.cli import main
+from deepinv_deal.evaluation import make_kernel
+from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask
+from deepinv_deal.weights import save_prior
+
+SIZE = (14, 12)
+FAST = ["--rtol", "1e-2"]
+
+
+def photograph(channels=1, size=SIZE):
+    """A smooth image with an edge, ``(H, W)`` or ``(H, W, 3)``, in [0, 1]."""
+    rows, columns = (np.linspace(0, 1, n) for n in size)
+    x = 0.2 + 0.3 * rows[:, None] + 0.4 * (columns > 0.5)
+    return x if channels == 1 else np.stack([x, 0.5 * x, 1 - x], -1)
+
+
+def noisy(channels=1, sigma=20 / 255, size=SIZE):
+    x = photograph(channels, size)
+    return x + np.random.default_rng(0).normal(0, sigma, x.shape)
+
+
+def save(path, x):
+    if path.suffix == ".npy":
+        np.save(path, x)
+    else:
+        top, kind = (65535, np.uint16) if "16" in path.stem else (255, np.uint8)
+        Image.fromarray((x.clip(0, 1) * top).round().astype(kind)).save(path)
+    return str(path)
+
+
+def load(path):
+    if str(path).endswith("npy"):
+        return np.load(path)
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.fixture
+def colour_weights(tmp_path):
+    path = tmp_path / "colour.safetensors"
+    save_prior(random_prior(3, 4, dtype=torch.float32), path)
+    return str(path)
+
+
+# -- denoise ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["image.png", "image.npy"])
+def test_denoise_gives_what_the_model_gives(tmp_path, channels, name, capsys):
+    source, target = tmp_path / name, tmp_path / "out" / name
+    save(source, noisy(channels).astype(np.float32))
+    assert main(["denoise", str(source), str(target), "--sigma", "20", *FAST]) == 0
+    assert "converged" in capsys.readouterr().out
+    read, written = load(source), load(target)
+    assert (written.shape, written.dtype) == (read.shape, read.dtype)
+    white = 255 if name.endswith("png") else 1
+    y = torch.from_numpy(read / np.float32(white)).reshape(1, *SIZE, channels)
+    with torch.no_grad():
+        x_hat = DEAL(rtol=1e-2)(y.permute(3, 0, 1, 2), sigma=20 / 255)
+    expected = x_hat[:, 0].permute(1, 2, 0).reshape(read.shape) * white
+    np.testing.assert_allclose(written, expected, atol=0.51 if white == 255 else 1e-6)
+    error = written / white - photograph(channels)
+    assert np.square(error).mean() < 0.5 * (20 / 255) ** 2
+
+
+def test_sixteen_bits_stay_sixteen_bits(tmp_path):
+    source, target = tmp_path / "deep16.png", tmp_path / "out.png"
+    save(source, noisy())
+    assert main(["denoise", str(source), str(target), "--sigma", "20", *FAST]) == 0
+    assert load(target).dtype == np.uint16
+    assert 0.1 < load(target).mean() / 65535 < 0.9
+
+
+def test_a_folder_keeps_its_tree_and_shows_no_bar_off_terminals(tmp_path, capsys):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    save(tmp_path / "in" / "a.png", noisy(size=(32, 32)))
+    save(tmp_path / "in" / "sub" / "b.jpg", noisy(3, size=(32, 30)))
+    save(tmp_path / "in" / "c.npy", noisy(size=(30, 32)))
+    command = ["denoise", str(tmp_path / "in"), str(tmp_path / "out"), "--sigma"]
+    assert main([*command, "estimate", *FAST]) == 0
+    found = {
+        str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")
+    }
+    assert found == {"a.png", "sub", "sub/b.png", "c.npy"}
+    assert "Denoising:" not in capsys.readouterr().err
+
+
+def test_colour_weights_take_gray_and_colour_images(tmp_path, colour_weights):
+    for channels in (1, 3):
+        source, target = tmp_path / f"{channels}.npy", tmp_path / f"out{channels}.npy"
+        save(source, noisy(channels))
+        command = ["denoise", str(source), str(target), "--sigma", "20", *FAST]
+        assert main([*command, "--pretrained", colour_weights]) == 0
+        assert load(target).shape == load(source).shape
+
+
+def test_options_of_denoise_change_the_result(tmp_path):
+    source = save(tmp_path / "image.npy", noisy() * 2)
+    results = []
+    for i, options in enumerate(
+        [["--white", "2"], ["--white", "2.5"], ["--white", "2", "--lambda-reg", "1"]]
+    ):
+        target = str(tmp_path / f"{i}.npy")
+        assert main(["denoise", source, target, "--sigma", "20", *FAST, *options]) == 0
+        results.append(load(target))
+    assert not np.allclose(results[0], results[1], atol=1e-3)
+    assert not np.allclose(results[0], results[2], atol=1e-3)
+    assert abs(results[0].mean() - 2 * photograph().mean()) < 0.05
+
+
+def test_strict_makes_failure_an_exit_code_and_a_figure_is_drawn(tmp_path, capsys):
+    source, target = save(tmp_path / "a.png", noisy(3)), str(tmp_path / "b.png")
+    command = ["denoise", source, target, "--sigma", "20", "--max-iter", "1"]
+    figure = tmp_path / "figure.png"
+    assert main([*command, "--rtol", "1e-6", "--figure", str(figure)]) == 0
+    assert "NOT converged" in capsys.readouterr().out
+    assert load(figure).shape[1] > 500
+    assert main([*command, "--rtol", "1e-6", "--strict"]) == 1
+    assert main(["denoise", source, target, "--sigma", "20", *FAST, "--strict"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "no file"),
+        ({"a.png": b"no image"}, "not a readable image"),
+        ({"a.txt": b"1"}, "unknown kind"),
+        ({"a.npy": np.zeros((2, 3, 4, 5))}, "shape"),
+        ({"a.npy": np.full((8, 8), 100.0)}, "white"),
+        ({"a.npy": np.zeros((8, 8), np.int64)}, "white"),
+        ({"a.npy": np.zeros((8, 8), complex)}, "complex"),
+        ({"a.npy": np.full((8, 8), np.nan)}, "NaN"),
+        ({"a.npy": b"damaged"}, "cannot be read|pickle"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, capsys, files, words):
+    import re
+
+    name = next(iter(files), "a.png")
+    for content in files.values():
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            np.save(tmp_path / name, content)
+    source, target = str(tmp_path / name), str(tmp_path / "out.png")
+    assert main(["denoise", source, target, "--sigma", "20"]) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_bad_arguments_of_denoise_are_named(tmp_path, capsys):
+    source = save(tmp_path / "a.png", noisy())
+    for bad in ("0", "-3", "many"):
+        with pytest.raises(SystemExit):
+            main(["denoise", source, "b.png", "--sigma", bad])
+        assert "estimate" in capsys.readouterr().err
+    assert main(["denoise", source, str(tmp_path / "b.txt"), "--sigma", "9"]) == 2
+    assert ".npy" in capsys.readouterr().err
+    folder = str(tmp_path)
+    assert main(["denoise", folder, str(tmp_path / "b.png"), "--sigma", "9"]) == 2
+    assert "must be one" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["denoise", folder + "/empty", folder + "/x", "--sigma", "9"]) == 2
+    assert "No image" in capsys.readouterr().err
+
+
+# -- reconstruct -----------------------------------------------------------------
+
+
+def measured(physics, channels=1):
+    x = torch.from_numpy(photograph(channels)).float().reshape(1, *SIZE, channels)
+    x = x.permute(0, 3, 1, 2)
+    return physics.A(x if channels == 3 else x[:, :1])[0].permute(1, 2, 0).squeeze(-1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("operator", ["blur", "inpainting", "downsampling"])
+def test_pictures_are_reconstructed(tmp_path, capsys, operator, channels):
+    kernel = make_kernel("gaussian:0.6")[1]
+    mask = (torch.rand(SIZE, generator=generator()) > 0.4).float()
+    np.save(tmp_path / "mask.npy", mask.numpy())
+    np.save(tmp_path / "kernel.npy", kernel[0, 0].numpy())
+    physics, options, weight = {
+        "blur": (
+            dinv.physics.Blur(kernel, padding="circular"),
+            ["--kernel", str(tmp_path / "kernel.npy")],
+            0.1,
+        ),
+        "inpainting": (
+            dinv.physics.Inpainting((1, *SIZE), mask=mask[None]),
+            ["--mask", str(tmp_path / "mask.npy")],
+            1.0,
+        ),
+        "downsampling": (
+            dinv.physics.Downsampling((1, *SIZE), filter=kernel, factor=2),
+            ["--factor", "2", "--kernel", "gaussian:0.6"],
+            0.1,
+        ),
+    }[operator]
+    source = save(tmp_path / "y.npy", measured(physics, channels).numpy())
+    truth = save(tmp_path / "x.npy", photograph(channels))
+    target = str(tmp_path / "x_hat.npy")
+    command = ["reconstruct", operator, source, target, *options]
+    command += ["--lambda-reg", str(weight), "--truth", truth, "--rtol", "3e-4"]
+    assert main(command) == 0
+    assert load(target).shape == photograph(channels).shape
+    error = np.square(load(target) - photograph(channels)).mean()
+    psnr = float(capsys.readouterr().out.split("PSNR ")[1].split(" dB")[0])
+    assert psnr == pytest.approx(-10 * np.log10(error), abs=0.2)
+    assert psnr > 18
+    other = str(tmp_path / "other.npy")
+    for extra in (["--lambda-reg", "5"], ["--sigma-model", "60"]):
+        main([*command[:3], other, *command[4:], *extra])
+        assert not np.allclose(load(target), load(other), atol=1e-3)
+
+
+@pytest.mark.parametrize("coils", [1, 4])
+@pytest.mark.parametrize("corner", [False, True])
+def test_k_space_is_reconstructed(tmp_path, capsys, coils, corner):
+    x = photograph(size=(16, 18)).astype(complex)
+    mask = line_mask((16, 18), 2, 0.3).numpy()
+    maps = birdcage_maps(coils, (16, 18)).numpy()
+    images = x * maps if coils > 1 else x
+    if corner:
+        mask = np.fft.fftshift(mask)
+        y = mask * np.fft.fft2(images, norm="ortho")
+    else:
+        shifted = np.fft.fft2(np.fft.ifftshift(images, (-2, -1)), norm="ortho")
+        y = mask * np.fft.fftshift(shifted, (-2, -1))
+    np.savez(tmp_path / "data.npz", y=y, mask=mask, maps=maps)
+    np.save(tmp_path / "x.npy", x)
+    data, target = str(tmp_path / "data.npz"), str(tmp_path / "x_hat.npy")
+    command = ["reconstruct", "mri", data + ":y", target, "--lambda-reg", "0.01"]
+    command += ["--coil-maps", data + ":maps"] if coils > 1 else []
+    command += ["--zero-frequency", "corner"] if corner else []
+    command += ["--truth", str(tmp_path / "x.npy"), *FAST]
+    figure = str(tmp_path / "figure.png")
+    assert main([*command, "--mask", data + ":mask", "--figure", figure]) == 0
+    given = load(target)
+    assert given.dtype == np.complex64 and given.shape == x.shape
+    psnr = float(capsys.readouterr().out.split("PSNR ")[1].split(" dB")[0])
+    assert psnr > 20
+    assert main(command) == 0  # the mask is where y is not zero
+    np.testing.assert_allclose(load(target), given, atol=1e-4)
+    assert main([*command, "--complex-mode", "real"]) == 0
+    assert np.abs(load(target).imag).max() == 0 < np.abs(given.imag).max()
+    picture = str(tmp_path / "x_hat.png")
+    assert main([picture if part == target else part for part in command]) == 0
+    assert load(picture).max() == 255
+    assert "White in" in capsys.readouterr().out
+
+
+def test_bad_measurements_are_named(tmp_path, capsys):
+    y = save(tmp_path / "y.npy", noisy())
+    small = save(tmp_path / "m.npy", np.ones((3, 3)))
+    zero = save(tmp_path / "zero.npy", np.zeros(SIZE))
+    three = save(tmp_path / "three.npy", np.zeros((3, *SIZE), complex))
+    plane = save(tmp_path / "plane.npy", np.ones(SIZE, complex))
+    for command, words in [
+        (["inpainting", y, "--mask", small], "--mask has shape"),
+        (["inpainting", y, "--mask", zero], "zero everywhere"),
+        (["blur", y, "--kernel", zero], "positive sum"),
+        (["blur", y, "--kernel", three], "real matrix"),
+        (["blur", y, "--kernel", "gaussian:x"], "positive number"),
+        (["blur", y, "--kernel", "none.npy"], "no file"),
+        (["downsampling", y, "--factor", "0"], "--factor"),
+        (["mri", y], "complex"),
+        (["mri", three], "coils need --coil-maps"),
+        (["mri", three, "--coil-maps", three], "Nothing was measured"),
+        (["mri", plane, "--mask", small], "--mask has shape"),
+        (["mri", three, "--mask", y, "--coil-maps", plane], "--coil-maps have"),
+        (["inpainting", y, "--mask", y, "--truth", small], "--truth has shape"),
+    ]:
+        command.insert(2, str(tmp_path / "out.npy"))
+        assert main(["reconstruct", *command]) == 2
+        assert words in capsys.readouterr().err
+
+
+# -- evaluate --------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(2):
+        save(tmp_path / "data" / f"{i}.png", noisy(sigma=0.02 * i, size=(20, 18)))
+    return str(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "rows", "words"),
+    [
+        ("denoising", [], 6, "DEAL 29.16"),
+        ("denoising", ["--sigma", "10"], 2, "nothing at these"),
+        ("super-resolution-x2", ["--sigma", "2.55"], 8, "gray instead of colour"),
+        ("super-resolution-x3", ["--sigma", "2.55"], 8, "DEAL 26.20"),
+        ("deblurring", ["--sigma", "2.55"], 4, "other kernels"),
+        ("mri-single-coil-4x", ["--lambda-reg", "0.01"], 2, "DEAL 36.59"),
+        ("mri-multi-coil-8x", ["--lambda-reg", "0.01"], 2, "simulated coil maps"),
+    ],
+)
+def test_every_task_runs_and_is_put_beside_what_was_published(
+    folder, tmp_path, capsys, task, options, rows, words
+):
+    table = str(tmp_path / "scores.csv")
+    command = ["evaluate", "--task", task, "--data", folder, "--csv", table, *options]
+    assert main([*command, "--rtol", "0.5"]) == 0
+    with open(table, newline="") as file:
+        scores = list(csv.DictReader(file))
+    assert len(scores) == rows
+    assert all(float(s["psnr"]) > 5 and 0 < float(s["ssim"]) < 1 for s in scores)
+    out = capsys.readouterr().out
+    assert words in out
+    assert "NOT the published setting" in out or "nothing at" in out
+
+
+def test_the_weight_can_be_tuned_on_other_images(folder, capsys):
+    command = ["evaluate", "--task", "mri-single-coil-4x", "--data", folder]
+    command += ["--rtol", "0.3"]
+    assert main(command) == 2
+    assert "--tune" in capsys.readouterr().err
+    assert main([*command, "--tune", folder]) == 0
+    assert "lambda_reg" in capsys.readouterr().err
+    assert main([*command, "--tune", folder, "--lambda-reg", "1"]) == 2
+    assert main([*command, "--kernel", "square:3"]) == 2
+    assert main([*command, "--tv", folder]) == 2
