@@ -20,7 +20,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rtol",
         type=float,
-        help="tolerance on the nonlinear residual; if unset, that of DEAL",
+        help="tolerance on the imbalance of forces; if unset, that of DEAL",
     )
     parser.add_argument(
         "--max-iter", type=int, default=100, help="largest number of outer iterations"
@@ -31,9 +31,9 @@ def make_model(args: argparse.Namespace, **kwargs: Any) -> DEAL:
     """Makes the model that the options describe."""
     from deepinv_deal import DEAL
 
-    return DEAL(
-        pretrained=args.pretrained, rtol=args.rtol, max_iter=args.max_iter, **kwargs
-    )
+    if args.rtol is not None:
+        kwargs["rtol"] = args.rtol
+    return DEAL(pretrained=args.pretrained, max_iter=args.max_iter, **kwargs)
 
 
 def add_outcome_options(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def report(name: str, info: ReconstructionInfo, seconds: float) -> bool:
     converged = bool(info.converged.all())
     print(
         f"{name}: {int(info.n_iter.max())} iterations, {int(info.cg_iter.sum())} "
-        f"conjugate gradient steps, residual {float(info.residual.max()):.1e} "
+        f"conjugate gradient steps, imbalance {float(info.imbalance.max()):.1e} "
         f"({'converged' if converged else 'NOT converged'}), {seconds:.1f} s"
     )
     for note in info.notes:

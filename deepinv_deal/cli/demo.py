@@ -75,7 +75,7 @@ def _demo(args: argparse.Namespace) -> int:
             f"  reconstruction  {captions[1]}\n"
             f"  {int(info.n_iter)} iterations, {int(info.cg_iter)} conjugate gradient "
             "steps, "
-            f"residual {float(info.residual):.1e} "
+            f"imbalance {float(info.imbalance):.1e} "
             f"({'converged' if info.converged else 'NOT converged'}), {seconds:.1f} s"
         )
         panels.append(Panel(title, x, y, x_hat, info, *captions))

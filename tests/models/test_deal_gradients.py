@@ -129,7 +129,7 @@ class Problem:
             for step in (eps, -eps):
                 variable.copy_(start + step * size * direction)
                 # To the rounding level: the difference amplifies errors by 1 / eps.
-                x, info = self.solve(init=x_hat, rtol=4e-15)
+                x, info = self.solve(init=x_hat, rtol=4e-14)
                 assert (info.residual <= 1e-14).all()
                 losses.append(self.loss(x))
                 sides.append(self.kinks(x, info))
