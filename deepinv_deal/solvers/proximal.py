@@ -36,6 +36,7 @@ def project_linf(x: Tensor, bound: float | Tensor) -> Tensor:
     :param torch.Tensor x: any shape.
     :param float, torch.Tensor bound: :math:`b \geq 0`, broadcastable to ``x``.
     """
+    bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
     return x.clamp(-bound, bound)
 
 
