@@ -294,7 +294,7 @@ class DEAL(FixedPointOptim, Denoiser):
         )
         b = operator.b
         notes: list[str] = []
-        scale = self._scale(operator, notes)
+        scale = _intensity(self.scale, operator, notes)
         level = self._sigma(sigma, physics, operator, scale, notes)
         weight = self._lambda(lambda_reg, operator)
         operator.b = b / expand(scale, b)
@@ -341,29 +341,9 @@ class DEAL(FixedPointOptim, Denoiser):
         lambda_reg: float | Tensor | None = None,
     ) -> AttentiveEquation:
         """Returns the equation of one problem, see :class:`FixedPointOptim`."""
-        return super().equation(y, physics, sigma=sigma, lambda_reg=lambda_reg)
-
-    def _scale(self, operator: _ImageOperator, notes: list[str]) -> Tensor:
-        """Intensity of the images ``(B,)`` by which the data are divided."""
-        b = operator.b.detach()
-        ones = b.new_ones(len(b))
-        if self.scale is None:
-            return ones
-        if not isinstance(self.scale, str):
-            return self.scale * ones
-        with torch.no_grad():
-            # x is about t A^T y with the step t of steepest descent, whatever ||A|| is.
-            gain = inner(b, operator.A_adjoint_A(b))
-            t = (inner(b, b) / gain).where(gain > 0, ones)
-            size = t * b.abs().flatten(1).amax(1)
-            decade = 10 ** (size / 2).log10().ceil()
-        scale = decade.where((size > 0) & size.isfinite(), ones)
-        if (scale != 1).any():
-            notes.append(
-                "The intensity is far from [0, 1]: data were divided by "
-                f"{scale.tolist()} and the result multiplied by it (scale='auto')."
-            )
-        return scale
+        equation = super().equation(y, physics, sigma=sigma, lambda_reg=lambda_reg)
+        assert isinstance(equation, AttentiveEquation)
+        return equation
 
     def _sigma(
         self,
@@ -478,6 +458,31 @@ class _ImageOperator:
         if hasattr(self.physics, "A_adjoint_A"):
             return self.extract(self.physics.A_adjoint_A(image))
         return self.extract(self.physics.A_adjoint(self.physics.A(image)))
+
+
+def _intensity(
+    scale: float | str | None, operator: _ImageOperator, notes: list[str]
+) -> Tensor:
+    """Intensity of the images ``(B,)`` by which the data are divided."""
+    b = operator.b.detach()
+    ones = b.new_ones(len(b))
+    if scale is None:
+        return ones
+    if not isinstance(scale, str):
+        return scale * ones
+    with torch.no_grad():
+        # x is about t A^T y with the step t of steepest descent, whatever ||A|| is.
+        gain = inner(b, operator.A_adjoint_A(b))
+        t = (inner(b, b) / gain).where(gain > 0, ones)
+        size = t * b.abs().flatten(1).amax(1)
+        decade = 10 ** (size / 2).log10().ceil()
+    factor = decade.where((size > 0) & size.isfinite(), ones)
+    if (factor != 1).any():
+        notes.append(
+            "The intensity is far from [0, 1]: data were divided by "
+            f"{factor.tolist()} and the result multiplied by it (scale='auto')."
+        )
+    return factor
 
 
 def _adjoint(physics: Any, y: Any) -> Any:

@@ -58,10 +58,8 @@ class AttentiveMask(nn.Module):
 
     def bind(self) -> MaskFunction:
         """Fixes the current weights: a function of the image."""
-        layers = [
-            (Convolution(V), spline.bind())
-            for V, spline in zip(self.V, self.splines, strict=True)
-        ]
+        splines = [m.bind() for m in self.splines if isinstance(m, LinearSpline)]
+        layers = list(zip(map(Convolution, self.V), splines, strict=True))
 
         def mask(x: Tensor, Wx: Tensor) -> Tensor:  # noqa: ARG001 - MMR's mask needs it
             for convolution, spline in layers:
@@ -171,6 +169,9 @@ class AttentiveL1Prior(Prior):
 
     :param int num_filters: number of filters and masks.
     """
+
+    #: Whether the regularizer depends on a noise level.
+    needs_sigma = False
 
     def __init__(self, num_filters: int):
         super().__init__()

@@ -29,15 +29,15 @@ class Equation(Protocol):
     everything the model depends on.
     """
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, /) -> Tensor:
         """Returns the residual F(x), shape of ``x``."""
         ...
 
-    def freeze(self, x: Tensor) -> FrozenProblem:
+    def freeze(self, x: Tensor, /) -> FrozenProblem:
         """Returns the convex problem with all weights frozen at ``x``."""
         ...
 
-    def adjoint_solver(self, x: Tensor) -> LinearSolve:
+    def adjoint_solver(self, x: Tensor, /) -> LinearSolve:
         """Returns a solver for :math:`-F_x` with the weights frozen at ``x``."""
         ...
 
