@@ -215,6 +215,8 @@ class FixedPointOptim(BaseOptim):
             custom_metrics=custom_metrics,
             get_output=_image_of,
         )
+        # deepinv would ask every iterate for its cost; MMR has an energy of its own.
+        self.has_cost = self.fixed_point.iterator.has_cost = False
         # deepinv's metric object holds a local function and cannot be pickled.
         del self.psnr
         self.psnr: Callable[..., Tensor] = _psnr

@@ -170,7 +170,7 @@ class AttentiveL1Equation:
             gain = inner(self.b, self.normal(self.b))
             return (inner(self.b, self.b) / gain).where(gain > 0, 1)
 
-    @cached_property
+    @property
     def weight(self) -> Tensor:
         r""":math:`\lambda \nu`, ``(B,)``."""
         return self.lambda_reg * self.regularizer.nu
