@@ -357,7 +357,9 @@ def parameters_of(prior) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("problem", ["denoising", "operator"])
+@pytest.mark.parametrize(
+    "problem", ["denoising", pytest.param("operator", marks=pytest.mark.slow)]
+)
 def test_exact_gradients_are_finite_differences(kind, problem):
     prior, y = random_l1_prior(kind), noisy_images(1)
     H = None if problem == "denoising" else coupled()[0]
@@ -385,7 +387,9 @@ def test_exact_gradients_are_finite_differences(kind, problem):
     g = generator(11)
     h = 1e-6
     for (name, tensor), gradient in zip(tensors.items(), gradients, strict=True):
+        # Short steps: some coefficients are 2e-5 from their bounds, where x has a kink.
         direction = torch.randn(tensor.shape, generator=g, dtype=DOUBLE)
+        direction = direction / torch.linalg.vector_norm(direction)
         with torch.no_grad():
             tensor += h * direction
             above = value()
@@ -394,8 +398,43 @@ def test_exact_gradients_are_finite_differences(kind, problem):
             tensor += h * direction
         expected = (above - below) / (2 * h)
         actual = (gradient * direction).sum()
-        assert abs(actual - expected) <= 1e-5 * max(1.0, abs(expected)), (
+        assert abs(actual - expected) <= 1e-5 * max(0.2, abs(expected)), (
             name,
             float(actual),
             float(expected),
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jacobian_free_gradients_are_those_with_the_mask_frozen(kind):
+    prior, y = random_l1_prior(kind), noisy_images(1)
+    weight = torch.tensor([0.3 / float(prior.bind().nu)], dtype=DOUBLE)
+    H = coupled()[0]
+    b, lam = y.clone().requires_grad_(), weight.clone().requires_grad_()
+    start = solve(prior.equation(H, y, lambda_reg=weight, inner_max_iter=5000)).x
+    equation = prior.equation(H, b, lambda_reg=lam, inner_max_iter=5000)
+    with torch.no_grad():
+        x = equation.image(start)
+        mask = equation.regularizer.mask(x, equation.regularizer.analyse(x))
+    solution = equation.image(attach_gradient(equation, start, FROZEN))
+    gradients = torch.autograd.grad(loss_of(solution), (b, lam))
+
+    @torch.no_grad()
+    def value(b, lam):
+        e = prior.equation(H, b, lambda_reg=lam, inner_max_iter=20000)
+        frozen = FrozenL1(e, start, mask)
+        everyone = torch.ones(1, dtype=torch.bool)
+        # From a residual of about 1e-6 at the perturbed data down to 1e-13.
+        rtol = 1e-13 / frozen.residual
+        return loss_of(e.image(frozen.solve(rtol, everyone).x))
+
+    direction, h = torch.randn(y.shape, generator=generator(2), dtype=DOUBLE), 1e-6
+    for gradient, step in (
+        (gradients[0], (h * direction, 0.0)),
+        (gradients[1], (0.0, h)),
+    ):
+        above = value(b + step[0], lam + step[1])
+        below = value(b - step[0], lam - step[1])
+        expected = (above - below) / (2 * h)
+        actual = (gradient * (direction if step[1] == 0 else 1.0)).sum()
+        assert abs(actual - expected) <= 1e-5 * max(1.0, abs(expected))
