@@ -1,7 +1,8 @@
 r"""
 Learned, interpretable, convergent image reconstruction for deepinv.
 
-* :mod:`deepinv_deal.models`: what to start with, :class:`DEAL`
+* :mod:`deepinv_deal.models`: what to start with, :class:`DEAL`, :class:`SAFI` and
+  :class:`MMR`
 * :mod:`deepinv_deal.priors`: the learned regularizers as deepinv priors
 * :mod:`deepinv_deal.optim`: the deepinv optimizer that runs a prior to its fixed point
 * :mod:`deepinv_deal.solvers`: conjugate gradients, fixed points, implicit
@@ -16,9 +17,15 @@ Learned, interpretable, convergent image reconstruction for deepinv.
 
 from importlib.metadata import version
 
-from deepinv_deal.models import DEAL, ReconstructionInfo
+from deepinv_deal.models import (
+    DEAL,
+    MMR,
+    SAFI,
+    AttentiveL1Info,
+    ReconstructionInfo,
+)
 from deepinv_deal.optim import FixedPointOptim, FrozenIteration
-from deepinv_deal.priors import DEALPrior
+from deepinv_deal.priors import DEALPrior, MMRPrior, SAFIPrior
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.tuning import Trial, TuningResult, tune
 
@@ -26,11 +33,16 @@ __version__ = version("deepinv-deal")
 
 __all__ = [
     "DEAL",
+    "MMR",
+    "SAFI",
+    "AttentiveL1Info",
     "ConvergenceWarning",
     "DEALPrior",
     "FixedPointOptim",
     "FrozenIteration",
+    "MMRPrior",
     "ReconstructionInfo",
+    "SAFIPrior",
     "Trial",
     "TuningResult",
     "__version__",

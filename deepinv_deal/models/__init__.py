@@ -1,5 +1,6 @@
 """What users import: reconstruction models, denoisers at the same time."""
 
 from deepinv_deal.models.deal import DEAL, ReconstructionInfo
+from deepinv_deal.models.safi import MMR, SAFI, AttentiveL1Info
 
-__all__ = ["DEAL", "ReconstructionInfo"]
+__all__ = ["DEAL", "MMR", "SAFI", "AttentiveL1Info", "ReconstructionInfo"]

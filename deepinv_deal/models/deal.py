@@ -15,12 +15,13 @@ from deepinv.models.noise_level_estimation import PatchCovarianceNoiseEstimator
 from deepinv.optim import DEQConfig
 from torch import Tensor
 
-from deepinv_deal._batch import expand, inner
+from deepinv_deal._batch import expand
 from deepinv_deal.models.image_operator import (
     ComplexMode,
     ImageOperator,
     check_image,
     check_measurements,
+    intensity,
     is_noise_level,
     per_sample,
 )
@@ -322,7 +323,7 @@ class DEAL(FixedPointOptim, Denoiser):
         )
         b = operator.b
         notes = operator.notes
-        scale = self._scale(operator, notes)
+        scale = intensity(self.scale, operator)
         level = self._sigma(sigma, physics, operator, scale, notes)
         weight = self._lambda(lambda_reg, operator)
         x0 = self._first_image(init, y, physics, operator) / expand(scale, b)
@@ -362,29 +363,9 @@ class DEAL(FixedPointOptim, Denoiser):
         lambda_reg: float | Tensor | None = None,
     ) -> AttentiveEquation:
         """Returns the equation of one problem, see :class:`FixedPointOptim`."""
-        return super().equation(y, physics, sigma=sigma, lambda_reg=lambda_reg)
-
-    def _scale(self, operator: ImageOperator, notes: list[str]) -> Tensor:
-        """Intensity of the images ``(B,)`` by which the data are divided."""
-        b = operator.b.detach()
-        ones = b.new_ones(len(b))
-        if self.scale is None:
-            return ones
-        if not isinstance(self.scale, str):
-            return self.scale * ones
-        with torch.no_grad():
-            # x is about t A^T y with the step t of steepest descent, whatever ||A|| is.
-            gain = inner(b, operator.A_adjoint_A(b))
-            t = (inner(b, b) / gain).where(gain > 0, ones)
-            size = t * b.abs().flatten(1).amax(1)
-            decade = 10 ** (size / 2).log10().ceil()
-        scale = decade.where((size > 0) & size.isfinite(), ones)
-        if (scale != 1).any():
-            notes.append(
-                "The intensity is far from [0, 1]: data were divided by "
-                f"{scale.tolist()} and the result multiplied by it (scale='auto')."
-            )
-        return scale
+        equation = super().equation(y, physics, sigma=sigma, lambda_reg=lambda_reg)
+        assert isinstance(equation, AttentiveEquation)
+        return equation
 
     def _sigma(
         self,

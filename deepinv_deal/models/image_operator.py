@@ -165,6 +165,35 @@ class ImageOperator:
             )
 
 
+def intensity(scale: float | str | None, operator: ImageOperator) -> Tensor:
+    """
+    Returns the intensity of the images, ``(B,)``, by which data are to be divided.
+
+    :param float, str scale: the number itself; ``None`` for 1; or ``"auto"``: a power
+        of ten where the intensity is far from [0, 1], with a note.
+    :param ImageOperator operator: the problem.
+    """
+    b = operator.b.detach()
+    ones = b.new_ones(len(b))
+    if scale is None:
+        return ones
+    if not isinstance(scale, str):
+        return scale * ones
+    with torch.no_grad():
+        # x is about t A^T y with the step t of steepest descent, whatever ||A|| is.
+        gain = inner(b, operator.A_adjoint_A(b))
+        t = (inner(b, b) / gain).where(gain > 0, ones)
+        size = t * b.abs().flatten(1).amax(1)
+        decade = 10 ** (size / 2).log10().ceil()
+    factor = decade.where((size > 0) & size.isfinite(), ones)
+    if (factor != 1).any():
+        operator.notes.append(
+            "The intensity is far from [0, 1]: data were divided by "
+            f"{factor.tolist()} and the result multiplied by it (scale='auto')."
+        )
+    return factor
+
+
 def _inner(a: Any, b: Any) -> Tensor:
     """Inner product of measurements per sample, ``(B,)``."""
     if isinstance(a, TensorList):

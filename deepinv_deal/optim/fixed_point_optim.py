@@ -12,6 +12,7 @@ from deepinv.optim.data_fidelity import L2, DataFidelity
 from deepinv.optim.prior import Prior
 from torch import Tensor
 
+from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation
 from deepinv_deal.priors.deal import AttentiveEquation
 from deepinv_deal.priors.preconditioning import PRECONDITIONERS, Preconditioner
 from deepinv_deal.solvers import (
@@ -21,6 +22,9 @@ from deepinv_deal.solvers import (
     implicit_solution,
     solve_equation,
 )
+
+#: The equation of any prior of this package.
+AnyEquation = AttentiveEquation | AttentiveL1Equation
 
 #: Tolerance on the imbalance of forces. In denoising it is the share of the removed
 #: noise that is still uncertain.
@@ -67,7 +71,7 @@ class FrozenIteration(OptimIterator):
         params: dict[str, Any],
         y: Tensor,
         physics: Any,
-    ) -> AttentiveEquation:
+    ) -> AnyEquation:
         """
         Returns the equation that the fixed points of the iteration solve.
 
@@ -117,6 +121,11 @@ class FrozenIteration(OptimIterator):
         """
         x = X["est"][0]
         equation = self.equation(cur_data_fidelity, cur_prior, cur_params, y, physics)
+        if not isinstance(equation, AttentiveEquation):
+            raise TypeError(
+                f"FrozenIteration runs quadratic priors, got {type(cur_prior).__name__}"
+                ", whose iterates are pairs. Use FixedPointOptim."
+            )
         with torch.no_grad():
             problem = equation.freeze(x)
             rtol = torch.full_like(problem.residual, self.rtol)
@@ -232,6 +241,8 @@ class FixedPointOptim(BaseOptim):
             custom_metrics=custom_metrics,
             get_output=_image_of,
         )
+        # deepinv would ask every iterate for its cost; MMR has an energy of its own.
+        self.has_cost = self.fixed_point.iterator.has_cost = False
         # deepinv's metric object holds a local function and cannot be pickled.
         del self.psnr
         self.psnr: Callable[..., Tensor] = _psnr
@@ -258,7 +269,7 @@ class FixedPointOptim(BaseOptim):
         *,
         sigma: float | Tensor | None = None,
         lambda_reg: float | Tensor | None = None,
-    ) -> AttentiveEquation:
+    ) -> AnyEquation:
         """
         Returns the equation of one reconstruction problem.
 
@@ -273,7 +284,7 @@ class FixedPointOptim(BaseOptim):
             params["g_param"] = sigma
         if lambda_reg is not None:
             params["lambda"] = lambda_reg
-        if params["g_param"] is None:
+        if params["g_param"] is None and self.update_prior_fn(0).needs_sigma:
             raise ValueError(
                 "sigma is missing: give the noise level of the prior, in [0, 1] "
                 "units, to "
@@ -323,11 +334,11 @@ class FixedPointOptim(BaseOptim):
         return answer if len(answer) > 1 else x
 
     def initial_image(
-        self, equation: AttentiveEquation, y: Tensor, physics: Any, init: Any
-    ) -> Tensor:
-        """Returns the first image from ``init``, ``custom_init`` or zeros."""
+        self, equation: AnyEquation, y: Tensor, physics: Any, init: Any
+    ) -> Tensor | None:
+        """Returns the first image from ``init`` or ``custom_init``, or ``None``."""
         if init is None and self.custom_init is None:
-            return torch.zeros_like(equation.b)
+            return None
         x = self.init_iterate_fn(y, physics, init=init)["est"][0]
         if x.shape != equation.b.shape:
             raise ValueError(
@@ -338,48 +349,64 @@ class FixedPointOptim(BaseOptim):
 
     def solve(
         self,
-        equation: AttentiveEquation,
-        init: Tensor,
+        equation: AnyEquation,
+        init: Tensor | None,
         x_gt: Tensor | None = None,
         compute_metrics: bool = False,
+        rtol: float | None = None,
+        callback: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, SolverResult, dict[str, Any] | None]:
         """
         Solves an equation with the settings of this optimizer.
 
         :param object equation: from :meth:`equation`.
-        :param torch.Tensor init: first image, shape ``(B, C, H, W)``.
+        :param torch.Tensor init: first image, shape ``(B, C, H, W)``; ``None``: the
+            equation's own.
         :param torch.Tensor x_gt: ground truth for the metrics.
         :param bool compute_metrics: whether to record metrics.
+        :param float rtol: tolerance instead of the constructor's.
+        :param Callable callback: called with the first and every further image.
         :return: solution with implicit gradients, solver result, metrics or ``None``.
         """
+        rtol = self.rtol if rtol is None else rtol
+        with torch.no_grad():
+            start = equation.start(init)
         metrics: dict[str, Any] | None = None
         if compute_metrics:
-            metrics = self.init_metrics_fn({"est": (init,)}, x_gt=x_gt)
+            metrics = self.init_metrics_fn({"est": (equation.image(start),)}, x_gt=x_gt)
 
-        def callback(_k: int, previous: Tensor, x: Tensor) -> None:
-            self.update_metrics_fn(metrics, {"est": (previous,)}, {"est": (x,)}, x_gt)
+        if callback is not None:
+            callback(equation.image(start))
 
-        x, result = solve_equation(
+        def observe(_k: int, previous: Tensor, x: Tensor) -> None:
+            before, after = equation.image(previous), equation.image(x)
+            if compute_metrics:
+                estimates = {"est": (before,)}, {"est": (after,)}
+                self.update_metrics_fn(metrics, *estimates, x_gt)
+            if callback is not None:
+                callback(after)
+
+        iterate, result = solve_equation(
             equation,
-            init,
-            rtol=self.rtol,
+            start,
+            rtol=rtol,
             max_iter=self.max_iter,
             forcing=self.forcing,
             anderson=self.anderson,
-            callback=callback if compute_metrics else None,
+            callback=observe if compute_metrics or callback is not None else None,
             adjoint=self.adjoint_options,
         )
         self.has_converged = bool(result.converged.all())
-        if self.warn and self.rtol:
+        if self.warn and rtol:
             result.warn(
                 type(self).__name__,
-                self.rtol,
+                rtol,
                 "The image is the best iterate found. Raise max_iter, or relax rtol.",
                 stacklevel=6,  # the caller of the module
             )
         if metrics is not None:
             metrics["nonlinear_residual"] = result.history.T.tolist()
-        return x, result, metrics
+        return equation.image(iterate), result, metrics
 
 
 def _image_of(X: dict[str, Any]) -> Tensor:

@@ -177,6 +177,14 @@ class AttentiveEquation:
             mask = self.regularizer.mask(x)
         return self.b - self.H(x) - self.force(x, mask.square())
 
+    def start(self, x: Tensor | None) -> Tensor:
+        """Returns the first iterate: the given image, zero if ``None``."""
+        return torch.zeros_like(self.b) if x is None else x
+
+    def image(self, x: Tensor) -> Tensor:
+        """Returns the image of an iterate: itself."""
+        return x
+
     def freeze(self, x: Tensor) -> FrozenSystem:
         """Returns the linear system with the mask frozen at ``x``."""
         return FrozenSystem(self, x)
@@ -292,6 +300,9 @@ class DEALPrior(Prior):
     :param str normalization: norm rule of :math:`W`, see
         :class:`deepinv_deal.operators.MultiConv`.
     """
+
+    #: Whether the regularizer depends on a noise level.
+    needs_sigma = True
 
     def __init__(
         self,

@@ -29,15 +29,15 @@ class Equation(Protocol):
     everything the model depends on.
     """
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, /) -> Tensor:
         """Returns the residual F(x), shape of ``x``."""
         ...
 
-    def freeze(self, x: Tensor) -> FrozenProblem:
+    def freeze(self, x: Tensor, /) -> FrozenProblem:
         """Returns the convex problem with all weights frozen at ``x``."""
         ...
 
-    def adjoint_solver(self, x: Tensor) -> LinearSolve:
+    def adjoint_solver(self, x: Tensor, /) -> LinearSolve:
         """Returns a solver for :math:`-F_x` with the weights frozen at ``x``."""
         ...
 
@@ -70,6 +70,7 @@ def solve_equation(
     max_iter: int = 100,
     forcing: float = 0.5,
     anderson: int = 0,
+    damped: bool = True,
     callback: Callback | None = None,
     adjoint: AdjointOptions | None = None,
 ) -> tuple[Tensor, SolverResult]:
@@ -86,6 +87,7 @@ def solve_equation(
     :param int max_iter: see :func:`fixed_point`.
     :param float forcing: see :func:`fixed_point`.
     :param int anderson: see :func:`fixed_point`.
+    :param bool damped: see :func:`fixed_point`.
     :param Callable callback: see :func:`fixed_point`.
     :param AdjointOptions adjoint: settings of the backward pass.
     :return: the solution, shape of ``init``, and the :class:`SolverResult`.
@@ -99,6 +101,7 @@ def solve_equation(
             max_iter=max_iter,
             forcing=forcing,
             anderson=anderson,
+            damped=damped,
             callback=callback,
         )
     return attach_gradient(equation, result.x, options), result

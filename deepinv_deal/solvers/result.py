@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class SolverResult:
     :param torch.Tensor history: residual at every outer iteration, shape ``(n, B)``.
     :param torch.Tensor weighted_residual: what was compared with the tolerance if the
         problem weights its residual, the residual itself otherwise, shape ``(B,)``.
+    :param object state: all unknowns of a solver that has more than ``x``; a warm start
+        for another run.
     """
 
     x: Tensor
@@ -50,6 +53,7 @@ class SolverResult:
     n_inner: Tensor = None  # type: ignore[assignment]
     history: Tensor = None  # type: ignore[assignment]
     weighted_residual: Tensor = None  # type: ignore[assignment]
+    state: Any = None
 
     def __post_init__(self) -> None:
         """Fills in what a solver without inner solver or weights need not say."""

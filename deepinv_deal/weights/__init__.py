@@ -6,5 +6,13 @@ from deepinv_deal.weights.io import (
     load_prior,
     save_prior,
 )
+from deepinv_deal.weights.safi import convert_l1_state_dict, load_l1_prior
 
-__all__ = ["BUNDLED", "convert_state_dict", "load_prior", "save_prior"]
+__all__ = [
+    "BUNDLED",
+    "convert_l1_state_dict",
+    "convert_state_dict",
+    "load_l1_prior",
+    "load_prior",
+    "save_prior",
+]

@@ -1,0 +1,455 @@
+"""SAFI and MMR: reconstruction models and denoisers in one, with attentive l1 terms."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from deepinv.models import Denoiser
+from deepinv.optim import DEQConfig
+from deepinv.optim.data_fidelity import L2
+from torch import Tensor
+
+from deepinv_deal._batch import expand
+from deepinv_deal.models.image_operator import (
+    ComplexMode,
+    ImageOperator,
+    check_image,
+    check_measurements,
+    intensity,
+    is_noise_level,
+    per_sample,
+)
+from deepinv_deal.optim import FixedPointOptim
+from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ
+from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation, InnerSolver
+from deepinv_deal.priors.safi import AttentiveL1Prior, MMRPrior, SAFIPrior
+from deepinv_deal.solvers import ConvergenceWarning
+from deepinv_deal.weights.safi import load_l1_prior
+
+#: Tolerances on the nonlinear residual if none is given.
+DEFAULT_RTOL, DEFAULT_DENOISING_RTOL = 1e-4, 1e-3
+
+
+@dataclass
+class AttentiveL1Info:
+    """
+    How a reconstruction went, one entry per sample.
+
+    :param torch.Tensor converged: whether the nonlinear residual met the tolerance,
+        ``(B,)``.
+    :param torch.Tensor status: :class:`deepinv_deal.solvers.Status` values, ``(B,)``.
+    :param torch.Tensor n_iter: refreshes of the mask, ``(B,)``.
+    :param torch.Tensor inner_iter: iterations of the inner solver in total, ``(B,)``.
+    :param torch.Tensor residual: relative nonlinear residual of the result, ``(B,)``.
+    :param torch.Tensor history: residual of every iterate, ``(n, B)``.
+    :param torch.Tensor lambda_reg: regularization weight, ``(B,)``.
+    :param float rtol: tolerance on the residual.
+    :param torch.Tensor scale: intensity by which the data were divided, ``(B,)``.
+    :param list notes: remarks on what was decided for the user.
+    :param torch.Tensor energy: energy of every iterate, ``(n, B)``, if asked for (MMR).
+    :param Callable compute_mask: returns the masks at the solution, see :attr:`mask`.
+    """
+
+    converged: Tensor
+    status: Tensor
+    n_iter: Tensor
+    inner_iter: Tensor
+    residual: Tensor
+    history: Tensor
+    lambda_reg: Tensor
+    rtol: float
+    scale: Tensor
+    notes: list[str] = field(default_factory=list)
+    energy: Tensor | None = None
+    compute_mask: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Masks at the solution, ``(B, num_filters, H, W)``; computed when asked."""
+        if self.compute_mask is None:
+            raise AttributeError("This info holds no mask.")
+        with torch.no_grad():
+            return self.compute_mask()
+
+
+class AttentiveL1Model(FixedPointOptim, Denoiser):
+    """
+    What :class:`SAFI` and :class:`MMR` have in common; use these.
+    """
+
+    prior_type: type[AttentiveL1Prior]
+
+    def __init__(
+        self,
+        num_filters: int | None = None,
+        *,
+        lambda_reg: float | Tensor | None = None,
+        rtol: float | None = None,
+        max_iter: int = 100,
+        inner_max_iter: int = 1000,
+        inner: InnerSolver = "auto",
+        forcing: float = 0.5,
+        anderson: int = 0,
+        box: tuple[float, float] | None = (0.0, 1.0),
+        scale: float | str | None = None,
+        complex_mode: ComplexMode = "real_imag",
+        DEQ: DEQConfig = DEFAULT_DEQ,
+        trainable_params: list[str] | None = None,
+        warn: bool = True,
+        prior: AttentiveL1Prior | None = None,
+        device: str | torch.device = "cpu",
+        pretrained: str | os.PathLike[str] | None = None,
+    ):
+        if prior is None and pretrained is not None:
+            prior = load_l1_prior(pretrained, self.prior_type)
+        elif prior is None:
+            prior = self.prior_type(64 if num_filters is None else num_filters)
+        if num_filters not in (None, prior.num_filters):
+            raise ValueError(
+                f"num_filters={num_filters} was asked for, but the weights have "
+                f"{prior.num_filters}. Leave num_filters out or give other weights."
+            )
+        if scale is not None and scale != "auto" and not 0 < float(scale) < torch.inf:
+            raise ValueError(f"scale must be 'auto', positive or None, got {scale!r}.")
+        if complex_mode not in ("real_imag", "real"):
+            raise ValueError(
+                f"complex_mode must be 'real_imag' or 'real', got {complex_mode!r}."
+            )
+        if box is not None and not (len(box) == 2 and box[0] < box[1]):
+            raise ValueError(f"box must be None or (lower, upper), got {box}.")
+        super().__init__(
+            prior,
+            lambda_reg=lambda_reg,
+            max_iter=max_iter,
+            inner_max_iter=inner_max_iter,
+            rtol=DEFAULT_RTOL if rtol is None else rtol,
+            forcing=forcing,
+            anderson=anderson,
+            DEQ=DEQ,
+            trainable_params=trainable_params,
+            warn=warn,
+        )
+        self.denoising_rtol = DEFAULT_DENOISING_RTOL if rtol is None else rtol
+        self.inner_max_iter, self.inner, self.box = inner_max_iter, inner, box
+        self.scale, self.complex_mode = scale, complex_mode
+        self.to(device)
+        self.eval()
+
+    def forward(  # type: ignore[override]  # the call conventions of a denoiser too
+        self,
+        y: Tensor,
+        physics: Any = None,
+        sigma: Any = None,
+        *,
+        lambda_reg: float | Tensor | None = None,
+        init: Tensor | None = None,
+        x_gt: Tensor | None = None,
+        compute_metrics: bool = False,
+        return_info: bool = False,
+    ) -> Any:
+        r"""
+        Reconstructs or denoises.
+
+        :param torch.Tensor y: measurements; for denoising the images ``(B, C, H, W)``.
+        :param deepinv.physics.LinearPhysics physics: forward operator; ``None`` to
+            denoise.
+        :param float sigma: accepted since deepinv calls denoisers with it, and ignored:
+            the weights serve one noise level.
+        :param float, torch.Tensor lambda_reg: weight, one or one per sample.
+        :param torch.Tensor init: first image ``(B, C, H, W)``; ``None``: the
+            reconstruction with mask 1.
+        :param torch.Tensor x_gt: ground truth for the metrics.
+        :param bool compute_metrics: also return deepinv's dictionary of metrics.
+        :param bool return_info: also return an :class:`AttentiveL1Info`.
+        :return: the image ``(B, C, H, W)``, followed by metrics and info where asked
+            for.
+        :raises TypeError: if ``y`` is no real floating tensor or ``physics`` not
+            linear.
+        :raises ValueError: for wrong shapes, channels or signs, an empty batch, or NaN
+            or infinity.
+        """
+        if sigma is None and is_noise_level(physics):
+            physics, sigma = None, physics
+        operator, scale = self._operator(y, physics)
+        notes = operator.notes
+        if sigma is not None:
+            notes.append("sigma was ignored: the weights serve one noise level.")
+        equation = self._equation(operator, scale, lambda_reg)
+        b, unit = operator.b, expand(scale, operator.b)
+        if init is not None:
+            init = operator.extract(check_image("init", init, operator)) / unit
+            if not torch.isfinite(init).all():
+                raise ValueError("init holds NaN or infinity.")
+        if x_gt is not None:
+            x_gt = operator.extract(check_image("x_gt", x_gt, operator)) / unit
+        rtol = self.denoising_rtol if operator.denoising else self.rtol
+        energies: list[Tensor] = []
+        watch = self._watch(y, physics, operator, scale, equation, energies)
+        x, result, metrics = self.solve(
+            equation, init, x_gt, compute_metrics, rtol, watch
+        )
+        energy = torch.stack(energies) if energies else None
+        self._check_energy(energy, rtol)
+        image = operator.embed(x * expand(scale, b))
+        answer = [metrics] if compute_metrics else []
+        if not return_info:
+            return (image, *answer) if answer else image
+        regularizer, solution = equation.regularizer, x.detach()
+        info = AttentiveL1Info(
+            result.converged,
+            result.status,
+            result.n_iter,
+            result.n_inner,
+            result.residual,
+            result.history,
+            equation.lambda_reg.detach(),
+            rtol,
+            scale,
+            notes,
+            energy,
+            compute_mask=lambda: regularizer.mask(
+                solution, regularizer.analyse(solution)
+            ),
+        )
+        return image, *answer, info
+
+    def _watch(
+        self,
+        y: Tensor,  # noqa: ARG002 - for models with an energy
+        physics: Any,  # noqa: ARG002
+        operator: ImageOperator,  # noqa: ARG002
+        scale: Tensor,  # noqa: ARG002
+        equation: AttentiveL1Equation,  # noqa: ARG002
+        energies: list[Tensor],  # noqa: ARG002
+    ) -> Callable[[Tensor], None] | None:
+        """What to do with every iterate: nothing."""
+        return None
+
+    def _check_energy(self, energy: Tensor | None, rtol: float) -> None:
+        """What to do with the energies of the iterates: nothing."""
+
+    def _operator(self, y: Tensor, physics: Any) -> tuple[ImageOperator, Tensor]:
+        """The checked problem, and the intensity of its images ``(B,)``."""
+        check_measurements(y, next(self.prior.parameters()))
+        operator = ImageOperator(physics, y, 1, self.complex_mode)
+        return operator, intensity(self.scale, operator)
+
+    def _equation(
+        self,
+        operator: ImageOperator,
+        scale: Tensor,
+        lambda_reg: float | Tensor | None,
+    ) -> AttentiveL1Equation:
+        if lambda_reg is None:
+            lambda_reg = self.update_params_fn(0)["lambda"]
+        if lambda_reg is None and not operator.denoising:
+            raise ValueError(
+                "lambda_reg is missing: the learned weight is for denoising. Give "
+                "lambda_reg, tuned on a few images of this problem."
+            )
+        if lambda_reg is not None:
+            lambda_reg = per_sample("lambda_reg", lambda_reg, operator.b)
+        return self.prior[0].equation(
+            None if operator.denoising else operator.A_adjoint_A,
+            operator.b / expand(scale, operator.b),
+            lambda_reg=lambda_reg,
+            box=self.box,
+            inner_max_iter=self.inner_max_iter,
+            inner=self.inner,
+        )
+
+
+class SAFI(AttentiveL1Model):
+    r"""
+    Solution-adaptive fixed-point iterations.
+
+    The method is that of :footcite:t:`pourya2024iteratively`. The reconstruction is a
+    fixed point :math:`\hat x = T(\hat x)` of
+
+    .. math::
+        T(z) = \underset{x \in [0, 1]^n}{\arg\min} \; \tfrac{1}{2} \|A x - y\|_2^2
+        + \lambda \|m(z) \odot W x\|_1,
+
+    where :math:`W` are learned filters and :math:`m` a convolutional network that
+    lowers the penalty where the image has structure. There is no energy that
+    :math:`\hat x` minimises; for an invertible :math:`A` a fixed point exists.
+
+    ``model(y, physics, lambda_reg=...)`` reconstructs from the measurements of any
+    :class:`deepinv.physics.LinearPhysics`; ``model(y)`` denoises with the learned
+    :math:`\lambda`. One set of weights serves one noise level. Images lie in [0, 1], a
+    constraint of the problem.
+
+    **Complex images** (MRI: two channels, real and imaginary part):
+    ``complex_mode="real_imag"`` regularizes both parts alike; the box then holds for
+    both, and ``box=None`` lifts it. ``"real"`` assumes a real-valued image, as the
+    paper.
+
+    **Gradients** flow to weights, measurements, ``lambda_reg`` and the parameters of
+    the physics by implicit differentiation, exact or Jacobian-free.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal import SAFI
+    >>> model = SAFI(num_filters=8, lambda_reg=0.1)
+    >>> x_hat, info = model(torch.rand(2, 1, 16, 17), return_info=True)
+    >>> x_hat.shape, info.converged
+    (torch.Size([2, 1, 16, 17]), tensor([True, True]))
+
+    :param int num_filters: number of filters, 64 if ``None``. Weights decide if given.
+    :param float, torch.Tensor lambda_reg: regularization weight, one or one per sample.
+        ``None``: the learned one for denoising; other problems need it.
+    :param float rtol: tolerance on the relative nonlinear residual
+        :math:`\|F\| / \|A^{\top} y\|` of
+        :class:`deepinv_deal.priors.attentive_l1.AttentiveL1Equation`. ``None``:
+        ``1e-3`` for denoising and ``1e-4`` for other problems.
+    :param int max_iter: largest number of refreshes of the mask.
+    :param int inner_max_iter: largest number of inner iterations per refresh.
+    :param str inner: inner solver, ``"admm"``, ``"fista"`` (dual; denoising only) or
+        ``"auto"``.
+    :param float forcing: factor by which each inner solve reduces the residual. Large
+        values refresh the mask often; the fixed point is the same.
+    :param int anderson: depth of the safeguarded Anderson acceleration, ``0`` for none.
+    :param tuple box: bounds of the image, or ``None``.
+    :param float, str scale: ``"auto"``, a number or ``None``, as for
+        :class:`deepinv_deal.DEAL`.
+    :param str complex_mode: ``"real_imag"`` or ``"real"``, see above.
+    :param deepinv.optim.DEQConfig DEQ: settings of the backward pass, see
+        :class:`deepinv_deal.optim.FixedPointOptim`.
+    :param list trainable_params: may hold ``"lambda_reg"``.
+    :param bool warn: issue a :class:`deepinv_deal.ConvergenceWarning` if a sample does
+        not converge.
+    :param SAFIPrior prior: use this prior instead of ``pretrained``.
+    :param str, torch.device device: where the model lives.
+    :param str pretrained: path of a ``.pth`` file in the authors' layout, or ``None``
+        for random weights.
+    :raises ValueError: for bad settings or damaged weights.
+    :raises FileNotFoundError: for a missing weights file.
+    """
+
+    prior_type = SAFIPrior
+
+
+class MMR(AttentiveL1Model):
+    r"""
+    Majorization-minimization regularizer: the special case of SAFI with an energy.
+
+    The method is that of :footcite:t:`pourya2024iteratively`. The reconstruction is a
+    critical point of
+
+    .. math::
+        E(x) = \tfrac{1}{2} \|A x - y\|_2^2
+        + \lambda \sum_c \big\langle 1, \psi_c( G_c |W_c x| ) \big\rangle,
+        \qquad x \in [0, 1]^n,
+
+    with concave :math:`\psi_c` (:class:`deepinv_deal.priors.MMRPrior`). Each update
+    minimises a convex majoriser of :math:`E`, a problem of SAFI's type, so :math:`E`
+    falls. The problems are solved roughly: how far an update may raise the energy is
+    bounded by the error of its inner solve. ``verify_energy=True`` records the energy
+    and warns if it rises.
+
+    Arguments are those of :class:`SAFI`.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal import MMR
+    >>> model, y = MMR(num_filters=8, lambda_reg=0.1), torch.rand(2, 1, 16, 17)
+    >>> bool((model.energy(model(y), y) < model.energy(y, y)).all())
+    True
+
+    :param object args: as for :class:`SAFI`.
+    :param bool verify_energy: record the energy of every iterate in ``info.energy`` and
+        issue a :class:`deepinv_deal.ConvergenceWarning` if it rises by more than
+        ``rtol`` times its value.
+    :param object kwargs: as for :class:`SAFI`.
+    """
+
+    prior_type = MMRPrior
+
+    def __init__(self, *args: Any, verify_energy: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.verify_energy = verify_energy
+
+    def _watch(
+        self,
+        y: Tensor,
+        physics: Any,
+        operator: ImageOperator,
+        scale: Tensor,
+        equation: AttentiveL1Equation,
+        energies: list[Tensor],
+    ) -> Callable[[Tensor], None] | None:
+        """Records the energy of every iterate, if asked to."""
+        if not self.verify_energy:
+            return None
+
+        @torch.no_grad()
+        def record(x: Tensor) -> None:
+            energies.append(self._energy(x, y, physics, operator, scale, equation))
+
+        return record
+
+    def _check_energy(self, energy: Tensor | None, rtol: float) -> None:
+        if energy is None or not self.warn:
+            return
+        rise = (energy.diff(dim=0) / energy[:-1].abs()).amax(0)
+        worst = int(rise.argmax())
+        if rise[worst] > rtol:
+            warnings.warn(
+                f"The energy of sample {worst} rose by {float(rise[worst]):.1e} of its "
+                f"value, more than rtol={rtol:.1e}: an inner solve was too rough. "
+                "Lower forcing or raise inner_max_iter.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    def _energy(
+        self,
+        x: Tensor,
+        y: Tensor,
+        physics: Any,
+        operator: ImageOperator,
+        scale: Tensor,
+        equation: AttentiveL1Equation,
+    ) -> Tensor:
+        """The energy of an image in the units of the equation."""
+        if operator.denoising:
+            data = 0.5 * (x - equation.b).square().flatten(1).sum(1)
+        else:
+            data = L2()(operator.embed(x * expand(scale, x)), y, physics)
+            data = data / scale.square()
+        return data + equation.lambda_reg * self.prior[0](x)
+
+    def energy(
+        self,
+        x: Tensor,
+        y: Tensor,
+        physics: Any = None,
+        lambda_reg: float | Tensor | None = None,
+    ) -> Tensor:
+        """
+        Returns E(x) of every sample, ``(B,)``; infinity outside the box.
+
+        :param torch.Tensor x: images ``(B, C, H, W)``.
+        :param torch.Tensor y: measurements.
+        :param deepinv.physics.LinearPhysics physics: forward operator; ``None`` for
+            denoising.
+        :param float, torch.Tensor lambda_reg: weight instead of the model's.
+        """
+        operator, scale = self._operator(y, physics)
+        equation = self._equation(operator, scale, lambda_reg)
+        image = operator.extract(check_image("x", x, operator)) / expand(scale, x)
+        energy = self._energy(image, y, physics, operator, scale, equation)
+        inside = (image == equation.clamp(image)).flatten(1).all(1)
+        return energy.where(inside, torch.inf)

@@ -1,0 +1,111 @@
+"""Weights of SAFI and MMR in the layout of their authors."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepinv_deal.priors.safi import AttentiveL1Prior, MMRPrior, SAFIPrior
+
+#: Authors' parameter names, by ours. Transposed copies and ``cs`` of SAFI are unused.
+_AUTHORS_KEYS: dict[type[AttentiveL1Prior], dict[str, str]] = {
+    MMRPrior: {
+        "lambda_reg": "lmbda",
+        "W.weight.0": "W1.W1.weight",
+        "W.weight.1": "W1.W1s.0.weight",
+        "potential.G.0": "W2.W1.weight",
+        "potential.G.1": "W2.W1s.0.weight",
+        "potential.spline.coefficients": "phigrad_spline.coefficients",
+        "potential.scale": "cs",
+    },
+    SAFIPrior: {
+        "lambda_reg": "lmbda",
+        "W.weight.0": "W1.W1.weight",
+        "W.weight.1": "W1.W1s.0.weight",
+        **{
+            f"mask_network.V.{i}": f"{name}.weight"
+            for i, name in enumerate(("W4.W1", "W2.W1", "W3.W1"))
+        },
+        **{
+            f"mask_network.splines.{i}.coefficients": (
+                f"phigrad_spline{i + 1}.coefficients"
+            )
+            for i in range(3)
+        },
+    },
+}
+
+
+def convert_l1_state_dict(
+    state: Mapping[str, Any], kind: type[AttentiveL1Prior]
+) -> dict[str, Tensor]:
+    """
+    Converts a state dict in the authors' layout to that of our priors.
+
+    :param dict state: the authors' ``["state_dict"]``. Other entries are ignored.
+    :param type kind: :class:`SAFIPrior` or :class:`MMRPrior`.
+    :return: a state dict for ``kind``; raw parameters, constraints are ours to apply.
+    :raises ValueError: if parameters are missing.
+    """
+    keys = _AUTHORS_KEYS[kind]
+    missing = sorted(k for k in keys.values() if not isinstance(state.get(k), Tensor))
+    if missing:
+        raise ValueError(
+            f"The state dict is not that of the authors' {kind.__name__[:-5]}: it "
+            f"lacks {', '.join(missing[:4])}{', ...' * (len(missing) > 4)}. It holds "
+            f"{', '.join(sorted(map(str, state))[:4]) or 'nothing'}, ..."
+        )
+    converted = {ours: state[theirs] for ours, theirs in keys.items()}
+    converted["lambda_reg"] = converted["lambda_reg"].reshape(())
+    if "potential.scale" in converted:
+        converted["potential.scale"] = converted["potential.scale"].reshape(-1)
+    return converted
+
+
+def load_l1_prior(
+    path: str | os.PathLike[str], kind: type[AttentiveL1Prior]
+) -> AttentiveL1Prior:
+    """
+    Loads a SAFI or MMR prior from a ``.pth`` file, without executing code.
+
+    :param str path: a checkpoint of the authors, or the state dict of one of our
+        priors.
+    :param type kind: :class:`SAFIPrior` or :class:`MMRPrior`.
+    :raises ValueError: for a damaged or foreign file.
+    :raises FileNotFoundError: if the file does not exist.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The weights file {str(path)!r} does not exist.")
+    try:
+        with warnings.catch_warnings():
+            # torch remarks on unusual pickle protocols; what it cannot read it refuses.
+            warnings.simplefilter("ignore", UserWarning)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can make its reader raise anything
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of plain tensors: {error}"
+        ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict.")
+    if "W.weight.0" not in state:
+        state = convert_l1_state_dict(state, kind)
+    filters = state["W.weight.0"]
+    with torch.random.fork_rng(devices=[]):  # the random initial weights are replaced
+        prior = kind(len(filters))
+    try:
+        prior.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {kind.__name__}: {error}") from error
+    for name, value in prior.named_parameters():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity.")
+    return prior

@@ -1,0 +1,267 @@
+"""SAFI and MMR as deepinv reconstructors and denoisers."""
+
+from __future__ import annotations
+
+import warnings
+
+import deepinv as dinv
+import pytest
+import torch
+from problems import DOUBLE, TIGHT, generator, images, random_l1_prior
+
+from deepinv_deal import MMR, SAFI
+from deepinv_deal.priors import MMRPrior, SAFIPrior
+from deepinv_deal.weights import convert_l1_state_dict
+
+MODELS = [pytest.param(SAFI, id="safi"), pytest.param(MMR, id="mmr")]
+
+
+def random_model(kind, **kwargs):
+    settings = {"rtol": 1e-8, "forcing": 0.05, "inner_max_iter": 5000, "DEQ": TIGHT}
+    prior = random_l1_prior(kind.prior_type)
+    with torch.no_grad():
+        prior.lambda_reg.fill_(0.2 / float(prior.bind().nu))
+    return kind(prior=prior, **{**settings, **kwargs})
+
+
+def noisy(n=2, height=9, width=8, channels=1):
+    g = generator(3)
+    noise = torch.randn(n, channels, height, width, generator=g, dtype=DOUBLE)
+    return images(n, channels, height, width, seed=3) + 0.1 * noise
+
+
+def inpainting():
+    mask = (torch.rand(1, 9, 8, generator=generator(7)) > 0.3).double()
+    return dinv.physics.Inpainting((1, 9, 8), mask=mask)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_result_solves_the_frozen_problem_at_itself(kind):
+    model, y = random_model(kind), noisy()
+    x, info = model(y, return_info=True)
+    assert info.converged.all() and x.shape == y.shape
+    assert (x >= 0).all() and (x <= 1).all()
+    prior = model.prior[0]
+    # No better image of the frozen problem nearby: a convex function, checked along
+    # random directions that stay in the box.
+    weight = info.lambda_reg
+
+    def value(u):
+        data = 0.5 * (u - y).square().flatten(1).sum(1)
+        return data + weight * prior.frozen_fn(u, x)
+
+    g = generator(5)
+    for _ in range(5):
+        other = torch.rand(x.shape, generator=g, dtype=DOUBLE)
+        for step in (1e-3, 1e-1):
+            assert (value(x + step * (other - x)) >= value(x) - 1e-9).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_physics_and_the_denoising_physics_agree(kind):
+    model, y = random_model(kind), noisy()
+    expected = model(y)
+    assert torch.equal(model(y, dinv.physics.Denoising()), expected)
+    assert torch.equal(model(y, 0.1), expected), "sigma is no input of these models"
+    _, info = model(y, sigma=0.1, return_info=True)
+    assert "sigma was ignored" in info.notes[0]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_missing_pixels_are_filled_in(kind):
+    model, physics = random_model(kind, rtol=1e-4, forcing=0.3), inpainting()
+    x = images(2, 1, 9, 8)
+    y = physics.A(x)
+    x_hat, info = model(y, physics, lambda_reg=1e-3, return_info=True)
+    assert info.converged.all() and info.mask.shape == (2, 3, 9, 8)
+    assert (x_hat - x).square().mean() < 0.3 * (y - x).square().mean()
+    with pytest.raises(ValueError, match="lambda_reg is missing"):
+        model(y, physics)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_batch_gives_what_its_samples_give_alone(kind):
+    model, y = random_model(kind), noisy(3)
+    weights = torch.tensor([0.01, 0.03, 0.1], dtype=DOUBLE)
+    together = model(y, lambda_reg=weights)
+    for i in range(3):
+        alone = model(y[i : i + 1], lambda_reg=weights[i])
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-7)
+    assert not torch.allclose(together[0], model(y[:1], lambda_reg=0.1)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lambda_reg": 0.002},
+        {"rtol": 1e-2},
+        {"max_iter": 1, "warn": False},
+        {"inner_max_iter": 5, "max_iter": 2, "warn": False},
+        {"inner": "fista"},
+        {"forcing": 1e-4},
+        {"anderson": 2},
+        {"box": None},
+        {"scale": 0.5},
+    ],
+    ids=str,
+)
+def test_every_setting_changes_the_result(settings):
+    y = noisy() - 0.4
+    assert not torch.equal(random_model(SAFI, **settings)(y), random_model(SAFI)(y))
+
+
+def test_inner_solvers_and_starts_change_the_way_not_the_end():
+    y = noisy()
+    expected = random_model(SAFI)(y)
+    for model in (random_model(SAFI, inner="fista"), random_model(SAFI, forcing=0.3)):
+        torch.testing.assert_close(model(y), expected, rtol=0, atol=1e-6)
+    started = random_model(SAFI)(y, init=torch.full_like(y, 0.5))
+    assert not torch.equal(started, expected)
+    torch.testing.assert_close(started, expected, rtol=0, atol=1e-6)
+
+
+def test_complex_modes():
+    y = noisy(channels=2)
+    both = random_model(SAFI)(y)
+    torch.testing.assert_close(
+        both[:, :1], random_model(SAFI)(y[:, :1]), rtol=0, atol=1e-6
+    )
+    real = random_model(SAFI, complex_mode="real")(y)
+    assert (real[:, 1] == 0).all() and not torch.equal(real, both)
+    with pytest.raises(ValueError, match="complex_mode"):
+        random_model(SAFI, complex_mode="phase")
+
+
+def test_metrics_follow_the_image():
+    model, y, x = random_model(MMR), noisy(), images(2, 1, 9, 8, seed=3)
+    x_hat, metrics = model(y, x_gt=x, compute_metrics=True)
+    psnr = dinv.metric.PSNR()(x_hat, x)
+    assert abs(metrics["psnr"][0][-1] - float(psnr[0])) < 1e-3
+    assert metrics["nonlinear_residual"][0][-1] < 1e-8
+
+
+# -- the energy of MMR ---------------------------------------------------------
+
+
+def test_the_energy_falls_and_is_recorded():
+    y = noisy()
+    model = random_model(MMR, verify_energy=True, rtol=1e-3, forcing=1e-3)
+    x, info = model(y, return_info=True)
+    assert info.energy.shape == (int(info.n_iter.max()) + 1, 2)
+    torch.testing.assert_close(info.energy[-1], model.energy(x, y))
+    assert (info.energy[1:].diff(dim=0) <= 1e-6 * info.energy[0]).all()
+    _, info = random_model(MMR, rtol=1e-2)(y, return_info=True)
+    assert info.energy is None
+
+
+def test_the_energy_holds_the_data_term_of_the_physics():
+    model, physics, x = random_model(MMR), inpainting(), images(2, 1, 9, 8)
+    x, y = x.clamp(0, 1), physics.A(noisy())
+    data = 0.5 * (physics.A(x) - y).square().flatten(1).sum(1)
+    expected = data + 0.02 * model.prior[0](x)
+    torch.testing.assert_close(model.energy(x, y, physics, 0.02), expected)
+
+
+def test_a_rising_energy_is_told():
+    y = noisy()
+    solution = random_model(MMR)(y)
+    # One rough step from the solution with a cold dual goes up.
+    rough = {"rtol": 1e-6, "max_iter": 1, "inner_max_iter": 1, "verify_energy": True}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        random_model(MMR, **rough)(y, init=solution)
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == 2 and "did not converge" in messages[0]
+    assert "energy of sample" in messages[1]
+    random_model(MMR, **rough, warn=False)(y, init=solution)
+
+
+def test_the_energy_is_infinite_outside_the_box_and_scales():
+    model, y = random_model(MMR), noisy()
+    x = model(y)
+    assert model.energy(x + 1, y).isinf().all()
+    assert random_model(MMR, box=None).energy(x + 1, y).isfinite().all()
+    scaled = random_model(MMR, scale=10.0)
+    torch.testing.assert_close(scaled.energy(10 * x, 10 * y), model.energy(x, y))
+    torch.testing.assert_close(scaled(10 * y), 10 * x, rtol=0, atol=1e-6)
+
+
+# -- gradients and weights -----------------------------------------------------
+
+
+def test_training_mode_gives_gradients_to_all_weights():
+    model, y = random_model(SAFI), noisy(1)
+    (model(y) - images(1, 1, 9, 8)).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+    with torch.no_grad():
+        assert not model(y).requires_grad
+
+
+def authors_state(prior):
+    """The state dict as the authors name it, with a transposed copy to ignore."""
+    state = {k: v.clone() for k, v in prior.state_dict().items()}
+    renamed = {
+        "lmbda": state["lambda_reg"].reshape(1, 1),
+        "W1.W1.weight": state["W.weight.0"],
+        "W1.W1s.0.weight": state["W.weight.1"],
+        "W1.W1T.weight": state["W.weight.0"],
+    }
+    if isinstance(prior, MMRPrior):
+        return renamed | {
+            "cs": state["potential.scale"].view(1, -1, 1, 1),
+            "W2.W1.weight": state["potential.G.0"],
+            "W2.W1s.0.weight": state["potential.G.1"],
+            "phigrad_spline.coefficients": state["potential.spline.coefficients"],
+        }
+    network = {
+        f"W{n}.W1.weight": state[f"mask_network.V.{i}"] for i, n in enumerate("423")
+    }
+    splines = {
+        f"phigrad_spline{i + 1}.coefficients": state[
+            f"mask_network.splines.{i}.coefficients"
+        ]
+        for i in range(3)
+    }
+    return renamed | network | splines
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_weights_of_the_authors_are_converted(kind, tmp_path):
+    prior, y = random_l1_prior(kind.prior_type), noisy().float()
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": authors_state(prior), "epoch": 3}, path)
+    model = kind(pretrained=path)
+    for name, value in prior.float().state_dict().items():
+        assert torch.equal(model.prior[0].state_dict()[name], value), name
+    torch.testing.assert_close(model(y), kind(prior=prior.float())(y))
+
+
+def test_foreign_weights_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing.pth"):
+        SAFI(pretrained=tmp_path / "missing.pth")
+    state = authors_state(random_l1_prior(MMRPrior))
+    with pytest.raises(ValueError, match="authors' SAFI.*lacks"):
+        convert_l1_state_dict(state, SAFIPrior)
+    path = tmp_path / "nan.pth"
+    torch.save({**state, "cs": state["cs"] * torch.nan}, path)
+    with pytest.raises(ValueError, match="NaN"):
+        MMR(pretrained=path)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="cannot be read"):
+        MMR(pretrained=path)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"box": (1.0, 0.0)}, "box"),
+        ({"scale": -1.0}, "scale"),
+        ({"inner": "newton"}, "inner"),
+        ({"num_filters": 5}, "num_filters=5"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        random_model(SAFI, **settings)(noisy())
