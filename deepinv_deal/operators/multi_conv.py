@@ -28,12 +28,15 @@ class Convolution:
     four times as many channels, by a kernel enlarged by one pixel and a stride of 2:
     the same sums, 1.5 to 8 times faster.
 
-    :param torch.Tensor kernel: shape ``(C_out, C_in, k, k)``, k odd.
+    :param torch.Tensor kernel: shape ``(C_out, C_in, k, k)``.
+    :param int pad: rows and columns of zeros on each side; ``k // 2`` if ``None``,
+        which keeps the size for odd k.
     """
 
-    def __init__(self, kernel: Tensor):
+    def __init__(self, kernel: Tensor, pad: int | None = None):
         c_out, c_in, k, _ = kernel.shape
-        self.pad = k // 2
+        self.shrink = k - 1 - 2 * (k // 2 if pad is None else pad)
+        self.pad = k // 2 if pad is None else pad
         self.polyphase = kernel.device.type == "cpu" and c_out <= 8
         if self.polyphase:
             shifted = [
@@ -44,10 +47,10 @@ class Convolution:
         self.kernel = kernel.contiguous(memory_format=torch.channels_last)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Convolves ``x (B, C_in, H, W)``; the size stays."""
+        """Convolves ``x (B, C_in, H, W)``; with the usual ``pad`` the size stays."""
         if not self.polyphase:
             return F.conv2d(x, self.kernel, padding=self.pad)
-        height, width = x.shape[-2:]
+        height, width = (n - self.shrink for n in x.shape[-2:])
         odd = (0, width % 2, 0, height % 2)
         phases = F.conv2d(
             F.pad(x, odd) if any(odd) else x, self.kernel, None, 2, self.pad
