@@ -29,7 +29,8 @@ class PatchConv:
         (W x)_{j,k} = \langle w_j, P_k x \rangle, \qquad
         W^{\top} z = \sum_k P_k^{\top} \sum_j w_j z_{j,k}.
 
-    Written out, :math:`W` is a convolution without flip. With the boundary
+    Written out, :math:`W` is a convolution without flip; every channel of an image is
+    treated alike. With the boundary
     ``"valid"`` there is one position for every patch inside the image; with
     ``"circular"`` one for every pixel, and patches continue on the opposite side.
 
@@ -45,19 +46,23 @@ class PatchConv:
         flipped = kernels.flip(-2, -1)[None]
         self.adjoint_conv = Convolution(flipped, pad=0 if self.circular else n - 1)
 
-    def __call__(self, x: Tensor) -> Tensor:  # (B, 1, H, W) -> (B, J, H', W')
+    def __call__(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C J, H', W')
         """Applies :math:`W`."""
+        channels = x.shape[1]
+        x = x.flatten(0, 1)[:, None]
         if self.circular:
             pad = (self.before, self.after, self.before, self.after)
             x = F.pad(x, pad, mode="circular")
-        return self.forward_conv(x)
+        return self.forward_conv(x).unflatten(0, (-1, channels)).flatten(1, 2)
 
-    def adjoint(self, z: Tensor) -> Tensor:  # (B, J, H', W') -> (B, 1, H, W)
+    def adjoint(self, z: Tensor) -> Tensor:  # (B, C J, H', W') -> (B, C, H, W)
         r"""Applies :math:`W^{\top}`."""
+        batch = len(z)
+        z = z.unflatten(1, (-1, len(self.kernels))).flatten(0, 1)
         if self.circular:
             pad = (self.after, self.before, self.after, self.before)
             z = F.pad(z, pad, mode="circular")
-        return self.adjoint_conv(z)
+        return self.adjoint_conv(z)[:, 0].unflatten(0, (batch, -1))
 
     def spectrum(self, height: int, width: int, metric: Tensor | None = None) -> Tensor:
         r"""
@@ -101,8 +106,8 @@ class PatchFrame:
     convolutions with :math:`m` filters and products with an :math:`m \times p` matrix,
     instead of :math:`d` and :math:`p \times p`.
 
-    :param PatchConv features: the filters :math:`U`, ``(B, 1, H, W)`` to ``(B, m, H',
-        W')``.
+    :param PatchConv features: the filters :math:`U`, ``(B, C, H, W)`` to ``(B, C m,
+        H', W')``.
     :param torch.Tensor C: the atoms in the basis :math:`U`, shape ``(p, m)``.
     :param torch.Tensor free: orthonormal basis of what is free, shape ``(d - m, d)``.
     """
@@ -116,18 +121,19 @@ class PatchFrame:
         r"""The atoms :math:`D^{\top}` as images, shape ``(p, n, n)``."""
         return torch.tensordot(self.C, self.features.kernels, 1)
 
-    def synthesis(self, a: Tensor) -> Tensor:  # (B, p, H', W') -> (B, m, H', W')
+    def synthesis(self, a: Tensor) -> Tensor:  # (B, C p, H', W') -> (B, C m, H', W')
         r"""Returns :math:`C^{\top} a_k`, the patches in the basis :math:`U`."""
         return channel_map(self.C.T, a)
 
-    def analysis(self, f: Tensor) -> Tensor:  # (B, m, H', W') -> (B, p, H', W')
+    def analysis(self, f: Tensor) -> Tensor:  # (B, C m, H', W') -> (B, C p, H', W')
         r"""Returns :math:`C f_k`, the adjoint of :meth:`synthesis`."""
         return channel_map(self.C, f)
 
 
 def channel_map(matrix: Tensor, z: Tensor) -> Tensor:
-    """Multiplies the channels of ``z (B, J, H, W)`` by a matrix ``(I, J)``."""
-    return (matrix @ z.flatten(2)).unflatten(2, z.shape[2:])
+    """Multiplies every J channels of ``z (B, C J, H, W)`` by a matrix ``(I, J)``."""
+    grouped = z.unflatten(1, (-1, matrix.shape[1])).flatten(3)
+    return (matrix @ grouped).flatten(1, 2).unflatten(2, z.shape[2:])
 
 
 class PatchDictionary(nn.Module):

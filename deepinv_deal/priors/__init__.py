@@ -1,5 +1,18 @@
 """Regularizers as deepinv priors: what a model freezes."""
 
 from deepinv_deal.priors.deal import DEALPrior
+from deepinv_deal.priors.patches import PatchSynthesisPrior, SmoothPlusSparsePrior
+from deepinv_deal.priors.penalties import (
+    GroupPenalty,
+    L1Penalty,
+    WeaklyConvexPenalty,
+)
 
-__all__ = ["DEALPrior"]
+__all__ = [
+    "DEALPrior",
+    "GroupPenalty",
+    "L1Penalty",
+    "PatchSynthesisPrior",
+    "SmoothPlusSparsePrior",
+    "WeaklyConvexPenalty",
+]
