@@ -142,6 +142,8 @@ class LinearSpline(nn.Module):
         if ``None``.
     :param float slope_min: lower bound of the slopes, or ``None``.
     :param float slope_max: upper bound of the slopes, or ``None``.
+    :param float anchor: value at the first knot, instead of keeping the mean of the
+        coefficients; ``None`` leaves it free.
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class LinearSpline(nn.Module):
         init: Callable[[Tensor], Tensor] | None = None,
         slope_min: float | None = None,
         slope_max: float | None = None,
+        anchor: float | None = None,
     ):
         super().__init__()
         if num_knots < 2 or not x_min < x_max:
@@ -162,7 +165,7 @@ class LinearSpline(nn.Module):
                 f"num_knots={num_knots}, x_min={x_min}, x_max={x_max}."
             )
         self.x_min, self.x_max = float(x_min), float(x_max)
-        self.slope_min, self.slope_max = slope_min, slope_max
+        self.slope_min, self.slope_max, self.anchor = slope_min, slope_max, anchor
         self.step = (self.x_max - self.x_min) / (num_knots - 1)
         knots = torch.linspace(self.x_min, self.x_max, num_knots)
         values = knots if init is None else init(knots)
@@ -174,9 +177,11 @@ class LinearSpline(nn.Module):
         """
         c = self.coefficients
         if self.slope_min is None and self.slope_max is None:
-            return c
+            return c if self.anchor is None else c - c[:, :1] + self.anchor
         slopes = (c.diff(dim=1) / self.step).clamp(self.slope_min, self.slope_max)
         integral = nn.functional.pad(slopes.cumsum(1) * self.step, (1, 0))
+        if self.anchor is not None:
+            return integral + self.anchor
         return integral + (c - integral).mean(1, keepdim=True)
 
     def slopes(self) -> Tensor:
@@ -215,3 +220,42 @@ class BoundSpline:
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluates the spline, see :func:`linear_spline`."""
         return linear_spline(x, self.coefficients, self.x_min, self.step)
+
+    def clipped_integral(self, x: Tensor) -> Tensor:
+        r"""
+        Returns :math:`\int_{x_0}^{x} \mathrm{clip}(s(t), 0, 1) \,\mathrm{d}t`, exactly.
+
+        Clipping adds a knot wherever :math:`s` passes 0 or 1, so the integral of a
+        piece whose values run from :math:`a` to :math:`b` is taken over the parts
+        between and above these levels:
+
+        .. math::
+            \int_0^1 \mathrm{clip}(a + (b - a) t) \,\mathrm{d}t
+            = \frac{\tfrac{1}{2} (\bar a + \bar b) |\bar b - \bar a|
+            + |(b - 1)_+ - (a - 1)_+|}{|b - a|}, \qquad
+            \bar a = \mathrm{clip}(a), \; \bar b = \mathrm{clip}(b).
+
+        :param torch.Tensor x: upper limits, shape ``(B, C, ...)``.
+        :return: shape of ``x``, differentiable.
+        """
+        c = self.coefficients
+        n_splines, n_knots = c.shape
+        width = (x - self.x_min) / self.step
+        index = width.detach().clamp(0, n_knots - 2).long().clamp(0, n_knots - 2)
+        pieces = _mean_of_clipped(c[:, :-1], c[:, 1:])
+        before = nn.functional.pad(pieces.cumsum(1), (1, 0))
+        offset = index
+        if n_splines > 1:
+            offset = index + _channel_offset(x, n_knots).long()
+        start = c.reshape(-1)[offset]
+        rest = _mean_of_clipped(start, self(x)) * (width - index)
+        return self.step * (before.reshape(-1)[offset] + rest)
+
+
+def _mean_of_clipped(a: Tensor, b: Tensor) -> Tensor:
+    """Means of clip(., 0, 1) over the numbers from a to b."""
+    low, high = a.clamp(0, 1), b.clamp(0, 1)
+    equal = a == b
+    above = (b.clamp_min(1) - a.clamp_min(1)).abs()
+    area = (low + high) / 2 * (high - low).abs() + above
+    return (area / (b - a).abs().where(~equal, 1)).where(~equal, low)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from deepinv_deal.splines import LinearSpline, linear_spline
+from deepinv_deal.splines import BoundSpline, LinearSpline, linear_spline
 
 # Knots and step are binary fractions: no argument below falls beside its knot.
 X_MIN, STEP = -1.0, 0.25
@@ -290,3 +290,50 @@ def test_coefficients_that_do_not_fit_the_channels_are_refused(shape, rng):
 def test_impossible_knots_are_refused(knots, x_min, x_max):
     with pytest.raises(ValueError, match="num_knots >= 2 and x_min < x_max"):
         LinearSpline(knots, x_min, x_max)
+
+
+# -- anchored splines and the integral of the clipped spline -------------------
+
+
+def test_an_anchored_spline_starts_at_its_anchor_and_descends(rng):
+    spline = LinearSpline(9, 0, 1, num_splines=3, slope_max=0, anchor=1.0).double()
+    with torch.no_grad():
+        spline.coefficients.copy_(random(rng, 3, 9))
+    c = spline.constrained_coefficients()
+    assert (c[:, 0] == 1).all() and (c.diff(dim=1) <= 0).all()
+    raw = spline.coefficients.diff(dim=1)
+    torch.testing.assert_close(c.diff(dim=1), raw.clamp(max=0))
+    free = LinearSpline(9, 0, 1, anchor=2.0)
+    assert free.constrained_coefficients()[0, 0] == 2.0
+    assert torch.allclose(free.slopes(), torch.ones(1, 8), atol=1e-5)
+
+
+@pytest.mark.parametrize("n_splines", [1, 3])
+def test_the_clipped_integral_is_that_of_quadrature(n_splines, rng):
+    spline = LinearSpline(7, -0.5, 1, num_splines=n_splines).double()
+    with torch.no_grad():
+        spline.coefficients.copy_(0.5 + random(rng, n_splines, 7))
+    ends = torch.tensor([-0.9, -0.5, -0.3, 0.0, 0.41, 1.0, 1.7], dtype=torch.float64)
+    t = torch.linspace(0, 1, 40001, dtype=torch.float64)
+    grid = -0.5 + (ends[:, None] + 0.5) * t  # (7, n)
+    values = spline(grid.reshape(-1, 1).expand(-1, 3)).clamp(0, 1)
+    values = values.view(*grid.shape, 3)
+    expected = torch.trapezoid(values, grid[..., None], dim=1)
+    actual = spline.bind().clipped_integral(ends[:, None].expand(-1, 3))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-7)
+
+
+def test_the_derivative_of_the_clipped_integral_is_the_clipped_spline(rng):
+    spline = LinearSpline(7, 0, 1, num_splines=2).double()
+    with torch.no_grad():
+        spline.coefficients.copy_(0.5 + random(rng, 2, 7))
+        spline.coefficients[0, 3] = spline.coefficients[0, 2]  # a flat piece
+    x = torch.linspace(-0.41, 1.73, 60, dtype=torch.float64)[:, None].expand(-1, 2)
+    x = x.contiguous().requires_grad_()
+    (grad,) = torch.autograd.grad(spline.bind().clipped_integral(x).sum(), x)
+    torch.testing.assert_close(grad, spline(x).clamp(0, 1).detach())
+    # With respect to the coefficients: finite differences.
+    assert torch.autograd.gradcheck(
+        lambda c: BoundSpline(c, 0.0, 1 / 6).clipped_integral(x.detach()),
+        (spline.coefficients,),
+    )

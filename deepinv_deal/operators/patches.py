@@ -147,9 +147,9 @@ class PatchDictionary(nn.Module):
         Q^{\top} Q = I, \quad Q^{\top} \mathbf{1} = 0, \quad Q^{\top} D = 0, \quad
         \mathbf{1}^{\top} D = 0, \quad \|d_1\| = \dots = \|d_p\|, \quad \|D\|_2 = 1.
 
-    :math:`Q` is orthonormalised by Bjorck iterations (:footcite:t:`ducotterd2024smooth`);
-    without free atoms the constraints are those of :footcite:t:`ducotterd2024convex`,
-    Eq. (10).
+    :math:`Q` is orthonormalised by Bjorck iterations (see
+    :footcite:t:`ducotterd2024smooth`); without free atoms the constraints are those of
+    :footcite:t:`ducotterd2024convex`, Eq. (10).
 
     |sep|
 

@@ -1,4 +1,4 @@
-r"""Learned dictionaries as deepinv priors: convex patch synthesis, smooth plus sparse."""
+r"""Learned dictionaries of patches as deepinv priors."""
 
 from __future__ import annotations
 
@@ -210,7 +210,9 @@ class PatchPrior(Prior):
         data = ImageSystem.identity(x, weight.reshape(-1))
         problem = replace(self._at(x, sigma), data=data)
         z, result = solve_jointly(problem, x, rtol=rtol, max_iter=max_iter)
-        result.warn(type(self).__name__ + ".prox", rtol, "Raise max_iter or relax rtol.")
+        result.warn(
+            type(self).__name__ + ".prox", rtol, "Raise max_iter or relax rtol."
+        )
         return z
 
 

@@ -25,8 +25,10 @@ class Penalty(Protocol):
     ``prox(v, r)`` is :math:`\mathrm{prox}_{R/r}(v)`.
     """
 
-    #: Smallest curvature: :math:`R + \tfrac{\rho}{2} \|\cdot\|^2` is convex.
-    weak_convexity: float
+    @property
+    def weak_convexity(self) -> float:
+        r"""The smallest :math:`\rho` with :math:`R + \tfrac\rho2 \|\cdot\|^2` convex."""
+        ...
 
     def prox(self, v: Tensor, r: float = 1.0) -> Tensor:
         r"""Returns :math:`\arg\min_a \tfrac r2 \|a - v\|^2 + R(a)`, shape of ``v``."""
@@ -102,10 +104,10 @@ class GroupPenalty:
         return weighted.flatten(1).sum(1)
 
     def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
-        """
+        r"""
         Returns powers of the derivative of ``prox``, one matrix per block.
 
-        Its eigenvalues are 1 along the block of ``v``, :math:`1 - t / \\|v_G\\|`
+        Its eigenvalues are 1 along the block of ``v``, :math:`1 - t / \|v_G\|`
         across, and 0 for a block that is set to zero.
         """
         blocks = _blocks(v)

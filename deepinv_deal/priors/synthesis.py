@@ -165,10 +165,15 @@ class SynthesisProblem:
         r""":math:`G^{\top} G`, shape ``(m, m)``."""
         return self.frame.C.T @ self.frame.C
 
+    def _spectrum(self, K: Tensor | None = None) -> Tensor:
+        r"""Spectrum of :math:`\sum_k P_k^{\top} U^{\top} K U P_k`, ``(H, W)``."""
+        height, width = self.data.b.shape[2:]
+        return self.frame.features.spectrum(height, width, K)
+
     @cached_property
     def _aggregation(self) -> Tensor:
-        """Spectrum of the circular :math:`F^{\\top} F`, shape ``(H, W)``."""
-        return self.frame.features.spectrum(*self.data.b.shape[2:])
+        """The spectrum for K = I."""
+        return self._spectrum()
 
     @property
     def aggregation_norm(self) -> Tensor:
@@ -207,11 +212,7 @@ class SynthesisProblem:
         :param torch.Tensor shift: s per sample, ``(B,)``; zero if ``None``.
         """
         data, features = self.data, self.frame.features
-        kernel = (
-            self._aggregation
-            if K is None
-            else features.spectrum(*data.b.shape[2:], metric=K)
-        )
+        kernel = self._aggregation if K is None else self._spectrum(K)
         H = data.spectrum
         if H is None:  # only preconditions: as if H were a multiple of the identity
             H = expand(data.sqnorm, data.b)
@@ -331,9 +332,9 @@ class CoefficientEquation:
         f = p.features(p.image(a)) if self.features is None else self.features
         return a - p.analysis(p.synthesis(a) - f)
 
-    def __call__(self, a: Tensor) -> Tensor:
-        """Returns F(a)."""
-        return self.problem.penalty.prox(self._preimage(a)) - a
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns F at the coefficients ``x``."""
+        return self.problem.penalty.prox(self._preimage(x)) - x
 
     def hessian(self, e: Tensor) -> Tensor:
         """Applies M."""
@@ -343,10 +344,10 @@ class CoefficientEquation:
             f = f - p.features(p.solve_image(p.features_adjoint(f)).x)
         return p.analysis(f)
 
-    def adjoint_solver(self, a: Tensor) -> LinearSolve:
-        r"""Returns the solver of :math:`-F_a^{\top} w = v`."""
+    def adjoint_solver(self, x: Tensor) -> LinearSolve:
+        r"""Returns the solver of :math:`-F_a^{\top} w = v` at the coefficients ``x``."""
         with torch.no_grad():
-            S = self.problem.penalty.jacobian(self._preimage(a))
+            S = self.problem.penalty.jacobian(self._preimage(x))
         if self.features is not None and isinstance(self.problem.penalty, L1Penalty):
             return _active_set_solver(self, S)
 
@@ -475,6 +476,7 @@ def eliminated_fista(
     :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
         ``state``.
     """
+
     # The image is affine in the coefficients, so extrapolating both together gives the
     # best image of the extrapolated coefficients: no second solve.
     def step(v: Tensor, _blocks: tuple[Tensor, ...]) -> Tensor:
@@ -700,9 +702,7 @@ def coordinate_descent(
     if not rtol:  # a fixed number of passes is what was asked for
         done = status == Status.MAX_ITER
         status = status.where(~done, Status.CONVERGED)
-    return replace(
-        result, x=result.state[1], status=status, n_inner=inner_iterations
-    )
+    return replace(result, x=result.state[1], status=status, n_inner=inner_iterations)
 
 
 def patch_count(x: Tensor, n: int) -> Tensor:

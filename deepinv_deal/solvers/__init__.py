@@ -5,24 +5,42 @@ from deepinv_deal.solvers.fixed_point import FrozenProblem, fixed_point
 from deepinv_deal.solvers.implicit import (
     AdjointOptions,
     Equation,
+    SolvedEquation,
     attach_gradient,
     implicit_solution,
     solve_adjoint_system,
     solve_equation,
 )
+from deepinv_deal.solvers.proximal import (
+    ADMMState,
+    admm,
+    group_soft_threshold,
+    project_linf,
+    proximal_gradient,
+    relative_change,
+    soft_threshold,
+)
 from deepinv_deal.solvers.result import ConvergenceWarning, SolverResult, Status
 
 __all__ = [
+    "ADMMState",
     "AdjointOptions",
     "ConvergenceWarning",
     "Equation",
     "FrozenProblem",
+    "SolvedEquation",
     "SolverResult",
     "Status",
+    "admm",
     "attach_gradient",
     "conjugate_gradient",
     "fixed_point",
+    "group_soft_threshold",
     "implicit_solution",
+    "project_linf",
+    "proximal_gradient",
+    "relative_change",
+    "soft_threshold",
     "solve_adjoint_system",
     "solve_equation",
 ]

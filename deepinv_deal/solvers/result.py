@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class SolverResult:
     :param torch.Tensor n_inner: iterations of the inner solver in total, shape
         ``(B,)``.
     :param torch.Tensor history: residual at every outer iteration, shape ``(n, B)``.
+    :param object state: all unknowns of a solver that has more than ``x``; a warm start
+        for another run.
     """
 
     x: Tensor
@@ -47,6 +50,7 @@ class SolverResult:
     residual: Tensor
     n_inner: Tensor | None = None
     history: Tensor | None = None
+    state: Any = None
 
     @property
     def converged(self) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from deepinv_deal._batch import inner, norm
 from deepinv_deal.operators import MultiConv, MultiConvOperator
+from deepinv_deal.operators.multi_conv import CollapsedOperator, Convolution
 
 GRAY, COLOUR = (
     (1, 2, 3, 10),
@@ -54,6 +55,73 @@ def plain_adjoint(kernels, z):
     for kernel in reversed(kernels):
         z = F.conv_transpose2d(z, kernel, padding=kernel.shape[-1] // 2)
     return z
+
+
+# -- layers merged into one kernel ---------------------------------------------
+
+MERGED = (1, 20, 20)  # 20 channels in between: one 9x9 kernel is cheaper
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(40, 31), (12, 12), (12, 40), (5, 30)],
+    ids=lambda size: "x".join(map(str, size)),
+)
+def test_merged_layers_give_the_same_map_and_adjoint(size, rng):
+    W = multi_conv(rng, MERGED, normalization="none")
+    merged, layered = W.operator(), MultiConvOperator(W._zero_mean_kernels())
+    assert isinstance(merged, CollapsedOperator)
+    assert (merged._strips(*size) is None) == (min(size) < 12)
+    x, z = random(rng, 2, 1, *size), random(rng, 2, 20, *size)
+    torch.testing.assert_close(merged(x), layered(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        merged.adjoint(z), layered.adjoint(z), rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(merged.normal_kernel(), layered.normal_kernel())
+
+
+def test_layers_are_merged_only_where_that_is_cheaper(rng):
+    for channels in (GRAY, COLOUR):
+        assert not isinstance(multi_conv(rng, channels).operator(), CollapsedOperator)
+    assert not isinstance(multi_conv(rng, MERGED, 1).operator(), CollapsedOperator)
+
+
+def test_gradients_flow_through_merged_layers(rng):
+    W = multi_conv(rng, MERGED, normalization="none")
+    x, z = random(rng, 1, 1, 13, 14).requires_grad_(), random(rng, 1, 20, 13, 14)
+    gradients = []
+    for make in (W.operator, lambda: MultiConvOperator(W._zero_mean_kernels())):
+        value = inner(make()(x), z).sum() + inner(x, make().adjoint(z)).sum()
+        gradients.append(torch.autograd.grad(value, (x, *W.weight)))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
+
+
+def test_a_large_kernel_to_one_channel_is_applied_row_by_row(rng):
+    kernel, x = random(rng, 1, 16, 9, 9), random(rng, 2, 16, 11, 6)
+    convolution = Convolution(kernel)
+    assert convolution.by_rows
+    expected = F.conv2d(x, kernel, padding=4)
+    torch.testing.assert_close(convolution(x), expected, rtol=0, atol=1e-12)
+
+
+# -- settings of the SAFI type -------------------------------------------------
+
+
+def test_every_kernel_may_have_zero_mean(rng):
+    W = multi_conv(rng, (1, 3, 4), zero_mean="every", normalization="none")
+    for kernel in W._zero_mean_kernels():
+        assert kernel.mean((2, 3)).abs().max() < 1e-14
+    ramp = torch.linspace(0, 1, 30, dtype=torch.float64).expand(1, 1, 30, 30)
+    response = W(ramp + 2 * ramp.mT)
+    inside = slice(W.operator().reach, -W.operator().reach)
+    assert response[..., inside, inside].abs().max() < 1e-12 * response.abs().max()
+
+
+def test_the_operator_may_be_divided_by_a_number(rng):
+    W = multi_conv(rng, GRAY)
+    x = random(rng, 1, 1, 9, 9)
+    half = W.operator(torch.tensor(2.0, dtype=torch.float64))
+    torch.testing.assert_close(2 * half(x), W(x))
 
 
 # -- the map and its adjoint ---------------------------------------------------
@@ -364,6 +432,7 @@ def test_representation_names_the_settings():
         pytest.param(
             dict(channels=(1, 2), normalization="spectral"), "'spectral'", id="name"
         ),
+        pytest.param(dict(channels=(1, 2), zero_mean="all"), "'all'", id="mean"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -142,7 +142,9 @@ def test_constraints_hold_for_any_weights(num_free_atoms, rng):
         atoms, free = frame.atoms.flatten(1), frame.free
         U = frame.features.kernels.flatten(1)
         eye = torch.eye(25, dtype=torch.float64)
-        torch.testing.assert_close(free @ free.T, eye[: 1 + num_free_atoms, : len(free)])
+        torch.testing.assert_close(
+            free @ free.T, eye[: 1 + num_free_atoms, : len(free)]
+        )
         torch.testing.assert_close(U.T @ U + free.T @ free, eye)
         torch.testing.assert_close(free[0], torch.full_like(free[0], 1 / 5))
         assert (atoms @ free.T).abs().max() < 1e-13

@@ -1,0 +1,410 @@
+"""
+Proximal maps, and the two solvers built on them: proximal gradients and ADMM.
+
+Both are batched, stop every sample on its own rule, and are differentiable if run with
+gradients enabled (for unrolling; the models use implicit gradients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepinv_deal._batch import expand, inner, norm, select
+from deepinv_deal.solvers.result import SolverResult, Status
+
+#: Several unknowns of one batch, each ``(B, ...)``.
+Blocks = tuple[Tensor, ...]
+
+#: ``step(v, blocks)``: new value of a block from its extrapolation ``v`` and the
+#: current value of all blocks.
+BlockStep = Callable[[Tensor, Blocks], Tensor]
+
+Inertia = Literal["none", "fista", "chambolle-dossal", "palm"]
+
+
+# -- proximal maps -------------------------------------------------------------
+
+
+def project_linf(x: Tensor, bound: float | Tensor) -> Tensor:
+    r"""
+    Projects on :math:`|x_i| \leq b_i`, the dual ball of the weighted l1 norm.
+
+    :param torch.Tensor x: any shape.
+    :param float, torch.Tensor bound: :math:`b \geq 0`, broadcastable to ``x``.
+    """
+    bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+    return x.clamp(-bound, bound)
+
+
+def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
+    r"""
+    Returns :math:`\mathrm{sign}(x) \max(|x| - t, 0)`, the proximal map of
+    :math:`\sum_i t_i |x_i|`.
+
+    :param torch.Tensor x: any shape.
+    :param float, torch.Tensor threshold: :math:`t \geq 0`, broadcastable to ``x``.
+    """
+    return x - project_linf(x, threshold)  # Moreau's identity
+
+
+def group_soft_threshold(x: Tensor, threshold: float | Tensor, dim: int) -> Tensor:
+    r"""
+    Returns :math:`x_g \max(1 - t_g / \|x_g\|_2, 0)` for every group :math:`g`.
+
+    The proximal map of :math:`\sum_g t_g \|x_g\|_2`; the members of a group lie along
+    one dimension. Groups of norm at most :math:`t_g` become zero, with zero gradient.
+
+    :param torch.Tensor x: any shape.
+    :param float, torch.Tensor threshold: :math:`t \geq 0`, broadcastable to ``x`` with
+        size 1 in ``dim``.
+    :param int dim: dimension along which the groups lie.
+    """
+    size = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    kept = size > threshold
+    shrink = 1 - threshold / size.where(kept, 1)
+    return x * shrink.where(kept, 0)
+
+
+# -- the loop of both solvers --------------------------------------------------
+
+
+def _iterate(
+    step: Callable[[Blocks], Blocks],
+    measure: Callable[[Blocks, Blocks], Tensor],  # (new, old) -> (B,)
+    state: Blocks,
+    *,
+    rtol: float | Tensor,
+    max_iter: int,
+    check_every: int,
+) -> tuple[Blocks, Tensor, Tensor, Tensor]:
+    """Repeats a step until ``measure <= rtol``; freezes samples that are done."""
+    if max_iter < 0 or check_every < 1:
+        raise ValueError(
+            "max_iter must not be negative and check_every must be positive, got "
+            f"{max_iter}, {check_every}."
+        )
+    like = norm(state[0].detach())
+    rtol = torch.as_tensor(rtol, dtype=like.dtype, device=like.device)
+    if not bool((rtol >= 0).all()):
+        raise ValueError(f"rtol must not be negative, got {rtol.tolist()}.")
+    residual = torch.full_like(like, torch.inf)
+    active = torch.ones_like(like, dtype=torch.bool)
+    status = torch.full_like(active, Status.MAX_ITER, dtype=torch.int8)
+    n_iter = torch.zeros_like(status, dtype=torch.int64)
+    everyone = True
+    for n in range(1, max_iter + 1):
+        old, state = state, step(state)
+        # Samples stop at checks only, so nothing is asked of the device in between.
+        if not everyone:
+            state = _select(active, state, old)
+        if n % check_every and n < max_iter:
+            continue
+        with torch.no_grad():
+            residual = measure(state, old).where(active, residual)
+        n_iter = torch.where(active, n, n_iter)
+        finite = residual.isfinite()
+        status = status.where(~active | finite, Status.NON_FINITE)
+        status = status.where(~active | ~(residual <= rtol), Status.CONVERGED)
+        active = active & finite & (residual > rtol)
+        if not finite.all():
+            state = _select(finite, state, old)
+        everyone = bool(active.all())
+        if not active.any():
+            break
+    return state, status, n_iter, residual
+
+
+def _select(condition: Tensor, a: Blocks, b: Blocks) -> Blocks:
+    pairs = zip(a, b, strict=True)
+    return tuple(select(condition, new, old) for new, old in pairs)
+
+
+def _norm(blocks: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
+    squares = [w * norm(v).square() for v, w in zip(blocks, weights, strict=True)]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def relative_change(new: Blocks, old: Blocks) -> Tensor:
+    r"""
+    Returns :math:`\|x^{new} - x^{old}\| / \max(\|x^{new}\|, \|x^{old}\|)` per sample.
+
+    The norm runs over all blocks; two zero samples have not changed.
+
+    :param tuple new: blocks ``(B, ...)``.
+    :param tuple old: the blocks before the step.
+    """
+    ones = [1.0] * len(new)
+    change = _norm([a - b for a, b in zip(new, old, strict=True)], ones)
+    size = torch.maximum(_norm(new, ones), _norm(old, ones))
+    return change / size.where(size != 0, 1)
+
+
+# -- accelerated proximal (block) gradients ------------------------------------
+
+
+def _fista(t: Tensor) -> tuple[Tensor, Tensor]:
+    t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
+    return (t - 1) / t_next, t_next
+
+
+def _harmonic(a: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    return lambda k: ((k - 1) / (k + a), k + 1)
+
+
+#: From the counter of a sample, 1 at the start, its inertia and the next counter.
+_INERTIA = {
+    "fista": _fista,
+    "chambolle-dossal": _harmonic(3),
+    "palm": _harmonic(2),
+    "none": lambda k: (torch.zeros_like(k), k),
+}
+
+
+def proximal_gradient(
+    steps: Sequence[BlockStep],
+    init: Sequence[Tensor],  # (B, ...) each
+    *,
+    inertia: Inertia = "fista",
+    restart: bool = False,
+    rtol: float | Tensor = 1e-4,
+    max_iter: int = 1000,
+    measure: Callable[[Blocks, Blocks], Tensor] | None = None,
+    check_every: int = 1,
+) -> SolverResult:
+    r"""
+    Runs accelerated proximal gradients over one or several blocks of unknowns.
+
+    To minimise :math:`f(x_1, \dots, x_m) + \sum_b g_b(x_b)`, iteration :math:`k` goes
+    through the blocks and puts, with the newest values of the others,
+
+    .. math::
+        v_b = x_b^k + w_k (x_b^k - x_b^{k-1}), \qquad
+        x_b^{k+1} = \mathrm{prox}_{\tau_b g_b}\big( v_b - \tau_b \nabla_b f(v_b) \big).
+
+    The caller's ``steps[b]`` is the second formula. Settings of it are
+
+    * ISTA: one block, ``inertia="none"``;
+    * FISTA (:footcite:t:`beck2009fast`): one block, ``inertia="fista"``, that is
+      :math:`w_k = (t_k - 1) / t_{k+1}`, :math:`t_{k+1} = (1 + \sqrt{1 + 4 t_k^2}) / 2`;
+    * its variant with convergent iterates (:footcite:t:`chambolle2015convergence`,
+      :math:`a = 3`): ``inertia="chambolle-dossal"``,
+      :math:`w_k = (k - 1) / (k + 3)`;
+    * PALM and iPALM (:footcite:t:`pock2016inertial`): several blocks, ``"none"`` or
+      ``"palm"``, :math:`w_k = (k - 1) / (k + 2)`.
+
+    Sample :math:`i` stops as soon as ``measure(new, old)[i] <= rtol[i]`` and is left
+    unchanged from then on, so a batch gives what its samples give alone.
+
+    .. note::
+        Step sizes are in the caller's hands and not checked.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.solvers.proximal import proximal_gradient, soft_threshold
+    >>> b = torch.tensor([[3.0, 0.5]])
+    >>> step = lambda v, blocks: soft_threshold(v - 0.5 * (v - b), 0.5)
+    >>> proximal_gradient([step], [torch.zeros(1, 2)]).x.round(decimals=2)
+    tensor([[2., 0.]])
+
+    :param list steps: one function per block, see :data:`BlockStep`: it gets the
+        extrapolated block and the tuple of all current blocks, and returns the new
+        block. A linear image of a block that is needed again, such as
+        :math:`W^{\top} u` beside :math:`u`, may be stacked into it: extrapolation keeps
+        linear relations.
+    :param list init: initial blocks, shapes ``(B, ...)``. Not modified.
+    :param str inertia: ``"fista"``, ``"chambolle-dossal"``, ``"palm"`` or ``"none"``.
+    :param bool restart: forget the inertia of a sample whose step turns against its
+        momentum, :math:`\sum_b \langle v_b - x_b^{k+1}, x_b^{k+1} - x_b^k \rangle > 0`
+        (the gradient scheme of :footcite:t:`odonoghue2015adaptive`).
+    :param float, torch.Tensor rtol: tolerance on the measure, one or ``(B,)``. With
+        ``0``, ``max_iter`` iterations are run unless the measure vanishes.
+    :param int max_iter: largest number of iterations.
+    :param Callable measure: maps the blocks after and before a step to one number per
+        sample, ``(B,)``, for example a relative duality gap; :func:`relative_change` if
+        ``None``.
+    :param int check_every: number of iterations between evaluations of the measure,
+        each of which waits for the device.
+    :return: (:class:`SolverResult`) all blocks in ``state``, the first one in ``x``,
+        the measure in ``residual``. A sample whose measure became NaN or infinite keeps
+        its last iterate before that step.
+    :raises ValueError: for an unknown ``inertia``, different numbers of steps and
+        blocks, or a negative tolerance or limit.
+    """
+    if inertia not in _INERTIA:
+        raise ValueError(f"inertia must be one of {list(_INERTIA)}, got {inertia!r}.")
+    m = len(steps)
+    if m != len(init) or m == 0:
+        raise ValueError(
+            f"There must be as many steps as blocks, got {m} and {len(init)}."
+        )
+    weights, stop = _INERTIA[inertia], measure or relative_change
+    counter = torch.ones_like(norm(init[0].detach()))
+
+    def iteration(state: Blocks) -> Blocks:
+        blocks, previous, k = state[:m], state[m:-1], state[-1]
+        w, k_next = weights(k)
+        new = list(blocks)
+        against = torch.zeros_like(k)
+        for b, step in enumerate(steps):
+            v = blocks[b]
+            if inertia != "none":
+                v = torch.lerp(previous[b], v, expand(1 + w, v))
+            new[b] = step(v, tuple(new))
+            if restart:
+                against = against + inner(v - new[b], new[b] - blocks[b]).detach()
+        return *new, *blocks, k_next.where(against <= 0, 1)
+
+    state, status, n_iter, residual = _iterate(
+        iteration,
+        lambda new, old: stop(new[:m], old[:m]),
+        (*init, *init, counter),
+        rtol=rtol,
+        max_iter=max_iter,
+        check_every=check_every,
+    )
+    return SolverResult(state[0], status, n_iter, residual, state=state[:m])
+
+
+# -- ADMM ----------------------------------------------------------------------
+
+
+class ADMMState(NamedTuple):
+    r"""
+    What ADMM has to remember to be continued.
+
+    :param torch.Tensor x: the unknown, ``(B, ...)``.
+    :param tuple z: the split variables, :math:`z_i = K_i x` at the solution.
+    :param tuple u: the multipliers divided by :math:`\rho_i`.
+    """
+
+    x: Tensor
+    z: Blocks
+    u: Blocks
+
+
+def admm(
+    solve_x: Callable[[Blocks, Tensor], Tensor],
+    K: Callable[[Tensor], Blocks],
+    prox: Callable[[Blocks], Blocks],
+    init: ADMMState,
+    *,
+    rho: Sequence[float | Tensor] = (1.0,),
+    relaxation: float = 1.0,
+    rtol: float | Tensor = 1e-4,
+    max_iter: int = 1000,
+    measure: Callable[[ADMMState], Tensor] | None = None,
+    check_every: int = 1,
+) -> SolverResult:
+    r"""
+    Minimises :math:`f(x) + \sum_i g_i(K_i x)` by the alternating direction method of
+    multipliers.
+
+    In scaled form (:footcite:t:`boyd2011distributed`, Section 3.1.1 and Eq. (3.19)),
+    with splits :math:`z_i = K_i x`, scaled multipliers :math:`u_i` and relaxation
+    :math:`\alpha`:
+
+    .. math::
+        x &\leftarrow \underset{x}{\arg\min} \; f(x)
+        + \sum_i \tfrac{\rho_i}{2} \|K_i x - (z_i - u_i)\|_2^2, \\
+        h_i &= \alpha K_i x + (1 - \alpha) z_i, \qquad
+        z_i \leftarrow \mathrm{prox}_{g_i / \rho_i}(h_i + u_i), \qquad
+        u_i \leftarrow u_i + h_i - z_i.
+
+    Sample :math:`i` stops, and is left unchanged, as soon as both relative residuals,
+    in the norm :math:`\|v\|_\rho^2 = \sum_i \rho_i \|v_i\|_2^2`, are at most ``rtol``:
+
+    .. math::
+        \frac{\|K x - z\|_\rho}{\max(\|K x\|_\rho, \|z\|_\rho)}, \qquad
+        \frac{\|z - z^{old}\|_\rho}{\|u\|_\rho}.
+
+    Since only ``prox`` depends on the :math:`g_i`, the state of a run is a warm start
+    for other weights in :math:`g_i`, and no linear system changes.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.solvers.proximal import ADMMState, admm, soft_threshold
+    >>> b, zero = torch.tensor([[3.0, 0.5]]), (torch.zeros(1, 2),)
+    >>> result = admm(
+    ...     lambda target, x: (b + target[0]) / 2,
+    ...     lambda x: (x,),
+    ...     lambda v: (soft_threshold(v[0], 1.0),),
+    ...     ADMMState(zero[0], zero, zero),
+    ... )
+    >>> result.x.round(decimals=2)
+    tensor([[2., 0.]])
+
+    :param Callable solve_x: ``solve_x(targets, x)`` returns the minimiser of the first
+        line for the targets :math:`z_i - u_i`, from the initial value ``x``.
+    :param Callable K: maps ``x`` to the tuple of all :math:`K_i x`.
+    :param Callable prox: maps a tuple of arguments to the tuple of all
+        :math:`\mathrm{prox}_{g_i / \rho_i}`.
+    :param ADMMState init: where to start; the ``state`` of an earlier result continues
+        it. Not modified.
+    :param list rho: penalty of every split, numbers or ``(B,)``. They must agree with
+        ``solve_x`` and ``prox``; here they only weight the residuals.
+    :param float relaxation: :math:`\alpha` in (0, 2).
+    :param float, torch.Tensor rtol: tolerance, one or ``(B,)``.
+    :param int max_iter: largest number of iterations.
+    :param Callable measure: another stopping rule: maps the state to one number per
+        sample, ``(B,)``, compared with ``rtol``.
+    :param int check_every: number of iterations between evaluations of the rule, each
+        of which waits for the device.
+    :return: (:class:`SolverResult`) with the :class:`ADMMState` in ``state``.
+    :raises ValueError: if ``relaxation`` is not in (0, 2), the numbers of splits
+        differ, or a tolerance or limit is negative.
+    """
+    m = len(rho)
+    if not (len(init.z) == len(init.u) == m) or m == 0:
+        raise ValueError(
+            "rho, init.z and init.u must have one entry per split, got "
+            f"{m}, {len(init.z)} and {len(init.u)}."
+        )
+    if not 0 < relaxation < 2:
+        raise ValueError(f"relaxation must lie in (0, 2), got {relaxation}.")
+
+    def unpack(state: Blocks) -> ADMMState:
+        return ADMMState(state[0], state[1 : m + 1], state[m + 1 : 2 * m + 1])
+
+    def iteration(state: Blocks) -> Blocks:
+        x, z, u = unpack(state)
+        x = solve_x(tuple(zi - ui for zi, ui in zip(z, u, strict=True)), x)
+        Kx = K(x)
+        h = Kx
+        if relaxation != 1:
+            h = tuple(torch.lerp(a, b, relaxation) for a, b in zip(z, Kx, strict=True))
+        v = tuple(hi + ui for hi, ui in zip(h, u, strict=True))
+        z = prox(v)
+        return x, *z, *(vi - zi for vi, zi in zip(v, z, strict=True)), *Kx
+
+    def residuals(new: Blocks, old: Blocks) -> Tensor:
+        _, z, u = unpack(new)
+        Kx = new[2 * m + 1 :]
+        size = torch.maximum(_norm(Kx, rho), _norm(z, rho))
+        size = size.where(size != 0, 1)
+        gap = [a - b for a, b in zip(Kx, z, strict=True)]
+        change = [a - b for a, b in zip(z, unpack(old).z, strict=True)]
+        # If no term is active the multipliers vanish: changes by rounding are none.
+        moved, force = _norm(change, rho), _norm(u, rho)
+        moved = moved.where(moved > torch.finfo(size.dtype).eps * size, 0)
+        return torch.maximum(_norm(gap, rho) / size, moved / force.where(force != 0, 1))
+
+    state, status, n_iter, residual = _iterate(
+        iteration,
+        residuals if measure is None else lambda new, _: measure(unpack(new)),
+        (init.x, *init.z, *init.u, *init.z),
+        rtol=rtol,
+        max_iter=max_iter,
+        check_every=check_every,
+    )
+    final = unpack(state)
+    return SolverResult(final.x, status, n_iter, residual, state=final)
