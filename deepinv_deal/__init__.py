@@ -1,7 +1,8 @@
 r"""
 Learned, interpretable, convergent image reconstruction for deepinv.
 
-* :mod:`deepinv_deal.models`: what to start with, :class:`DEAL`
+* :mod:`deepinv_deal.models`: what to start with: :class:`DEAL`,
+  :class:`SmoothPlusSparse`, :class:`PatchSynthesis`
 * :mod:`deepinv_deal.priors`: the learned regularizers as deepinv priors
 * :mod:`deepinv_deal.optim`: the deepinv optimizer that runs a prior to its fixed point
 * :mod:`deepinv_deal.solvers`: conjugate gradients, fixed points, implicit
@@ -14,9 +15,15 @@ Learned, interpretable, convergent image reconstruction for deepinv.
 
 from importlib.metadata import version
 
-from deepinv_deal.models import DEAL, ReconstructionInfo
+from deepinv_deal.models import (
+    DEAL,
+    PatchSynthesis,
+    ReconstructionInfo,
+    SmoothPlusSparse,
+    SynthesisInfo,
+)
 from deepinv_deal.optim import FixedPointOptim, FrozenIteration
-from deepinv_deal.priors import DEALPrior
+from deepinv_deal.priors import DEALPrior, PatchSynthesisPrior, SmoothPlusSparsePrior
 from deepinv_deal.solvers import ConvergenceWarning
 
 __version__ = version("deepinv-deal")
@@ -27,6 +34,11 @@ __all__ = [
     "DEALPrior",
     "FixedPointOptim",
     "FrozenIteration",
+    "PatchSynthesis",
+    "PatchSynthesisPrior",
     "ReconstructionInfo",
+    "SmoothPlusSparse",
+    "SmoothPlusSparsePrior",
+    "SynthesisInfo",
     "__version__",
 ]

@@ -1,5 +1,16 @@
 """What users import: reconstruction models, denoisers at the same time."""
 
 from deepinv_deal.models.deal import DEAL, ReconstructionInfo
+from deepinv_deal.models.patches import (
+    PatchSynthesis,
+    SmoothPlusSparse,
+    SynthesisInfo,
+)
 
-__all__ = ["DEAL", "ReconstructionInfo"]
+__all__ = [
+    "DEAL",
+    "PatchSynthesis",
+    "ReconstructionInfo",
+    "SmoothPlusSparse",
+    "SynthesisInfo",
+]

@@ -227,7 +227,8 @@ def solve_jointly(
     """
     Minimises over image and coefficients by the better solver, with gradients.
 
-    ADMM for convex penalties, FISTA with the image eliminated for others.
+    ADMM for convex penalties where Fourier transforms solve its linear systems, else
+    FISTA with the image eliminated.
 
     :param SynthesisProblem problem: the problem.
     :param torch.Tensor x: first image.
@@ -238,7 +239,7 @@ def solve_jointly(
     """
     with torch.no_grad():
         a = problem.zero_coefficients()
-        if problem.penalty.weak_convexity > 0:
+        if problem.penalty.weak_convexity > 0 or not problem.fourier:
             result = eliminated_fista(problem, x, a, rtol=rtol, max_iter=max_iter)
         else:
             result = joint_admm(

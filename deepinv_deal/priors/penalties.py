@@ -27,7 +27,7 @@ class Penalty(Protocol):
 
     @property
     def weak_convexity(self) -> float:
-        r"""The smallest :math:`\rho` with :math:`R + \tfrac\rho2 \|\cdot\|^2` convex."""
+        r"""Smallest :math:`\rho` with :math:`R + \tfrac\rho2 \|\cdot\|^2` convex."""
         ...
 
     def prox(self, v: Tensor, r: float = 1.0) -> Tensor:

@@ -160,6 +160,11 @@ class SynthesisProblem:
 
     # -- linear systems in the image -------------------------------------------
 
+    @property
+    def fourier(self) -> bool:
+        """Whether the linear systems are divisions of Fourier transforms."""
+        return self.data.spectrum is not None and self.frame.features.circular
+
     @cached_property
     def _gram(self) -> Tensor:
         r""":math:`G^{\top} G`, shape ``(m, m)``."""
@@ -211,7 +216,7 @@ class SynthesisProblem:
         :param torch.Tensor K: symmetric matrix ``(m, m)``; identity if ``None``.
         :param torch.Tensor shift: s per sample, ``(B,)``; zero if ``None``.
         """
-        data, features = self.data, self.frame.features
+        data = self.data
         kernel = self._aggregation if K is None else self._spectrum(K)
         H = data.spectrum
         if H is None:  # only preconditions: as if H were a multiple of the identity
@@ -233,7 +238,7 @@ class SynthesisProblem:
         def solve(
             v: Tensor, init: Tensor | None = None, rtol: Tensor | None = None
         ) -> SolverResult:
-            if data.spectrum is not None and features.circular:
+            if self.fourier:
                 zero = torch.zeros(len(v), dtype=torch.int64, device=v.device)
                 x = _divide(inverse, v)
                 return SolverResult(x, zero.to(torch.int8), zero, zero.to(v.dtype))
@@ -345,7 +350,7 @@ class CoefficientEquation:
         return p.analysis(f)
 
     def adjoint_solver(self, x: Tensor) -> LinearSolve:
-        r"""Returns the solver of :math:`-F_a^{\top} w = v` at the coefficients ``x``."""
+        r"""Returns the solver of :math:`-F_a^{\top} w = v` at coefficients ``x``."""
         with torch.no_grad():
             S = self.problem.penalty.jacobian(self._preimage(x))
         if self.features is not None and isinstance(self.problem.penalty, L1Penalty):

@@ -6,5 +6,13 @@ from deepinv_deal.weights.io import (
     load_prior,
     save_prior,
 )
+from deepinv_deal.weights.patches import convert_patch_checkpoint, load_patch_prior
 
-__all__ = ["BUNDLED", "convert_state_dict", "load_prior", "save_prior"]
+__all__ = [
+    "BUNDLED",
+    "convert_patch_checkpoint",
+    "convert_state_dict",
+    "load_patch_prior",
+    "load_prior",
+    "save_prior",
+]
