@@ -80,3 +80,30 @@ def dense(operator: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tenso
     n = shape[0] * shape[1] * shape[2]
     basis = torch.eye(n, dtype=DOUBLE).view(n, *shape)
     return operator(basis).reshape(n, -1).T
+
+
+def random_l1_prior(kind: type, num_filters: int = 3, seed: int = 0):
+    """
+    A SAFIPrior or MMRPrior with random weights, in float64.
+
+    Filters are scaled such that responses fill the range of the splines, and masks
+    depend on the image.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        prior = kind(num_filters).double()
+    g = generator(seed + 1)
+    with torch.no_grad():
+        for p in prior.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g, dtype=DOUBLE))
+        for spline in prior.splines():
+            c = spline.coefficients
+            if spline.anchor is None:
+                t = torch.linspace(-1, 1, c.shape[1], dtype=DOUBLE)
+                a, b = torch.randn(2, len(c), 1, generator=g, dtype=DOUBLE)
+                c.copy_(torch.sin(a * t + b))
+            else:
+                c.copy_(torch.linspace(1, -0.2, c.shape[1], dtype=DOUBLE) ** 3)
+                c.add_(0.02 * torch.randn(c.shape, generator=g, dtype=DOUBLE))
+        prior.lambda_reg.fill_(0.05)
+    return prior

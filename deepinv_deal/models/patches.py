@@ -337,7 +337,8 @@ class SmoothPlusSparse(SynthesisModel):
     * ``"ipalm"``: the published method.
 
     They stop on different rules: ``rtol`` bounds the relative change of the image per
-    iteration for ``"fista"`` and ``"ipalm"``, primal and dual residual for ``"admm"``.
+    iteration for ``"fista"`` and ``"ipalm"``, the change and the violation of the
+    splitting for ``"admm"``.
     Where the physics is a circular convolution (denoising, circular blur, single-coil
     Fourier sampling, recognised by probing), images are found by Fourier transforms;
     otherwise by preconditioned conjugate gradients.

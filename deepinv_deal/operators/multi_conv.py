@@ -4,7 +4,8 @@ The multi-convolution :math:`W`: several convolutions without anything in betwee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -103,6 +104,10 @@ class MultiConvOperator:
             z = layer(z)
         return z
 
+    def normal(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_in, H, W)
+        r"""Applies :math:`W^{\top} W`."""
+        return self.adjoint(self(x))
+
     def normal_kernel(self) -> Tensor:
         r"""
         Returns the impulse responses of :math:`W^{\top} W`, away from any border.
@@ -143,6 +148,12 @@ class CollapsedOperator(MultiConvOperator):
         #: Width of the frame that the layers cut.
         self.frame = r - self.layers[0].pad
 
+    @cached_property
+    def normal_whole(self) -> Convolution:
+        r"""The convolution :math:`W^{\top} W` away from the border."""
+        # Symmetric, so correlation and convolution agree.
+        return Convolution(self.normal_kernel().flip(-2, -1).transpose(0, 1))
+
     @staticmethod
     def pays(kernels: Sequence[Tensor]) -> bool:
         """Tells whether one kernel takes less than half the multiplications."""
@@ -152,39 +163,53 @@ class CollapsedOperator(MultiConvOperator):
         merged = kernels[-1].shape[0] * kernels[0].shape[1] * size**2
         return 2 * merged < sum(kernel.numel() for kernel in kernels)
 
-    def _strips(self, height: int, width: int) -> list[tuple[slice, ...]] | None:
+    def _strips(self, size: torch.Size, n: int) -> list[tuple[slice, ...]] | None:
         """
-        Pieces of the image, two by two of equal shape, that determine the frame.
+        Four pieces of width ``n`` along the border: two of rows, two of columns.
         """
-        n = self.frame + self.reach
+        height, width = size[2:]
         if min(height, width) < 2 * n:
             return None
-        rows = slice(0, n), slice(height - n, height)
-        columns = slice(0, n), slice(width - n, width)
         every = slice(None)
         return [
-            *((every, every, part, every) for part in rows),
-            *((every, every, every, part) for part in columns),
+            (every, every, slice(0, n)),
+            (every, every, slice(height - n, height)),
+            (every, every, every, slice(0, n)),
+            (every, every, every, slice(width - n, width)),
         ]
+
+    def _framed(
+        self,
+        whole: Callable[[Tensor], Tensor],
+        exact: Callable[[Tensor], Tensor],
+        x: Tensor,
+        frame: int,
+        reach: int,
+    ) -> Tensor:
+        """Applies one kernel, then the exact map to what determines the frame."""
+        strips = self._strips(x.shape, frame + reach)
+        if strips is None:
+            return exact(x)
+        z = whole(x)
+        for (first, last), dim in ((strips[:2], 2), (strips[2:], 3)):
+            low, high = exact(torch.cat([x[first], x[last]])).split(len(x))
+            z.narrow(dim, 0, frame).copy_(low.narrow(dim, 0, frame))
+            end, size = high.shape[dim] - frame, z.shape[dim] - frame
+            z.narrow(dim, size, frame).copy_(high.narrow(dim, end, frame))
+        return z
 
     def __call__(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H, W)
         """Applies :math:`W`."""
-        strips = self._strips(*x.shape[2:])
-        if strips is None:
-            return super().__call__(x)
-        z = self.whole(x)
-        e = self.frame
-        for (first, last), dim in ((strips[:2], 2), (strips[2:], 3)):
-            both = super().__call__(torch.cat([x[first], x[last]]))
-            low, high = both.split(len(x))
-            z.narrow(dim, 0, e).copy_(low.narrow(dim, 0, e))
-            n, size = high.shape[dim], z.shape[dim]
-            z.narrow(dim, size - e, e).copy_(high.narrow(dim, n - e, e))
-        return z
+        return self._framed(self.whole, super().__call__, x, self.frame, self.reach)
+
+    def normal(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_in, H, W)
+        r"""Applies :math:`W^{\top} W`, without forming :math:`W x`."""
+        frame = self.reach + self.frame
+        return self._framed(self.normal_whole, super().normal, x, frame, 2 * self.reach)
 
     def adjoint(self, z: Tensor) -> Tensor:  # (B, C_out, H, W) -> (B, C_in, H, W)
         r"""Applies :math:`W^{\top}`."""
-        strips = self._strips(*z.shape[2:])
+        strips = self._strips(z.shape, self.frame + self.reach)
         if strips is None:
             return super().adjoint(z)
         e, (height, width) = self.frame, z.shape[2:]

@@ -7,12 +7,15 @@ from deepinv_deal.priors.penalties import (
     L1Penalty,
     WeaklyConvexPenalty,
 )
+from deepinv_deal.priors.safi import MMRPrior, SAFIPrior
 
 __all__ = [
     "DEALPrior",
     "GroupPenalty",
     "L1Penalty",
+    "MMRPrior",
     "PatchSynthesisPrior",
+    "SAFIPrior",
     "SmoothPlusSparsePrior",
     "WeaklyConvexPenalty",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import expand, inner
+from deepinv_deal._batch import expand, inner, norm
 from deepinv_deal.operators import PatchConv, PatchFrame
 from deepinv_deal.operators.patches import channel_map
 from deepinv_deal.priors.penalties import L1Penalty, Penalty
@@ -506,6 +506,34 @@ def eliminated_fista(
     return replace(result, x=x, state=(a, x))
 
 
+def _violation(
+    split: Callable[[Tensor], tuple[Tensor, ...]],
+    z: tuple[Tensor, ...],
+    scale: Callable[[Tensor], Tensor],
+) -> Callable[[ADMMState], Tensor]:
+    """
+    Returns a stopping rule for ADMM that also ends where all coefficients are zero.
+
+    The violation of the splitting and the last change of the split variables, relative
+    to the norm of these and a ``scale`` of the unknown.
+    """
+
+    def flat(parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([v.flatten(1) for v in parts], 1)
+
+    previous = flat(z)
+
+    def measure(state: ADMMState) -> Tensor:
+        nonlocal previous
+        z, before = flat(state.z), previous
+        previous = z
+        worst = torch.maximum(norm(flat(split(state.x)) - z), norm(z - before))
+        size = torch.hypot(norm(z), scale(state.x))
+        return worst / size.where(size != 0, 1)
+
+    return measure
+
+
 @torch.no_grad()
 def joint_admm(
     problem: SynthesisProblem,
@@ -520,6 +548,10 @@ def joint_admm(
 ) -> SolverResult:
     r"""
     Minimises J by ADMM with the exact joint quadratic solve.
+
+    Sample :math:`i` stops as soon as, relative to :math:`(\|x\|^2 + \|z\|^2)^{1/2}`,
+    neither the distance of the coefficients from their split z nor the last change of z
+    exceeds ``rtol``: a rule that also ends where all coefficients are zero.
 
     The coefficients are split, :math:`a = z`, with penalty ``r``. For a target v the
     quadratic part is minimised over image and coefficients at once: with
@@ -537,8 +569,7 @@ def joint_admm(
     :param torch.Tensor a: first coefficients.
     :param float r: penalty parameter, larger than the weak convexity of R.
     :param float relaxation: over-relaxation, in (0, 2).
-    :param float rtol: tolerance on primal and dual residual, see
-        :func:`deepinv_deal.solvers.admm`.
+    :param float rtol: tolerance, see above.
     :param int max_iter: largest number of iterations.
     :param tuple bounds: smallest and largest value of the image.
     :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
@@ -556,7 +587,9 @@ def joint_admm(
     rho = problem.data.sqnorm.expand(len(x)) if bounds is not None else None
     solve = problem.image_solver(K, rho)
 
-    def solve_x(targets: tuple[Tensor, ...], previous: Tensor) -> Tensor:
+    def solve_x(
+        targets: tuple[Tensor, ...], previous: Tensor, _: tuple[Tensor, ...]
+    ) -> Tensor:
         v = targets[0]
         Gv = problem.synthesis(v)
         rhs = problem.data.b + problem.features_adjoint(channel_map(K, Gv))
@@ -584,6 +617,7 @@ def joint_admm(
         relaxation=relaxation,
         rtol=rtol,
         max_iter=max_iter,
+        measure=_violation(split, z, lambda packed: norm(_unpack(packed, a, x)[1])),
     )
     state = result.state
     if bounds is not None:
@@ -612,7 +646,8 @@ def sparse_coding(
 
     By ADMM for convex penalties, whose only linear system is m x m; the dictionaries
     are so badly conditioned that gradient steps need hundreds of iterations. By FISTA
-    with restarts for others.
+    with restarts for others. The tolerance of ADMM is relative to the features and the
+    coefficients together.
 
     :param SynthesisProblem problem: the problem; its data term does not matter.
     :param torch.Tensor features: shape ``(B, C m, H', W')``.
@@ -633,7 +668,7 @@ def sparse_coding(
     eye = torch.eye(len(problem._gram), dtype=a.dtype, device=a.device)
     inverse = torch.linalg.inv(problem._gram + r * eye)
 
-    def solve_x(targets: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    def solve_x(targets: tuple[Tensor, ...], *_: Any) -> Tensor:
         difference = features - problem.synthesis(targets[0])
         return targets[0] + problem.analysis(channel_map(inverse, difference))
 
@@ -648,6 +683,7 @@ def sparse_coding(
         relaxation=RELAXATION,
         rtol=rtol,
         max_iter=max_iter,
+        measure=_violation(lambda x: (x,), (a,), lambda _: norm(features)),
     )
     return replace(result, x=result.state.z[0])
 

@@ -79,6 +79,7 @@ def solve_equation(
     max_iter: int = 100,
     forcing: float = 0.5,
     anderson: int = 0,
+    damped: bool = True,
     callback: Callback | None = None,
     adjoint: AdjointOptions | None = None,
 ) -> tuple[Tensor, SolverResult]:
@@ -95,6 +96,7 @@ def solve_equation(
     :param int max_iter: see :func:`fixed_point`.
     :param float forcing: see :func:`fixed_point`.
     :param int anderson: see :func:`fixed_point`.
+    :param bool damped: see :func:`fixed_point`.
     :param Callable callback: see :func:`fixed_point`.
     :param AdjointOptions adjoint: settings of the backward pass.
     :return: the solution, shape of ``init``, and the :class:`SolverResult`.
@@ -108,6 +110,7 @@ def solve_equation(
             max_iter=max_iter,
             forcing=forcing,
             anderson=anderson,
+            damped=damped,
             callback=callback,
         )
     return attach_gradient(equation, result.x, options), result

@@ -290,7 +290,7 @@ class ADMMState(NamedTuple):
 
 
 def admm(
-    solve_x: Callable[[Blocks, Tensor], Tensor],
+    solve_x: Callable[[Blocks, Tensor, Blocks], Tensor],
     K: Callable[[Tensor], Blocks],
     prox: Callable[[Blocks], Blocks],
     init: ADMMState,
@@ -335,7 +335,7 @@ def admm(
     >>> from deepinv_deal.solvers.proximal import ADMMState, admm, soft_threshold
     >>> b, zero = torch.tensor([[3.0, 0.5]]), (torch.zeros(1, 2),)
     >>> result = admm(
-    ...     lambda target, x: (b + target[0]) / 2,
+    ...     lambda target, x, Kx: (b + target[0]) / 2,
     ...     lambda x: (x,),
     ...     lambda v: (soft_threshold(v[0], 1.0),),
     ...     ADMMState(zero[0], zero, zero),
@@ -343,8 +343,9 @@ def admm(
     >>> result.x.round(decimals=2)
     tensor([[2., 0.]])
 
-    :param Callable solve_x: ``solve_x(targets, x)`` returns the minimiser of the first
-        line for the targets :math:`z_i - u_i`, from the initial value ``x``.
+    :param Callable solve_x: ``solve_x(targets, x, Kx)`` returns the minimiser of the
+        first line for the targets :math:`z_i - u_i`. An iterative solver may start at
+        the last ``x``, where ``Kx`` is known.
     :param Callable K: maps ``x`` to the tuple of all :math:`K_i x`.
     :param Callable prox: maps a tuple of arguments to the tuple of all
         :math:`\mathrm{prox}_{g_i / \rho_i}`.
@@ -377,7 +378,8 @@ def admm(
 
     def iteration(state: Blocks) -> Blocks:
         x, z, u = unpack(state)
-        x = solve_x(tuple(zi - ui for zi, ui in zip(z, u, strict=True)), x)
+        targets = tuple(zi - ui for zi, ui in zip(z, u, strict=True))
+        x = solve_x(targets, x, state[2 * m + 1 :])
         Kx = K(x)
         h = Kx
         if relaxation != 1:
@@ -401,7 +403,7 @@ def admm(
     state, status, n_iter, residual = _iterate(
         iteration,
         residuals if measure is None else lambda new, _: measure(unpack(new)),
-        (init.x, *init.z, *init.u, *init.z),
+        (init.x, *init.z, *init.u, *K(init.x)),
         rtol=rtol,
         max_iter=max_iter,
         check_every=check_every,

@@ -59,7 +59,7 @@ def blur(rng, n):
 def solve(problem, method, rtol=1e-7, **options):
     x, a = problem.data.b, problem.zero_coefficients()
     if method is joint_admm:
-        rtol *= 10
+        rtol *= 1
         options.setdefault("r", 0.2 if problem.penalty.weak_convexity else 0.1)
     with torch.no_grad():
         result = method(problem, x, a, rtol=rtol, max_iter=20000, **options)

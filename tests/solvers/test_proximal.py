@@ -398,7 +398,8 @@ class Analysis:
     def apply(self, x):  # row by row: batches round as singles
         return torch.stack([self.W @ v for v in x])
 
-    def solve_x(self, targets, x):
+    def solve_x(self, targets, x, Kx):
+        torch.testing.assert_close(Kx, (self.apply(x), x))
         z, s = targets
         adjoint = torch.stack([self.W.T @ v for v in z])
         rhs = self.y + self.rho[0] * adjoint + self.rho[1] * s

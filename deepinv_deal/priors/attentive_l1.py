@@ -1,0 +1,460 @@
+r"""
+The equation of attentive l1 models: what SAFI and MMR have in common.
+
+The frozen problem is
+
+.. math::
+    \min_{x \in [0, 1]^n} \; \tfrac{1}{2} \|A x - y\|_2^2 + \lambda \|m \odot W x\|_1
+
+with a mask :math:`m` that was computed from an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from deepinv_deal._batch import expand, inner, norm, select
+from deepinv_deal.operators import MultiConvOperator
+from deepinv_deal.solvers import (
+    ADMMState,
+    SolverResult,
+    admm,
+    conjugate_gradient,
+    project_linf,
+    proximal_gradient,
+    soft_threshold,
+)
+from deepinv_deal.solvers.conjugate_gradient import LinearMap
+from deepinv_deal.solvers.implicit import LinearSolve
+
+#: ``mask(x, Wx)``: weights from an image and its filtered version, shape of ``Wx``.
+MaskFunction = Callable[[Tensor, Tensor], Tensor]
+
+InnerSolver = Literal["auto", "admm", "fista"]
+INNER_SOLVERS: tuple[str, ...] = ("auto", "admm", "fista")
+
+#: ADMM's threshold :math:`\lambda \|W\| / \rho` of a filter response, for images in
+#: [0, 1] and unit mask. Smaller means stiffer.
+THRESHOLD = 4e-3
+
+#: Over-relaxation of ADMM, and how much each of its linear solves reduces the residual.
+RELAXATION, LINEAR_FORCING, LINEAR_MAX_ITER = 1.7, 0.1, 50
+
+#: Inner iterations between two looks at the residual.
+CHECK_EVERY = 5
+
+
+@dataclass(frozen=True)
+class AttentiveL1:
+    r"""
+    The regularizer :math:`R_m(x) = \nu \|m \odot W x\|_1` for given weights.
+
+    Images with more channels than the filters (real and imaginary part) are regularized
+    channel by channel; their filter responses are stacked along the channels.
+
+    :param MultiConvOperator W: the analysis operator, divided by its norm.
+    :param torch.Tensor nu: the norm :math:`\nu` of the learned operator.
+    :param Callable mask_function: ``mask(x, W x)`` for images that the filters see.
+    """
+
+    W: MultiConvOperator
+    nu: Tensor
+    mask_function: MaskFunction
+
+    def analyse(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C N, H, W)
+        """Returns the filter responses :math:`W x`."""
+        return self._apply(self.W, x)
+
+    def adjoint(self, w: Tensor) -> Tensor:  # (B, C N, H, W) -> (B, C, H, W)
+        r"""Applies :math:`W^{\top}`."""
+        split = w.reshape(-1, self.W.out_channels, *w.shape[2:])
+        return self.W.adjoint(split).reshape(len(w), -1, *w.shape[2:])
+
+    def normal(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        r"""Applies :math:`W^{\top} W`."""
+        return self._apply(self.W.normal, x)
+
+    def mask(self, x: Tensor, Wx: Tensor) -> Tensor:
+        """Returns the masks of ``x``, shape of its filter responses ``Wx``."""
+        Wx = Wx.reshape(-1, self.W.out_channels, *Wx.shape[2:])
+        return self._apply(lambda split: self.mask_function(split, Wx), x)
+
+    def value(self, Wx: Tensor, mask: Tensor) -> Tensor:
+        r"""Returns :math:`\nu \|m \odot W x\|_1` of every sample, ``(B,)``."""
+        return self.nu * inner(mask, Wx.abs())
+
+    def _apply(self, function: LinearMap, x: Tensor) -> Tensor:
+        split = x.reshape(-1, self.W.in_channels, *x.shape[2:])
+        return function(split).reshape(len(x), -1, *x.shape[2:])
+
+
+@dataclass(frozen=True)
+class AttentiveL1Equation:
+    r"""
+    The equation of a SAFI or MMR reconstruction, in an image and its dual variable.
+
+    With :math:`H = A^{\top} A`, :math:`b = A^{\top} y`, the projection :math:`P` on the
+    box and :math:`c = \lambda \nu \, m(x)`,
+
+    .. math::
+        F(x, w) = \begin{pmatrix}
+        \tfrac{1}{t} \big( P(x - t (H x - b + W^{\top} w)) - x \big) \\
+        P_{|\cdot| \leq c}(w + \tfrac{1}{t} W x) - w
+        \end{pmatrix} = 0.
+
+    If the mask is frozen, this is the optimality condition of a convex problem, whose
+    solutions do not depend on the step :math:`t > 0`. The unknown of the solvers is the
+    *pair* of :math:`x (B, C, H, W)` and :math:`w (B, C N, H, W)`, stacked along the
+    channels.
+
+    :param Callable H: normal operator of the physics on images; ``None``: identity.
+    :param torch.Tensor b: adjoint of the physics applied to the measurements.
+    :param torch.Tensor lambda_reg: regularization weight per sample, ``(B,)``.
+    :param AttentiveL1 regularizer: the regularizer.
+    :param tuple box: bounds of the image, or ``None``.
+    :param int inner_max_iter: largest number of inner iterations per solve.
+    :param str inner: ``"admm"`` (any physics) or ``"fista"`` on the dual (denoising
+        only); ``"auto"`` chooses.
+    """
+
+    H: LinearMap | None
+    b: Tensor
+    lambda_reg: Tensor
+    regularizer: AttentiveL1
+    box: tuple[float, float] | None = (0.0, 1.0)
+    inner_max_iter: int = 1000
+    inner: InnerSolver = "auto"
+
+    def __post_init__(self) -> None:
+        if self.inner not in INNER_SOLVERS:
+            raise ValueError(
+                f"inner must be one of {INNER_SOLVERS}, got {self.inner!r}."
+            )
+        if self.inner == "fista" and self.H is not None:
+            raise ValueError(
+                "inner='fista' solves the dual of denoising problems only. Use 'admm' "
+                "or 'auto' with this physics."
+            )
+
+    def pair(self, x: Tensor, w: Tensor) -> Tensor:
+        """Stacks an image ``(B, C, H, W)`` and its dual ``(B, C N, H, W)``."""
+        return torch.cat([x, w], 1)
+
+    def unpair(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverse of :meth:`pair`."""
+        channels = self.b.shape[1]
+        return p[:, :channels], p[:, channels:]
+
+    def image(self, p: Tensor) -> Tensor:
+        """Returns the image of a pair."""
+        return self.unpair(p)[0]
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Applies :math:`H`."""
+        return x if self.H is None else self.H(x)
+
+    def clamp(self, x: Tensor) -> Tensor:
+        """Projects an image on the box."""
+        return x if self.box is None else x.clamp(*self.box)
+
+    @cached_property
+    def step(self) -> Tensor:
+        r"""The step :math:`t` of steepest descent for the data term, ``(B,)``."""
+        with torch.no_grad():
+            gain = inner(self.b, self.normal(self.b))
+            return (inner(self.b, self.b) / gain).where(gain > 0, 1)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        r""":math:`\lambda \nu`, ``(B,)``."""
+        return self.lambda_reg * self.regularizer.nu
+
+    def bound(self, mask: Tensor) -> Tensor:
+        r"""Returns :math:`c = \lambda \nu m`, shape of the mask."""
+        return expand(self.weight, mask) * mask
+
+    def residuals(
+        self, x: Tensor, w: Tensor, Wx: Tensor, bound: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns both components of F for a given bound of the dual."""
+        t = expand(self.step, x)
+        first = self.b - self.normal(x) - self.regularizer.adjoint(w)
+        if self.box is not None:
+            first = (self.clamp(x + t * first) - x) / t
+        return first, project_linf(w + Wx / t, bound) - w
+
+    def size(self, first: Tensor | float, second: Tensor) -> Tensor:
+        """Returns the norm of F relative to b, ``(B,)``."""
+        b_norm = norm(self.b.detach())
+        total = norm(second)
+        if isinstance(first, Tensor):
+            total = torch.hypot(norm(first), total)
+        return total / b_norm.where(b_norm != 0, 1)
+
+    def __call__(self, p: Tensor, mask: Tensor | None = None) -> Tensor:
+        """
+        Returns F, shape of the pair ``p``; with the given mask instead of that of its
+        image.
+        """
+        x, w = self.unpair(p)
+        Wx = self.regularizer.analyse(x)
+        if mask is None:
+            mask = self.regularizer.mask(x, Wx)
+        return self.pair(*self.residuals(x, w, Wx, self.bound(mask)))
+
+    def freeze(self, p: Tensor) -> FrozenL1:
+        """Returns the convex problem with the mask frozen at the image of ``p``."""
+        return FrozenL1(self, p)
+
+    def start(self, x: Tensor | None, rtol: float = 0.1) -> Tensor:
+        """
+        Returns the first pair: of an image, or of the problem with mask 1 if ``None``.
+
+        :param torch.Tensor x: first image ``(B, C, H, W)`` or ``None``.
+        :param float rtol: factor by which to reduce the residual of the problem with
+            mask 1.
+        """
+        first = self.clamp(expand(self.step, self.b) * self.b) if x is None else x
+        w = torch.zeros_like(self.regularizer.analyse(first))
+        p = self.pair(first, w)
+        if x is not None:
+            return p
+        everyone = torch.ones_like(self.step, dtype=torch.bool)
+        unmasked = FrozenL1(self, p, torch.ones_like(w))
+        return unmasked.solve(torch.full_like(self.step, rtol), everyone).x
+
+    def adjoint_solver(self, p: Tensor) -> LinearSolve:
+        """Returns a solver for the transposed Jacobian with the mask frozen."""
+        with torch.no_grad():
+            return FrozenL1(self, p).correction
+
+
+class FrozenL1:
+    r"""
+    The convex problem of one update, started at a pair :math:`(x, w)`.
+
+    ADMM splits :math:`z = W x` and, with a box, :math:`s = x`. The mask enters only the
+    threshold, so the linear system :math:`H + \rho W^{\top} W + \rho_s I` is the same
+    for all masks. It is solved roughly by conjugate gradients from the last image,
+    preconditioned by the circulant operator that agrees with it away from the border.
+    """
+
+    def __init__(
+        self, equation: AttentiveL1Equation, p: Tensor, mask: Tensor | None = None
+    ):
+        self.equation, self.p = equation, p
+        self.x, self.w = equation.unpair(p)
+        self.Wx = equation.regularizer.analyse(self.x)
+        if mask is None:
+            mask = equation.regularizer.mask(self.x, self.Wx)
+        self.bound = equation.bound(mask)
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """Norm of F relative to b, shape ``(B,)``."""
+        return self._measure(self.x, self.w, self.Wx)
+
+    def _measure(self, x: Tensor, w: Tensor, Wx: Tensor) -> Tensor:
+        """Returns the relative norm of F at another pair, with the mask frozen."""
+        equation = self.equation
+        return equation.size(*equation.residuals(x, w, Wx, self.bound))
+
+    def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
+        """Reduces the residual of the active samples by the factor ``rtol (B,)``."""
+        target = (rtol * self.residual).where(active, torch.inf)
+        use_fista = self.equation.inner == "fista"
+        result = (self._dual_fista if use_fista else self._admm)(target)
+        result.x = select(active, result.x, self.p)
+        result.residual = result.residual / self.residual.where(self.residual != 0, 1)
+        return result
+
+    def _dual_fista(self, target: Tensor) -> SolverResult:
+        r"""
+        Accelerated projected gradients on the dual,
+        :math:`w \leftarrow P_c(v + W x(v))` with :math:`x(v) = P(b - W^{\top} v)`.
+        """
+        equation, W = self.equation, self.equation.regularizer
+
+        def image(w: Tensor) -> Tensor:
+            return equation.clamp(equation.b - W.adjoint(w))
+
+        def ascend(v: Tensor, _: tuple[Tensor, ...] = ()) -> Tensor:
+            return project_linf(v + W.analyse(image(v)), self.bound)
+
+        result = proximal_gradient(
+            [ascend],
+            [project_linf(self.w, self.bound)],
+            restart=True,
+            rtol=target,
+            max_iter=equation.inner_max_iter,
+            measure=lambda new, _: equation.size(0.0, ascend(new[0]) - new[0]),
+            check_every=CHECK_EVERY,
+        )
+        result.x = equation.pair(image(result.x), result.x)
+        return result
+
+    # -- ADMM --
+
+    @cached_property
+    def rho(self) -> tuple[Tensor, Tensor]:
+        """Penalties of the two splits, ``(B,)``; the second is 0 without a box."""
+        with torch.no_grad():
+            box = 1 / self.equation.step
+            # Without regularization any positive penalty will do.
+            rho = (self.equation.weight / THRESHOLD).where(
+                self.equation.weight > 0, box
+            )
+            return rho, box if self.equation.box is not None else torch.zeros_like(box)
+
+    def _admm(self, target: Tensor) -> SolverResult:
+        equation, bound = self.equation, self.bound
+        rho, rho_s = (expand(r, self.x) for r in self.rho)
+        limit = bound / rho
+
+        def prox(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return soft_threshold(v[0], limit), *map(equation.clamp, v[1:])
+
+        # The dual tells the multipliers of both splits: at a solution, d = z + u and
+        # the proximal map of d is z.
+        d = [self.Wx + self.w / rho]
+        if equation.box is not None:
+            force = equation.b - equation.normal(self.x)
+            force = force - equation.regularizer.adjoint(self.w)
+            d.append(self.x + force / rho_s)
+        z = prox(tuple(d))
+        u = tuple(di - zi for di, zi in zip(d, z, strict=True))
+
+        def pair(state: ADMMState) -> tuple[Tensor, Tensor]:
+            x = state.x if equation.box is None else state.z[1]
+            return x, rho * state.u[0]
+
+        def measure(state: ADMMState) -> Tensor:
+            x, w = pair(state)
+            return self._measure(x, w, equation.regularizer.analyse(x))
+
+        start = ADMMState(self.x, z, u)
+        result = self._split(equation.b, prox, start, measure, target)
+        result.x = equation.pair(*pair(result.state))
+        return result
+
+    def _split(
+        self,
+        rhs: Tensor,
+        prox: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+        start: ADMMState,
+        measure: Callable[[ADMMState], Tensor],
+        target: Tensor,
+    ) -> SolverResult:
+        r"""Runs ADMM with the data term :math:`\tfrac12 x^T H x - x^T rhs`."""
+        equation, W = self.equation, self.equation.regularizer
+        n_splits = len(start.z)
+        rho, rho_s = (expand(r, rhs) for r in self.rho)
+        precondition = self._circulant_inverse()
+
+        def A(v: Tensor) -> Tensor:
+            return equation.normal(v) + rho * W.normal(v) + rho_s * v
+
+        def solve_x(
+            targets: tuple[Tensor, ...], x: Tensor, Kx: tuple[Tensor, ...]
+        ) -> Tensor:
+            r = rhs - equation.normal(x) + rho * W.adjoint(targets[0] - Kx[0])
+            if n_splits > 1:
+                r = r + rho_s * (targets[1] - x)
+            correction = conjugate_gradient(
+                A,
+                r,
+                rtol=LINEAR_FORCING,
+                max_iter=LINEAR_MAX_ITER,
+                preconditioner=precondition,
+                verify=False,
+            )
+            return x + correction.x
+
+        return admm(
+            solve_x,
+            lambda x: (W.analyse(x), x)[:n_splits],
+            prox,
+            start,
+            rho=self.rho[:n_splits],
+            relaxation=RELAXATION,
+            rtol=target,
+            max_iter=equation.inner_max_iter,
+            measure=measure,
+            check_every=CHECK_EVERY,
+        )
+
+    def _circulant_inverse(self) -> LinearMap | None:
+        """The inverse of the linear system for a periodic image and scalar H."""
+        kernel = self.equation.regularizer.W.normal_kernel()
+        if kernel.shape[0] != 1:
+            return None
+        height, width = (max(n, kernel.shape[-1]) for n in self.x.shape[-2:])
+        symbol = torch.fft.rfft2(kernel[0, 0], s=(height, width)).abs()
+        rho, rho_s = (expand(r, self.x) for r in self.rho)
+        inverse = 1 / (rho * symbol + rho_s + expand(1 / self.equation.step, self.x))
+
+        def apply(v: Tensor) -> Tensor:
+            spectrum = torch.fft.rfft2(v, s=(height, width)) * inverse
+            v_inverse = torch.fft.irfft2(spectrum, s=(height, width))
+            return v_inverse[..., : v.shape[-2], : v.shape[-1]]
+
+        return apply
+
+    # -- the linearised problem --
+
+    def correction(self, v: Tensor, rtol: Tensor) -> SolverResult:
+        r"""
+        Solves :math:`-F_{(x, w)}^{\top} (p, q) = (v_x, v_w)` with the mask frozen.
+
+        With :math:`D` the pixels inside the box and :math:`S` the coefficients inside
+        the bound of the dual, :math:`p` is the solution of
+
+        .. math::
+            \min_p \; \tfrac12 p^{\top} H p - v_x^{\top} p \quad \text{with} \quad
+            (W p)_S = (v_w)_S, \quad p = 0 \text{ off } D,
+
+        by the same ADMM, and :math:`q` on :math:`S` is its multiplier times :math:`-t`.
+
+        :param torch.Tensor v: cotangent, shape of the pair.
+        :param torch.Tensor rtol: tolerance on the relative residual, ``(B,)``.
+        """
+        equation, W = self.equation, self.equation.regularizer
+        v_x, v_w = equation.unpair(v)
+        t = expand(equation.step, self.x)
+        inside = (self.w + self.Wx / t).abs() <= self.bound
+        free = torch.ones_like(self.x, dtype=torch.bool)
+        if equation.box is not None:
+            descent = equation.b - equation.normal(self.x) - W.adjoint(self.w)
+            target = self.x + t * descent
+            free = target == equation.clamp(target)
+        rho, _ = (expand(r, self.x) for r in self.rho)
+        v_norm = norm(v).where(norm(v) != 0, 1)
+
+        def prox(d: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return v_w.where(inside, d[0]), *(s * free for s in d[1:])
+
+        def forces(state: ADMMState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            p = state.x * free
+            multiplier = rho * state.u[0] * inside
+            rest = v_x - equation.normal(p) - W.adjoint(multiplier)
+            return p, multiplier, rest, v_w - W.analyse(p)
+
+        def measure(state: ADMMState) -> Tensor:
+            _, _, rest, gap = forces(state)
+            return torch.hypot(norm(rest * free), norm(gap * inside)) / v_norm
+
+        zero_x, zero_w = torch.zeros_like(v_x), torch.zeros_like(v_w)
+        splits = (zero_w, zero_x)[: 1 if equation.box is None else 2]
+        start = ADMMState(zero_x, prox(splits), splits)
+        result = self._split(v_x, prox, start, measure, rtol)
+        p, multiplier, rest, gap = forces(result.state)
+        p = torch.where(free, p, t * rest)
+        q = torch.where(inside, -t * multiplier, gap)
+        result.x = equation.pair(p, q)
+        return result

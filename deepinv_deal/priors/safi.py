@@ -1,0 +1,379 @@
+"""The attentive l1 regularizers SAFI and MMR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepinv.optim.prior import Prior
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepinv_deal.operators import MultiConv
+from deepinv_deal.operators.multi_conv import Convolution
+from deepinv_deal.priors.attentive_l1 import (
+    AttentiveL1,
+    AttentiveL1Equation,
+    InnerSolver,
+    MaskFunction,
+)
+from deepinv_deal.solvers import solve_equation
+from deepinv_deal.solvers.conjugate_gradient import LinearMap
+from deepinv_deal.splines import BoundSpline, LinearSpline
+
+#: Size of all kernels and number of knots of all splines, as published.
+KERNEL_SIZE, NUM_KNOTS = 7, 21
+
+#: First value of the learned regularization weight, as published.
+INITIAL_LAMBDA = 1e-4
+
+
+class AttentiveMask(nn.Module):
+    r"""
+    The mask network of SAFI (:footcite:t:`pourya2024iteratively`).
+
+    .. math::
+        m(x) = \mathrm{sigmoid}\big( s_3(V_3\, s_2(V_2\, s_1(V_1 x))) \big)
+
+    with 7x7 convolutions :math:`V_i` and one linear spline per channel. The splines
+    start at zero, so the first mask is constant 1/2.
+
+    :param int num_filters: number of channels, one mask each.
+    """
+
+    def __init__(self, num_filters: int):
+        super().__init__()
+        self.V = nn.ParameterList()
+        self.splines = nn.ModuleList()
+        for c_in in (1, num_filters, num_filters):
+            weight = torch.empty(num_filters, c_in, KERNEL_SIZE, KERNEL_SIZE)
+            nn.init.kaiming_uniform_(weight, a=5**0.5)  # as torch.nn.Conv2d
+            self.V.append(nn.Parameter(weight))
+            self.splines.append(
+                LinearSpline(
+                    NUM_KNOTS, -1, 1, num_splines=num_filters, init=torch.zeros_like
+                )
+            )
+
+    def bind(self) -> MaskFunction:
+        """Fixes the current weights: a function of the image."""
+        layers = [
+            (Convolution(V), spline.bind())
+            for V, spline in zip(self.V, self.splines, strict=True)
+        ]
+
+        def mask(x: Tensor, Wx: Tensor) -> Tensor:  # noqa: ARG001 - MMR's mask needs it
+            for convolution, spline in layers:
+                x = spline(convolution(x))
+            return x.sigmoid()
+
+        return mask
+
+
+class ConcavePotential(nn.Module):
+    r"""
+    The potential of MMR, and the mask that majorises it
+    (:footcite:t:`pourya2024iteratively`).
+
+    .. math::
+        \Psi(u) = \sum_c \big\langle 1, \psi_c( G_c |u_c| ) \big\rangle, \qquad
+        \psi_c'(g) = \mathrm{clip}(s_c(a_c g), 0, 1), \quad \psi_c(0) = 0,
+
+    with local averages :math:`G_c` (two 7x7 kernels of nonnegative entries with sum 1),
+    scales :math:`a_c > 0` and non-increasing linear splines :math:`s_c` with
+    :math:`s_c(0) = 1`. So :math:`\psi_c` is concave, and the linear functional of
+    :math:`|u|` with weights
+
+    .. math::
+        m = G^{\top} \psi'( G |u| ) \in [0, 1]
+
+    touches :math:`\Psi` at :math:`u` and lies above it elsewhere.
+
+    :param int num_filters: number of channels :math:`c`.
+    """
+
+    def __init__(self, num_filters: int):
+        super().__init__()
+        self.G = nn.ParameterList()
+        for _ in range(2):
+            weight = torch.empty(num_filters, 1, KERNEL_SIZE, KERNEL_SIZE)
+            nn.init.kaiming_uniform_(weight, a=5**0.5)  # as torch.nn.Conv2d
+            self.G.append(nn.Parameter(weight))
+        self.spline = LinearSpline(
+            NUM_KNOTS,
+            0,
+            1,
+            num_splines=num_filters,
+            init=lambda t: (t == 0).to(t.dtype),
+            slope_max=0.0,
+            anchor=1.0,
+        )
+        self.scale = nn.Parameter(torch.ones(num_filters))
+
+    def bind(self, nu: Tensor) -> BoundPotential:
+        r"""
+        Fixes the current weights.
+
+        :param torch.Tensor nu: number by which filter responses were divided.
+        """
+        kernels = []
+        for weight in self.G:
+            total = weight.abs().sum((2, 3), keepdim=True)
+            kernels.append(weight.abs() / total)
+        return BoundPotential(
+            (kernels[0], kernels[1]),
+            self.spline.bind(),
+            (nu * self.scale.abs()).view(1, -1, 1, 1),
+            nu,
+        )
+
+
+@dataclass(frozen=True)
+class BoundPotential:
+    """The potential for given tensors: plain functions of filter responses."""
+
+    kernels: tuple[Tensor, Tensor]
+    spline: BoundSpline
+    scale: Tensor  # (1, N, 1, 1)
+    nu: Tensor
+
+    def average(self, g: Tensor) -> Tensor:
+        """Applies G."""
+        for kernel in self.kernels:
+            g = F.conv2d(g, kernel, padding=kernel.shape[-1] // 2, groups=len(kernel))
+        return g
+
+    def average_adjoint(self, g: Tensor) -> Tensor:
+        r"""Applies :math:`G^{\top}`."""
+        for kernel in reversed(self.kernels):
+            flipped = kernel.flip(-2, -1)
+            g = F.conv2d(g, flipped, padding=kernel.shape[-1] // 2, groups=len(kernel))
+        return g
+
+    def __call__(self, x: Tensor, Wx: Tensor) -> Tensor:  # noqa: ARG002 - as SAFI's
+        """Returns the mask."""
+        slopes = self.spline(self.scale * self.average(Wx.abs())).clamp(0, 1)
+        return self.average_adjoint(slopes)
+
+    def value(self, Wx: Tensor) -> Tensor:
+        r"""Returns :math:`\Psi` of every sample, ``(B,)``."""
+        # psi(g) = Psi(a g) / a with the integral Psi of the clipped spline; for a = 0
+        # the limit is g.
+        scale = self.scale.clamp_min(torch.finfo(Wx.dtype).eps)
+        integral = self.spline.clipped_integral(scale * self.average(Wx.abs()))
+        return (self.nu / scale * integral).flatten(1).sum(1)
+
+
+class AttentiveL1Prior(Prior):
+    """
+    What SAFI's and MMR's priors have in common; use these.
+
+    :param int num_filters: number of filters and masks.
+    """
+
+    def __init__(self, num_filters: int):
+        super().__init__()
+        self.in_channels, self.num_filters = 1, num_filters
+        self.W = MultiConv(
+            (1, num_filters, num_filters),
+            KERNEL_SIZE,
+            normalization="none",
+            zero_mean="every",
+        )
+        self.lambda_reg = nn.Parameter(torch.tensor(INITIAL_LAMBDA))
+
+    def bind_mask(self, nu: Tensor) -> MaskFunction:
+        """Fixes the weights of the mask, for filters divided by ``nu``."""
+        raise NotImplementedError
+
+    def bind(self) -> AttentiveL1:
+        """Fixes the current weights: the regularizer as a function of tensors."""
+        # The norm only balances the unknowns of the solver: no model depends on it.
+        nu = self.W.sqnorm("exact").detach().sqrt()
+        return AttentiveL1(self.W.operator(nu), nu, self.bind_mask(nu))
+
+    def default_lambda(self, x: Tensor) -> Tensor:
+        r"""Returns the learned :math:`\lambda \geq 0` for denoising, shape ``(B,)``."""
+        return self.lambda_reg.clamp_min(0).expand(len(x))
+
+    def splines(self) -> list[LinearSpline]:
+        """Returns all learned splines."""
+        return [m for m in self.modules() if isinstance(m, LinearSpline)]
+
+    def mask(self, x: Tensor) -> Tensor:
+        """
+        Returns the mask of an image.
+
+        :param torch.Tensor x: images, shape ``(B, 1, H, W)``, values about [0, 1].
+        :return: values in [0, 1], shape ``(B, num_filters, H, W)``; with two-channel
+            images ``(B, 2 num_filters, H, W)``.
+        """
+        bound = self.bind()
+        return bound.mask(x, bound.analyse(x))
+
+    def frozen_fn(self, x: Tensor, z: Tensor) -> Tensor:
+        r"""Returns :math:`\|m(z) \odot W x\|_1` per sample, ``(B,)``."""
+        bound = self.bind()
+        return bound.value(bound.analyse(x), bound.mask(z, bound.analyse(z)))
+
+    def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        r"""
+        Returns :math:`W^{\top} (m(x) \odot \mathrm{sign}(W x))`, shape of ``x``: a
+        subgradient with the mask frozen.
+        """
+        bound = self.bind()
+        Wx = bound.analyse(x)
+        return bound.nu * bound.adjoint(bound.mask(x, Wx) * Wx.sign())
+
+    def prox(
+        self,
+        x: Tensor,
+        *args: Any,
+        gamma: float | Tensor = 1.0,
+        rtol: float = 1e-4,
+        max_iter: int = 100,
+        **kwargs: Any,
+    ) -> Tensor:
+        r"""
+        Returns a fixed point :math:`z = \arg\min_u \tfrac12 \|u - x\|_2^2 + \gamma
+        \|m(z) \odot W u\|_1`.
+
+        This is denoising of ``x`` with :math:`\lambda = \gamma` and without a box,
+        differentiable by implicit differentiation. A :class:`ConvergenceWarning` tells
+        if it did not converge.
+
+        :param torch.Tensor x: images, shape ``(B, 1, H, W)``.
+        :param float, torch.Tensor gamma: :math:`\gamma`, one or ``(B,)``.
+        :param float rtol: tolerance on the relative nonlinear residual.
+        :param int max_iter: largest number of outer iterations.
+        """
+        equation = self.equation(None, x, lambda_reg=gamma, box=None)
+        with torch.no_grad():
+            start = equation.start(None)
+        p, result = solve_equation(equation, start, rtol=rtol, max_iter=max_iter)
+        what = f"{type(self).__name__}.prox"
+        result.warn(what, rtol, "Raise max_iter or relax rtol.")
+        return equation.image(p)
+
+    def equation(
+        self,
+        H: LinearMap | None,
+        b: Tensor,
+        sigma: None = None,
+        lambda_reg: float | Tensor | None = None,
+        *,
+        box: tuple[float, float] | None = (0.0, 1.0),
+        inner_max_iter: int = 1000,
+        inner: InnerSolver = "auto",
+    ) -> AttentiveL1Equation:
+        """
+        Returns the equation of a reconstruction with this prior.
+
+        :param Callable H: normal operator of the data term; ``None`` for denoising.
+        :param torch.Tensor b: its right-hand side, shape ``(B, C, H, W)``.
+        :param None sigma: these models have no noise level.
+        :param float, torch.Tensor lambda_reg: weight, one or ``(B,)``; ``None``: the
+            learned one, for denoising.
+        :param tuple box: bounds of the image, or ``None``.
+        :param int inner_max_iter: largest number of inner iterations per solve.
+        :param str inner: see :class:`AttentiveL1Equation`.
+        """
+        if sigma is not None:
+            raise ValueError(
+                f"{type(self).__name__} serves one noise level, that of its weights: "
+                f"leave sigma out, got {sigma!r}."
+            )
+        if lambda_reg is None:
+            weight = self.default_lambda(b)
+        else:
+            weight = torch.as_tensor(lambda_reg, dtype=b.dtype, device=b.device)
+            weight = weight.reshape(-1).expand(len(b))
+        return AttentiveL1Equation(
+            H, b, weight, self.bind(), box, inner_max_iter, inner
+        )
+
+
+class SAFIPrior(AttentiveL1Prior):
+    r"""
+    The learned regularizer of SAFI as a deepinv prior.
+
+    For a mask :math:`m(z) \in (0, 1)` frozen at an image :math:`z`, the regularizer is
+    :math:`\|m(z) \odot W x\|_1` with a multi-convolution :math:`W` of two 7x7 layers
+    whose kernels all have zero mean, and the mask network :class:`AttentiveMask`
+    (:footcite:t:`pourya2024iteratively`). Since the mask follows the image, there is
+    **no explicit energy**.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.priors import SAFIPrior
+    >>> prior = SAFIPrior(num_filters=8)
+    >>> x = torch.rand(2, 1, 16, 17)
+    >>> prior.mask(x).shape, prior.grad(x).shape
+    (torch.Size([2, 8, 16, 17]), torch.Size([2, 1, 16, 17]))
+
+    :param int num_filters: number of filters and masks.
+    """
+
+    def __init__(self, num_filters: int = 64):
+        super().__init__(num_filters)
+        self.explicit_prior = False
+        self.mask_network = AttentiveMask(num_filters)
+
+    def bind_mask(self, nu: Tensor) -> MaskFunction:  # noqa: ARG002 - the mask sees x
+        """Fixes the weights of the mask network."""
+        return self.mask_network.bind()
+
+    def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Raises: SAFI minimises no function. See :meth:`frozen_fn`."""
+        raise NotImplementedError(
+            "SAFIPrior has no energy: its mask depends on the image, and no function "
+            "has its fixed points as minimisers. frozen_fn(x, z) evaluates the "
+            "regularizer with the mask frozen at z; MMRPrior has an energy."
+        )
+
+
+class MMRPrior(AttentiveL1Prior):
+    r"""
+    The learned regularizer of MMR, the special case of SAFI with an energy.
+
+    .. math::
+        R(x) = \sum_c \big\langle 1, \psi_c( G_c |W_c x| ) \big\rangle
+
+    with the same filters as :class:`SAFIPrior` and the concave potential
+    :class:`ConcavePotential` (:footcite:t:`pourya2024iteratively`). The mask
+    :math:`m = G^{\top} \psi'(G |W x|)` makes :math:`\|m \odot W \cdot\|_1` a majoriser
+    of :math:`R` up to a constant, so each update lowers the energy.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.priors import MMRPrior
+    >>> prior = MMRPrior(num_filters=8)
+    >>> x = torch.rand(2, 1, 16, 17)
+    >>> prior(x).shape, bool((prior(x) >= prior.frozen_fn(x, x)).all())
+    (torch.Size([2]), True)
+
+    :param int num_filters: number of filters and masks.
+    """
+
+    def __init__(self, num_filters: int = 64):
+        super().__init__(num_filters)
+        self.explicit_prior = True
+        self.potential = ConcavePotential(num_filters)
+
+    def bind_mask(self, nu: Tensor) -> BoundPotential:
+        """Fixes the weights of the potential."""
+        return self.potential.bind(nu)
+
+    def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """
+        Returns R(x) of every sample, ``(B,)``, by exact integration of the splines.
+        """
+        bound = self.bind()
+        return self.bind_mask(bound.nu).value(bound.analyse(x))

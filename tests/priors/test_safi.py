@@ -1,0 +1,401 @@
+"""SAFI's and MMR's priors and equation: formulas, convex solvers, gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from problems import DOUBLE, dense, generator, images, random_l1_prior
+from torch import Tensor
+from torch.nn import functional as F
+
+from deepinv_deal._batch import inner, norm
+from deepinv_deal.priors import MMRPrior, SAFIPrior
+from deepinv_deal.priors.attentive_l1 import FrozenL1
+from deepinv_deal.solvers import (
+    AdjointOptions,
+    ConvergenceWarning,
+    attach_gradient,
+    fixed_point,
+)
+
+KINDS = [pytest.param(SAFIPrior, id="safi"), pytest.param(MMRPrior, id="mmr")]
+INNER = ["admm", "fista"]
+
+
+def noisy_images(n=2, height=9, width=8, seed=3) -> Tensor:
+    g = generator(seed)
+    noise = torch.randn(n, 1, height, width, generator=g, dtype=DOUBLE)
+    return images(n, 1, height, width, seed=seed) + 0.1 * noise
+
+
+def coupled(n=72, seed=5):
+    """A well-conditioned normal operator that mixes all pixels, and its matrix."""
+    g = generator(seed)
+    A = torch.eye(n, dtype=DOUBLE) + 0.04 * torch.randn(n, n, generator=g, dtype=DOUBLE)
+    H = A.T @ A
+    return lambda v: torch.stack([H @ s.flatten() for s in v]).view_as(v), H
+
+
+def solve(equation, rtol=1e-11, **kwargs):
+    settings = {"max_iter": 100, "forcing": 0.05, "damped": False, **kwargs}
+    with torch.no_grad():
+        result = fixed_point(
+            equation.freeze, equation.start(None), rtol=rtol, **settings
+        )
+    assert result.converged.all(), result
+    return result
+
+
+# -- formulas ------------------------------------------------------------------
+
+
+def plain_filters(prior):
+    kernels = [w.detach() for w in prior.W.weight]
+    return [k - k.mean((2, 3), keepdim=True) for k in kernels]
+
+
+def plain_analysis(prior, x):
+    for kernel in plain_filters(prior):
+        x = F.conv2d(x, kernel, padding=3)
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_filters_are_two_convolutions_with_zero_mean_kernels(kind):
+    prior, x = random_l1_prior(kind), noisy_images()
+    bound = prior.bind()
+    expected = plain_analysis(prior, x)
+    torch.testing.assert_close(bound.nu * bound.analyse(x), expected)
+    w = noisy_images(2)[:, :1].expand_as(expected) + expected
+    torch.testing.assert_close(
+        inner(bound.analyse(x), w), inner(x, bound.adjoint(w)), rtol=1e-10, atol=1e-10
+    )
+    torch.testing.assert_close(
+        bound.normal(x), bound.adjoint(bound.analyse(x)), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_safi_mask_follows_its_formula():
+    prior, x = random_l1_prior(SAFIPrior), noisy_images()
+    expected = x
+    network = prior.mask_network
+    for V, spline in zip(network.V, network.splines, strict=True):
+        expected = spline(F.conv2d(expected, V, padding=3))
+    expected = torch.sigmoid(expected)
+    torch.testing.assert_close(prior.mask(x), expected)
+    assert expected.std() > 0.05, "the mask must depend on the image"
+
+
+def test_safi_mask_starts_at_one_half():
+    x = torch.rand(1, 1, 9, 9, generator=generator())
+    assert (SAFIPrior(4).mask(x) == 0.5).all()
+
+
+def test_mmr_mask_follows_its_formula():
+    prior, x = random_l1_prior(MMRPrior), noisy_images()
+    potential = prior.potential
+    averages = []
+    for weight in potential.G:
+        kernel = weight.detach().abs()
+        averages.append(kernel / kernel.sum((2, 3), keepdim=True))
+    g = plain_analysis(prior, x).abs()
+    for kernel in averages:
+        g = F.conv2d(g, kernel, padding=3, groups=3)
+    g = potential.spline(potential.scale.abs().view(1, -1, 1, 1) * g).clamp(0, 1)
+    assert ((g > 0) & (g < 1)).any(), "the splines must matter"
+    for kernel in reversed(averages):
+        g = F.conv_transpose2d(g, kernel, padding=3, groups=3)
+    torch.testing.assert_close(prior.mask(x), g)
+    assert (g >= 0).all() and (g <= 1 + 1e-12).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_channels_are_regularized_alike(kind):
+    prior = random_l1_prior(kind)
+    a, b = noisy_images(seed=1), noisy_images(seed=2)
+    both = torch.cat([a, b], 1)
+    assert prior.mask(both).shape == (2, 6, 9, 8)
+    torch.testing.assert_close(prior.mask(both)[:, :3], prior.mask(a))
+    torch.testing.assert_close(prior.grad(both)[:, 1:], prior.grad(b))
+    total = prior.frozen_fn(a, a) + prior.frozen_fn(b, b)
+    torch.testing.assert_close(prior.frozen_fn(both, both), total)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_value_is_the_weighted_l1_norm(kind):
+    prior, x, z = random_l1_prior(kind), noisy_images(seed=1), noisy_images(seed=2)
+    expected = (prior.mask(z) * plain_analysis(prior, x)).abs().flatten(1).sum(1)
+    torch.testing.assert_close(prior.frozen_fn(x, z), expected)
+
+
+def test_safi_has_no_energy_and_says_so():
+    prior = random_l1_prior(SAFIPrior)
+    assert not prior.explicit_prior
+    with pytest.raises(NotImplementedError, match="no energy"):
+        prior(noisy_images())
+
+
+def test_the_gradient_of_the_energy_of_mmr_is_the_field_of_its_mask():
+    prior, x = random_l1_prior(MMRPrior), noisy_images().requires_grad_()
+    assert prior.explicit_prior
+    (expected,) = torch.autograd.grad(prior(x).sum(), x)
+    torch.testing.assert_close(prior.grad(x), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_mask_of_mmr_majorises_its_energy(seed):
+    prior = random_l1_prior(MMRPrior, seed=seed)
+    x, z = noisy_images(seed=seed), noisy_images(seed=seed + 50)
+    majoriser = prior(z) + prior.frozen_fn(x, z) - prior.frozen_fn(z, z)
+    assert (majoriser >= prior(x)).all()
+    assert (majoriser > prior(x) + 1e-3).any(), "touching everywhere proves nothing"
+
+
+def test_a_scale_of_zero_gives_the_l1_norm():
+    prior, x = random_l1_prior(MMRPrior), noisy_images(height=30, width=30)
+    with torch.no_grad():
+        prior.potential.scale.zero_()
+    g = plain_analysis(prior, x).abs()
+    expected = prior.potential.bind(torch.ones(())).average(g).flatten(1).sum(1)
+    torch.testing.assert_close(prior(x), expected)
+
+
+# -- the frozen problem against generic solvers --------------------------------
+
+
+def random_frozen(kind, seed, inner_solver, box=(0.0, 1.0), H=None, rtol=1e-10):
+    """A frozen problem, its solution, its matrix of filters and bounds."""
+    prior, y = random_l1_prior(kind, seed=seed), noisy_images(1, seed=seed)
+    y = y + 0.3 * (seed % 3 - 1)  # some touch the box
+    nu = float(prior.bind().nu)
+    equation = prior.equation(
+        H, y, lambda_reg=0.2 / nu, box=box, inner=inner_solver, inner_max_iter=20000
+    )
+    with torch.no_grad():
+        frozen = FrozenL1(
+            equation, equation.pair(y, torch.zeros(1, 3, 9, 8, dtype=DOUBLE))
+        )
+        result = frozen.solve(torch.full((1,), rtol), torch.ones(1, dtype=torch.bool))
+        assert result.converged.all()
+        matrix = dense(equation.regularizer.analyse, (1, 9, 8))
+    return equation, frozen, result, matrix
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_both_inner_solvers_agree_with_a_bounded_quasi_newton_method(seed):
+    box = None if seed % 4 == 3 else (0.0, 1.0)
+    kind = (SAFIPrior, MMRPrior)[seed % 2]
+    images_found = []
+    for name in INNER:
+        equation, frozen, result, matrix = random_frozen(kind, seed, name, box)
+        images_found.append(equation.image(result.x))
+    torch.testing.assert_close(*images_found, rtol=0, atol=1e-6)
+    if seed >= 6:
+        return
+    # The dual: maximise min_x 1/2 |x - b|^2 + <w, W x> over |w| <= c.
+    W, b = matrix.numpy(), equation.b.flatten().numpy()
+    c = frozen.bound.flatten().numpy()
+
+    def dual(w):
+        x = b - W.T @ w
+        x = x if box is None else np.clip(x, *box)
+        return -(0.5 * np.sum((x - b) ** 2) + w @ W @ x), -W @ x
+
+    best = scipy.optimize.minimize(
+        dual,
+        np.zeros(len(c)),
+        jac=True,
+        bounds=np.stack([-c, c], 1),
+        method="L-BFGS-B",
+        options={"ftol": 1e-18, "gtol": 1e-12, "maxiter": 50000, "maxfun": 50000},
+    )
+    x = b - W.T @ best.x
+    x = x if box is None else np.clip(x, *box)
+    found = images_found[0].flatten().numpy()
+    np.testing.assert_allclose(found, x, rtol=0, atol=1e-5)
+    # Strong duality: the primal value at our image is the dual value at theirs.
+    primal = 0.5 * np.sum((found - b) ** 2) + c @ np.abs(W @ found)
+    assert abs(primal + best.fun) < 1e-7 * abs(primal)
+
+
+def test_admm_solves_problems_with_an_operator():
+    H, matrix_H = coupled()
+    equation, frozen, result, matrix = random_frozen(SAFIPrior, 1, "admm", H=H)
+    x, w = (v.flatten() for v in equation.unpair(result.x))
+    c = frozen.bound.flatten()
+    # Karush-Kuhn-Tucker conditions of the dense problem.
+    gradient = matrix_H @ x - equation.b.flatten() + matrix.T @ w
+    inside = (x > 1e-9) & (x < 1 - 1e-9)
+    assert 0 < int(inside.sum()) < len(x)
+    assert gradient[inside].abs().max() < 1e-8
+    assert (gradient[x <= 1e-9] > -1e-8).all()
+    assert (gradient[x >= 1 - 1e-9] < 1e-8).all()
+    assert (w.abs() <= c + 1e-12).all()
+    Wx = matrix @ x
+    active = Wx.abs() > 1e-7
+    torch.testing.assert_close(w[active], (c * Wx.sign())[active], rtol=0, atol=1e-8)
+
+
+def test_an_unknown_inner_solver_is_refused():
+    prior, y = random_l1_prior(SAFIPrior), noisy_images()
+    with pytest.raises(ValueError, match="'newton'"):
+        prior.equation(None, y, inner="newton")
+    with pytest.raises(ValueError, match="denoising problems only"):
+        prior.equation(lambda v: v, y, inner="fista")
+    with pytest.raises(ValueError, match="leave sigma out"):
+        prior.equation(None, y, sigma=0.1)
+
+
+# -- the fixed point -----------------------------------------------------------
+
+
+def equations(kind, H, inner_solver, n=2, lambda_reg=0.3, **kwargs):
+    prior, y = random_l1_prior(kind), noisy_images(n)
+    nu = float(prior.bind().nu)
+    return prior, prior.equation(
+        H, y, lambda_reg=lambda_reg / nu, inner=inner_solver, inner_max_iter=5000
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_inner_solvers_reach_the_same_fixed_point(kind):
+    found = [
+        e.image(solve(e).x) for e in (equations(kind, None, name)[1] for name in INNER)
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refreshing_the_mask_often_reaches_the_same_fixed_point(kind):
+    _, equation = equations(kind, None, "fista")
+    rare = solve(equation, rtol=1e-9, forcing=1e-3)
+    often = solve(equation, rtol=1e-9, forcing=0.5, max_iter=300)
+    assert (often.n_iter > rare.n_iter).all()
+    torch.testing.assert_close(
+        equation.image(often.x), equation.image(rare.x), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inner_solver", INNER)
+def test_a_batch_gives_what_its_samples_give_alone(kind, inner_solver):
+    prior, equation = equations(kind, None, inner_solver, n=3)
+    batch = solve(equation, rtol=1e-6)
+    for i in range(3):
+        single = prior.equation(
+            None,
+            equation.b[i : i + 1],
+            lambda_reg=equation.lambda_reg[i : i + 1],
+            inner=inner_solver,
+            inner_max_iter=5000,
+        )
+        alone = solve(single, rtol=1e-6)
+        assert alone.n_iter[0] == batch.n_iter[i]
+        assert alone.n_inner[0] == batch.n_inner[i]
+        torch.testing.assert_close(alone.x[0], batch.x[i], rtol=0, atol=1e-10)
+
+
+def test_the_residual_of_the_equation_is_that_of_the_frozen_problem():
+    _, equation = equations(SAFIPrior, coupled()[0], "admm")
+    p = equation.start(None)
+    size = norm(equation(p)) / norm(equation.b)
+    torch.testing.assert_close(equation.freeze(p).residual, size)
+    solution = solve(equation).x
+    assert (norm(equation(solution)) <= 1e-10 * norm(equation.b)).all()
+
+
+def test_the_energy_of_mmr_falls_monotonically():
+    prior, equation = equations(MMRPrior, None, "fista", lambda_reg=0.3)
+    weight = equation.lambda_reg
+
+    def energy(p):
+        x = equation.image(p)
+        data = 0.5 * norm(x - equation.b).square()
+        return data + weight * prior(x)
+
+    energies = []
+    solve(
+        equation,
+        rtol=1e-9,
+        forcing=1e-6,
+        callback=lambda k, before, p: energies.append(energy(p)),
+    )
+    energies = torch.stack(energies)
+    assert len(energies) > 3
+    assert (energies.diff(dim=0) <= 1e-12 * energies[0]).all()
+    assert (energies[-1] < energies[0] - 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prox_is_denoising_without_a_box(kind):
+    prior, y = random_l1_prior(kind), noisy_images() - 0.4
+    gamma = 0.1 / float(prior.bind().nu)
+    z = prior.prox(y, gamma=gamma, rtol=1e-6)
+    equation = prior.equation(None, y, lambda_reg=gamma, box=None)
+    expected = equation.image(solve(equation, rtol=1e-9).x)
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-5)
+    assert (z < 0).any()
+    with pytest.warns(ConvergenceWarning, match=rf"{kind.__name__}\.prox"):
+        prior.prox(y, gamma=gamma, rtol=1e-9, max_iter=1)
+
+
+# -- gradients -----------------------------------------------------------------
+
+EXACT = AdjointOptions(rtol=1e-10, max_iter=300, forcing=0.01, anderson=5)
+FROZEN = AdjointOptions(jacobian_free=True, rtol=1e-10)
+
+
+def loss_of(image: Tensor) -> Tensor:
+    weights = torch.randn(image.shape, generator=generator(9), dtype=DOUBLE)
+    return (weights * image).sum()
+
+
+def parameters_of(prior) -> dict[str, Tensor]:
+    return dict(prior.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("problem", ["denoising", "operator"])
+def test_exact_gradients_are_finite_differences(kind, problem):
+    prior, y = random_l1_prior(kind), noisy_images(1)
+    H = None if problem == "denoising" else coupled()[0]
+    with torch.no_grad():
+        prior.lambda_reg.fill_(0.3 / float(prior.bind().nu))
+
+    def equation(b):
+        return prior.equation(H, b, inner_max_iter=5000, inner="admm")
+
+    b = y.clone().requires_grad_()
+    start = solve(equation(y)).x
+    e = equation(b)
+    x = e.image(attach_gradient(e, start, EXACT))
+    tensors = {"b": b, **parameters_of(prior)}
+    gradients = torch.autograd.grad(loss_of(x), list(tensors.values()))
+
+    @torch.no_grad()
+    def value():
+        e = equation(b)
+        result = fixed_point(
+            e.freeze, start, rtol=1e-12, max_iter=100, forcing=0.02, damped=False
+        )
+        return loss_of(e.image(result.x))
+
+    g = generator(11)
+    h = 1e-6
+    for (name, tensor), gradient in zip(tensors.items(), gradients, strict=True):
+        direction = torch.randn(tensor.shape, generator=g, dtype=DOUBLE)
+        with torch.no_grad():
+            tensor += h * direction
+            above = value()
+            tensor -= 2 * h * direction
+            below = value()
+            tensor += h * direction
+        expected = (above - below) / (2 * h)
+        actual = (gradient * direction).sum()
+        assert abs(actual - expected) <= 1e-5 * max(1.0, abs(expected)), (
+            name,
+            float(actual),
+            float(expected),
+        )
