@@ -90,21 +90,16 @@ def test_the_noise_level_scales_the_thresholds(rng):
     assert float(info.lambda_reg) == pytest.approx(0.02 * 0.05 * 255 / 25)
 
 
+FILTER = torch.tensor([[[[1.0, 2, 1], [2, 5, 2], [1, 2, 0]]]], dtype=DOUBLE) / 16
 PHYSICS = [
     pytest.param(
         lambda: dinv.physics.Inpainting((1, 8, 8), mask=0.6), False, id="inpainting"
     ),
     pytest.param(
-        lambda: dinv.physics.BlurFFT(
-            (1, 8, 8), dinv.physics.functional.blur.gaussian_blur(0.7).double()
-        ),
-        True,
-        id="circular-blur",
+        lambda: dinv.physics.Blur(FILTER, padding="circular"), True, id="circular-blur"
     ),
     pytest.param(
-        lambda: dinv.physics.Downsampling((1, 8, 8), factor=2, filter="gaussian"),
-        False,
-        id="downsampling",
+        lambda: dinv.physics.Blur(FILTER, padding="valid"), False, id="valid-blur"
     ),
 ]
 
