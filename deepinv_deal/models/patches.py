@@ -42,6 +42,11 @@ from deepinv_deal.weights.patches import load_patch_prior
 Solver = Literal["admm", "fista", "ipalm", "two-step", "coordinate-descent"]
 SOLVERS: tuple[str, ...] = ("admm", "fista", "ipalm", "two-step", "coordinate-descent")
 
+#: Tolerances if none is given, by solver: their stopping rules differ. With these the
+#: PSNR of denoising is within a few thousandths of a decibel of its limit for ADMM.
+DEFAULT_RTOL = {"admm": 3e-3}
+DEFAULT_OTHER_RTOL = 1e-4
+
 #: The systems of the backward pass are solved exactly without Jacobian-vector products.
 DEFAULT_ADJOINT = AdjointOptions(jacobian_free=True)
 
@@ -83,7 +88,8 @@ class SynthesisModel(Reconstructor, Denoiser):
     :param float, torch.Tensor lambda_reg: default base of the thresholds.
     :param float sigma: default noise level of denoising, in units of the image.
     :param tuple bounds: smallest and largest value of the image.
-    :param float rtol: tolerance of the solver.
+    :param float rtol: tolerance of the solver; ``None``: ``3e-3`` for ``"admm"``, else
+        ``1e-4``, as published.
     :param int max_iter: its largest number of iterations.
     :param str complex_mode: ``"real_imag"`` or ``"real"``.
     :param AdjointOptions adjoint: settings of the backward pass.
@@ -101,7 +107,7 @@ class SynthesisModel(Reconstructor, Denoiser):
         lambda_reg: float | Tensor | None,
         sigma: float | None,
         bounds: tuple[float, float] | None,
-        rtol: float,
+        rtol: float | None,
         max_iter: int,
         complex_mode: ComplexMode,
         adjoint: AdjointOptions,
@@ -121,7 +127,7 @@ class SynthesisModel(Reconstructor, Denoiser):
                 "solver='fista' eliminates the image, which bounds prevent. Use "
                 "'admm' or 'ipalm', or leave bounds out."
             )
-        if not rtol >= 0 or max_iter < 1:
+        if (rtol is not None and not rtol >= 0) or max_iter < 1:
             raise ValueError(
                 "rtol must not be negative and max_iter must be positive, got "
                 f"{rtol} and {max_iter}."
@@ -193,11 +199,14 @@ class SynthesisModel(Reconstructor, Denoiser):
             if not torch.isfinite(x0).all():
                 raise ValueError("init holds NaN or infinity.")
         name = solver or self.solver or self._default_solver(problem, operator)
-        x, result = self._solve(name, problem, x0.detach())
-        if self.warn and self.rtol:
+        rtol = self.rtol
+        if rtol is None:
+            rtol = DEFAULT_RTOL.get(name, DEFAULT_OTHER_RTOL)
+        x, result = self._solve(name, problem, x0.detach(), rtol)
+        if self.warn and rtol:
             result.warn(
                 type(self).__name__,
-                self.rtol,
+                rtol,
                 "The image is the last iterate. Raise max_iter, or relax rtol.",
                 stacklevel=5,  # the caller of the module
             )
@@ -216,7 +225,7 @@ class SynthesisModel(Reconstructor, Denoiser):
             result.residual[None],
             level.detach(),
             weight.detach(),
-            self.rtol,
+            rtol,
             torch.ones_like(level),
             notes,
             None,
@@ -279,10 +288,10 @@ class SynthesisModel(Reconstructor, Denoiser):
         return level, level / self.prior.sigma * self.prior.lambda_reg
 
     def _solve(
-        self, name: str, problem: SynthesisProblem, x: Tensor
+        self, name: str, problem: SynthesisProblem, x: Tensor, rtol: float
     ) -> tuple[Tensor, SolverResult]:
         a = problem.zero_coefficients()
-        limits = {"rtol": self.rtol, "max_iter": self.max_iter}
+        limits = {"rtol": rtol, "max_iter": self.max_iter}
         if name in ("two-step", "coordinate-descent"):
             if name == "two-step":
                 limits = {"rtol": 0.0, "max_iter": 2}
@@ -373,7 +382,8 @@ class SmoothPlusSparse(SynthesisModel):
     :param float sigma: default noise level of denoising, in units of the image.
     :param tuple bounds: smallest and largest value of the image, for example ``(0,
         float("inf"))``; not for ``"fista"``.
-    :param float rtol: tolerance of the solver.
+    :param float rtol: tolerance of the solver; ``None``: ``3e-3`` for ``"admm"``, else
+        ``1e-4``, as published.
     :param int max_iter: its largest number of iterations.
     :param str complex_mode: ``"real_imag"`` or ``"real"``.
     :param AdjointOptions adjoint: settings of the backward pass.
@@ -400,7 +410,7 @@ class SmoothPlusSparse(SynthesisModel):
         lambda_reg: float | Tensor | None = None,
         sigma: float | None = None,
         bounds: tuple[float, float] | None = None,
-        rtol: float = 1e-3,
+        rtol: float | None = None,
         max_iter: int = 2000,
         complex_mode: ComplexMode = "real_imag",
         adjoint: AdjointOptions = DEFAULT_ADJOINT,
@@ -480,7 +490,8 @@ class PatchSynthesis(SynthesisModel):
     :param float, torch.Tensor lambda_reg: default threshold.
     :param float sigma: default noise level of denoising, in units of the image.
     :param tuple bounds: smallest and largest value of the image; not for ``"fista"``.
-    :param float rtol: tolerance of the solver.
+    :param float rtol: tolerance of the solver; ``None``: ``3e-3`` for ``"admm"``, else
+        ``1e-4``, as published.
     :param int max_iter: its largest number of iterations.
     :param str complex_mode: ``"real_imag"`` or ``"real"``.
     :param AdjointOptions adjoint: settings of the backward pass.
@@ -506,7 +517,7 @@ class PatchSynthesis(SynthesisModel):
         lambda_reg: float | Tensor | None = None,
         sigma: float | None = None,
         bounds: tuple[float, float] | None = None,
-        rtol: float = 1e-3,
+        rtol: float | None = None,
         max_iter: int = 5000,
         complex_mode: ComplexMode = "real_imag",
         adjoint: AdjointOptions = DEFAULT_ADJOINT,
