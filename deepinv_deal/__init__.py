@@ -1,8 +1,8 @@
 r"""
 Learned, interpretable, convergent image reconstruction for deepinv.
 
-* :mod:`deepinv_deal.models`: what to start with, :class:`DEAL`, :class:`SAFI` and
-  :class:`MMR`
+* :mod:`deepinv_deal.models`: what to start with: :class:`DEAL`, :class:`SAFI`,
+  :class:`MMR`, :class:`SmoothPlusSparse`, :class:`PatchSynthesis`
 * :mod:`deepinv_deal.priors`: the learned regularizers as deepinv priors
 * :mod:`deepinv_deal.optim`: the deepinv optimizer that runs a prior to its fixed point
 * :mod:`deepinv_deal.solvers`: conjugate gradients, fixed points, implicit
@@ -22,10 +22,19 @@ from deepinv_deal.models import (
     MMR,
     SAFI,
     AttentiveL1Info,
+    PatchSynthesis,
     ReconstructionInfo,
+    SmoothPlusSparse,
+    SynthesisInfo,
 )
 from deepinv_deal.optim import FixedPointOptim, FrozenIteration
-from deepinv_deal.priors import DEALPrior, MMRPrior, SAFIPrior
+from deepinv_deal.priors import (
+    DEALPrior,
+    MMRPrior,
+    PatchSynthesisPrior,
+    SAFIPrior,
+    SmoothPlusSparsePrior,
+)
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.tuning import Trial, TuningResult, tune
 
@@ -41,8 +50,13 @@ __all__ = [
     "FixedPointOptim",
     "FrozenIteration",
     "MMRPrior",
+    "PatchSynthesis",
+    "PatchSynthesisPrior",
     "ReconstructionInfo",
     "SAFIPrior",
+    "SmoothPlusSparse",
+    "SmoothPlusSparsePrior",
+    "SynthesisInfo",
     "Trial",
     "TuningResult",
     "__version__",

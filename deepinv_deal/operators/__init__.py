@@ -1,5 +1,12 @@
 """Linear maps with exact adjoints."""
 
 from deepinv_deal.operators.multi_conv import MultiConv, MultiConvOperator
+from deepinv_deal.operators.patches import PatchConv, PatchDictionary, PatchFrame
 
-__all__ = ["MultiConv", "MultiConvOperator"]
+__all__ = [
+    "MultiConv",
+    "MultiConvOperator",
+    "PatchConv",
+    "PatchDictionary",
+    "PatchFrame",
+]

@@ -30,12 +30,15 @@ class Convolution:
     the same sums, 1.5 to 8 times faster. A large kernel from many channels to one is
     applied row by row, its rows as output channels, which are shifted and added.
 
-    :param torch.Tensor kernel: shape ``(C_out, C_in, k, k)``, k odd.
+    :param torch.Tensor kernel: shape ``(C_out, C_in, k, k)``.
+    :param int pad: rows and columns of zeros on each side; ``k // 2`` if ``None``,
+        which keeps the size for odd k.
     """
 
-    def __init__(self, kernel: Tensor):
+    def __init__(self, kernel: Tensor, pad: int | None = None):
         c_out, c_in, k, _ = kernel.shape
-        self.pad = k // 2
+        self.pad = k // 2 if pad is None else pad
+        self.shrink = k - 1 - 2 * self.pad
         on_cpu = kernel.device.type == "cpu"
         self.by_rows = on_cpu and c_out == 1 and c_in >= 16 and k >= 9
         self.polyphase = on_cpu and c_out <= 8 and not self.by_rows
@@ -51,16 +54,14 @@ class Convolution:
         self.kernel = kernel.clone(memory_format=torch.channels_last)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Convolves ``x (B, C_in, H, W)``; the size stays."""
+        """Convolves ``x (B, C_in, H, W)``; with the usual ``pad`` the size stays."""
+        height, width = (n - self.shrink for n in x.shape[-2:])
         if self.by_rows:
-            rows = F.conv2d(x, self.kernel, padding=self.pad)  # (B, k, H + 2 pad, W)
-            shifted = [
-                row[:, i : i + x.shape[2]] for i, row in enumerate(rows.unbind(1))
-            ]
+            rows = F.conv2d(x, self.kernel, padding=self.pad)  # (B, k, H + 2 pad, W')
+            shifted = [row[:, i : i + height] for i, row in enumerate(rows.unbind(1))]
             return torch.stack(shifted, 1).sum(1, keepdim=True)
         if not self.polyphase:
             return F.conv2d(x, self.kernel, padding=self.pad)
-        height, width = x.shape[-2:]
         odd = (0, width % 2, 0, height % 2)
         phases = F.conv2d(
             F.pad(x, odd) if any(odd) else x, self.kernel, None, 2, self.pad

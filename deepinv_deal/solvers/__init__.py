@@ -5,6 +5,7 @@ from deepinv_deal.solvers.fixed_point import FrozenProblem, fixed_point
 from deepinv_deal.solvers.implicit import (
     AdjointOptions,
     Equation,
+    SolvedEquation,
     attach_gradient,
     implicit_solution,
     solve_adjoint_system,
@@ -27,6 +28,7 @@ __all__ = [
     "ConvergenceWarning",
     "Equation",
     "FrozenProblem",
+    "SolvedEquation",
     "SolverResult",
     "Status",
     "admm",

@@ -21,24 +21,33 @@ AdjointSolve = Callable[[Tensor], Tensor]
 LinearSolve = Callable[[Tensor, Tensor], SolverResult]
 
 
-class Equation(Protocol):
+class SolvedEquation(Protocol):
     r"""
-    What a model asks of an image: :math:`F(x) = 0`.
+    What a solution satisfies: :math:`F(x) = 0`.
 
-    Calling the object evaluates :math:`F`, differentiable in the image and in
-    everything the model depends on.
+    Calling the object evaluates :math:`F`, differentiable in the unknown and in
+    everything the equation depends on.
     """
 
     def __call__(self, x: Tensor, /) -> Tensor:
         """Returns the residual F(x), shape of ``x``."""
         ...
 
-    def freeze(self, x: Tensor, /) -> FrozenProblem:
-        """Returns the convex problem with all weights frozen at ``x``."""
+    def adjoint_solver(self, x: Tensor, /) -> LinearSolve:
+        r"""
+        Returns a solver for :math:`-F_x^{\top}`, or a symmetric part that can be
+        inverted: for frozen weights.
+        """
         ...
 
-    def adjoint_solver(self, x: Tensor, /) -> LinearSolve:
-        """Returns a solver for :math:`-F_x` with the weights frozen at ``x``."""
+
+class Equation(SolvedEquation, Protocol):
+    r"""
+    What a model asks of an image, solved by freezing its weights again and again.
+    """
+
+    def freeze(self, x: Tensor, /) -> FrozenProblem:
+        """Returns the convex problem with all weights frozen at ``x``."""
         ...
 
 
@@ -108,7 +117,7 @@ def solve_equation(
 
 
 def attach_gradient(
-    equation: Equation,
+    equation: SolvedEquation,
     x: Tensor,
     options: AdjointOptions,
     residual: Tensor | None = None,
@@ -119,7 +128,7 @@ def attach_gradient(
 
     Returns ``x`` itself if gradients are disabled or nothing requires them.
 
-    :param Equation equation: the equation that ``x`` solves.
+    :param SolvedEquation equation: the equation that ``x`` solves.
     :param torch.Tensor x: solution, shape ``(B, ...)``.
     :param AdjointOptions options: settings of the backward pass.
     :param torch.Tensor residual: ``equation(x)`` with gradients, if it is known

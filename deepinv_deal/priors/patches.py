@@ -1,0 +1,385 @@
+r"""Learned dictionaries of patches as deepinv priors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from deepinv.optim.prior import Prior
+from torch import Tensor, nn
+
+from deepinv_deal._batch import inner
+from deepinv_deal.operators import PatchDictionary
+from deepinv_deal.operators.patches import Boundary
+from deepinv_deal.priors.penalties import (
+    GroupPenalty,
+    L1Penalty,
+    Penalty,
+    WeaklyConvexPenalty,
+)
+from deepinv_deal.priors.synthesis import (
+    ImageSystem,
+    SynthesisProblem,
+    eliminated_fista,
+    joint_admm,
+    sparse_coding,
+)
+from deepinv_deal.solvers import AdjointOptions, SolverResult
+
+PenaltyName = Literal["group", "l1", "weakly_convex"]
+PENALTIES: tuple[str, ...] = ("group", "l1", "weakly_convex")
+
+#: Penalty parameters of ADMM: the quadratic part then contracts fast for convex
+#: penalties, and exceeds the weak convexity of the others.
+ADMM_CONVEX, ADMM_WEAKLY_CONVEX = 0.03, 0.2
+
+#: Steps of size 1 in the coefficients need a dictionary of norm below 1, as published.
+GAIN = 0.99**0.5
+
+
+class PatchPrior(Prior):
+    r"""
+    What the two learned dictionaries share.
+
+    The partially minimised prior of an image is
+
+    .. math::
+        g(x) = \min_a \; \sum_k \tfrac12 \|\sqrt{\beta}\, E_k x - \bar D a_k\|_2^2 +
+        R(a), \qquad \|\bar D\|_2 \leq 1,
+
+    where :math:`E_k` takes the patch at position k and removes what is free.
+    :meth:`fn`, :meth:`grad` and :meth:`prox` make it a prior for deepinv's own
+    algorithms. The gradient :math:`\sqrt{\beta} \sum_k E_k^{\top} (\sqrt{\beta} E_k x -
+    \bar D a_k(x))` needs no derivative of the coefficients :math:`a(x)`.
+
+    :param PatchDictionary dictionary: the atoms.
+    :param float beta: initial coupling :math:`\beta > 0`.
+    :param float lambda_reg: base of the thresholds.
+    :param float sigma: noise level at which the thresholds apply, in [0, 1] units.
+    :param float gain: norm of :math:`\bar D`.
+    """
+
+    def __init__(
+        self,
+        dictionary: PatchDictionary,
+        beta: float,
+        lambda_reg: float,
+        sigma: float,
+        gain: float,
+    ):
+        super().__init__()
+        for name, value in (
+            ("beta", beta),
+            ("lambda_reg", lambda_reg),
+            ("sigma", sigma),
+        ):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {value}.")
+        self.explicit_prior = True
+        self.in_channels = 1
+        self.dictionary = dictionary
+        self.log_beta = nn.Parameter(torch.tensor(float(beta)).log())
+        self.register_buffer("lambda_reg", torch.tensor(float(lambda_reg)))
+        self.register_buffer("sigma", torch.tensor(float(sigma)))
+        self.gain = gain
+
+    @property
+    def beta(self) -> Tensor:
+        r"""The learned coupling :math:`\beta`."""
+        return self.log_beta.exp()
+
+    def penalty(self, beta: Tensor, lambda_reg: Tensor, channels: int) -> Penalty:
+        """
+        Returns the penalty of the coefficients.
+
+        :param torch.Tensor beta: coupling per sample, ``(B,)``.
+        :param torch.Tensor lambda_reg: base of the thresholds per sample, ``(B,)``.
+        :param int channels: image channels.
+        """
+        raise NotImplementedError
+
+    def problem(
+        self,
+        data: ImageSystem,
+        *,
+        beta: Tensor | None = None,
+        lambda_reg: Tensor | None = None,
+    ) -> SynthesisProblem:
+        """
+        Returns the joint problem of image and coefficients.
+
+        :param ImageSystem data: the data term.
+        :param torch.Tensor beta: coupling per sample ``(B,)``; the learned one if
+            ``None``.
+        :param torch.Tensor lambda_reg: base of the thresholds per sample ``(B,)``; the
+            prior's own if ``None``.
+        :raises ValueError: if the image is smaller than a patch.
+        """
+        batch, channels, height, width = data.b.shape
+        n = self.dictionary.patch_size
+        if min(height, width) < n:
+            raise ValueError(
+                f"Images must be at least as large as a patch, {n} x {n}, got "
+                f"{height} x {width}."
+            )
+        if beta is None:
+            beta = self.beta.expand(batch)
+        if lambda_reg is None:
+            lambda_reg = self.lambda_reg.expand(batch)
+        frame = self.dictionary.frame()
+        return SynthesisProblem(
+            data,
+            replace(frame, C=self.gain * frame.C),
+            self.penalty(beta, lambda_reg, channels),
+            beta,
+            cg_rtol=1e-6 if data.b.dtype == torch.float32 else 1e-12,
+        )
+
+    # -- deepinv's interface -----------------------------------------------------
+
+    def _at(self, x: Tensor, sigma: Any) -> SynthesisProblem:
+        scale = 1.0 if sigma is None else sigma / self.sigma
+        return self.problem(
+            ImageSystem.identity(x),
+            lambda_reg=(scale * self.lambda_reg).reshape(-1).expand(len(x)),
+        )
+
+    def code(
+        self, x: Tensor, sigma: Any = None, *, rtol: float = 1e-5, max_iter: int = 10000
+    ) -> SolverResult:
+        r"""
+        Returns the coefficients :math:`a(x)` of an image and how they were found.
+
+        :param torch.Tensor x: images, shape ``(B, C, H, W)``.
+        :param float, torch.Tensor sigma: noise level in [0, 1] units; the training's if
+            ``None``.
+        :param float rtol: tolerance.
+        :param int max_iter: largest number of iterations.
+        """
+        problem = self._at(x, sigma)
+        with torch.no_grad():
+            f = problem.features(x)
+            zero = problem.zero_coefficients()
+        result = sparse_coding(problem, f, zero, rtol=rtol, max_iter=max_iter)
+        result.warn(type(self).__name__, rtol, "Raise max_iter or relax rtol.")
+        return result
+
+    def fn(self, x: Tensor, sigma: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        r"""Returns :math:`g(x)` of every sample, ``(B,)``."""
+        problem = self._at(x, sigma)
+        a = self.code(x, sigma).x
+        r = problem.features(x) - problem.synthesis(a)
+        return 0.5 * inner(r, r) + problem.penalty.value(a)
+
+    def grad(self, x: Tensor, sigma: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        r"""
+        Returns :math:`\nabla g(x)`, shape of ``x``.
+
+        Not differentiable a second time.
+        """
+        with torch.no_grad():
+            problem = self._at(x, sigma)
+            a = self.code(x, sigma).x
+            return problem.features_adjoint(problem.features(x) - problem.synthesis(a))
+
+    def prox(
+        self,
+        x: Tensor,
+        sigma: Any = None,
+        *args: Any,
+        gamma: float | Tensor = 1.0,
+        rtol: float = 1e-5,
+        max_iter: int = 10000,
+        **kwargs: Any,
+    ) -> Tensor:
+        r"""
+        Returns :math:`\arg\min_z \tfrac{1}{2 \gamma} \|z - x\|^2 + g(z)`.
+
+        Differentiable by implicit differentiation. A :class:`ConvergenceWarning` tells
+        if it did not converge.
+
+        :param torch.Tensor x: images, shape ``(B, C, H, W)``.
+        :param float, torch.Tensor sigma: noise level in [0, 1] units; the training's if
+            ``None``.
+        :param float, torch.Tensor gamma: weight, one or ``(B,)``.
+        :param float rtol: tolerance of the joint solver.
+        :param int max_iter: its largest number of iterations.
+        """
+        weight = 1 / torch.as_tensor(gamma, dtype=x.dtype, device=x.device)
+        data = ImageSystem.identity(x, weight.reshape(-1))
+        problem = replace(self._at(x, sigma), data=data)
+        z, result = solve_jointly(problem, x, rtol=rtol, max_iter=max_iter)
+        result.warn(
+            type(self).__name__ + ".prox", rtol, "Raise max_iter or relax rtol."
+        )
+        return z
+
+
+def solve_jointly(
+    problem: SynthesisProblem,
+    x: Tensor,
+    *,
+    rtol: float,
+    max_iter: int,
+    adjoint: AdjointOptions | None = None,
+) -> tuple[Tensor, SolverResult]:
+    """
+    Minimises over image and coefficients by the better solver, with gradients.
+
+    ADMM for convex penalties where Fourier transforms solve its linear systems, else
+    FISTA with the image eliminated.
+
+    :param SynthesisProblem problem: the problem.
+    :param torch.Tensor x: first image.
+    :param float rtol: tolerance, see the solvers.
+    :param int max_iter: largest number of iterations.
+    :param AdjointOptions adjoint: settings of the backward pass.
+    :return: the image and the solver's result.
+    """
+    with torch.no_grad():
+        a = problem.zero_coefficients()
+        if problem.penalty.weak_convexity > 0 or not problem.fourier:
+            result = eliminated_fista(problem, x, a, rtol=rtol, max_iter=max_iter)
+        else:
+            result = joint_admm(
+                problem, x, a, r=ADMM_CONVEX, rtol=rtol, max_iter=max_iter
+            )
+    options = adjoint or AdjointOptions(jacobian_free=True)
+    image, _ = problem.differentiable(result.x, result.state[0], options)
+    return image, result
+
+
+class PatchSynthesisPrior(PatchPrior):
+    r"""
+    The convex patch-based synthesis prior.
+
+    .. math::
+        g(x) = \min_a \; \beta \sum_k \tfrac12 \|\tilde P_k x - D a_k\|_2^2
+        + \lambda \|a_k\|_1
+
+    (:footcite:t:`ducotterd2024convex`, Eq. (2), in the scaling of the authors' code:
+    :math:`\lambda` is the threshold of the coefficients, the paper's divided by
+    :math:`\beta`). :math:`\tilde P_k` takes a patch and removes its mean; D has
+    zero-mean atoms of equal norm and :math:`\|D\|_2 = 1`. Convex.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.priors import PatchSynthesisPrior
+    >>> prior = PatchSynthesisPrior(num_atoms=20, patch_size=4)
+    >>> x = torch.rand(2, 1, 12, 13)
+    >>> prior.fn(x).shape, prior.grad(x).shape
+    (torch.Size([2]), torch.Size([2, 1, 12, 13]))
+
+    :param int num_atoms: number of atoms.
+    :param int patch_size: rows (and columns) of a patch.
+    :param float beta: coupling :math:`\beta`.
+    :param float lambda_reg: threshold :math:`\lambda`.
+    :param float sigma: noise level at which :math:`\lambda` applies, in [0, 1] units.
+    :param str boundary: ``"valid"`` (patches inside the image, as published) or
+        ``"circular"``.
+    """
+
+    def __init__(
+        self,
+        num_atoms: int = 128,
+        patch_size: int = 10,
+        *,
+        beta: float = 2.0,
+        lambda_reg: float = 0.0075,
+        sigma: float = 25 / 255,
+        boundary: Boundary = "valid",
+    ):
+        dictionary = PatchDictionary(num_atoms, patch_size, 0, boundary)
+        super().__init__(dictionary, beta, lambda_reg, sigma, gain=1.0)
+
+    def penalty(self, beta: Tensor, lambda_reg: Tensor, channels: int) -> L1Penalty:
+        """Returns the l1 norm of the coefficients times the root of beta."""
+        del channels  # one threshold for all
+        return L1Penalty((beta.sqrt() * lambda_reg).view(-1, 1, 1, 1))
+
+
+class SmoothPlusSparsePrior(PatchPrior):
+    r"""
+    The smooth-plus-sparse prior, convex (CPR) or weakly convex (NCPR).
+
+    .. math::
+        g(x) = \min_a \; \sum_k \tfrac{\beta}{2} \|(I - Q Q^{\top} - \tfrac1d \mathbf{1}
+        \mathbf{1}^{\top}) P_k x - D a_k\|_2^2 + R(a)
+
+    (:footcite:t:`ducotterd2024smooth`). Constants and the span of the learned
+    orthonormal free atoms Q are not penalised: they represent the smooth part of a
+    patch, the sparse combination of atoms D the rest. :math:`\beta \|D\|_2^2 = 0.99`,
+    so a change of :math:`\beta` also changes the effective weight of R, as published.
+    The penalty has one learned threshold per atom,
+    :math:`t_j = \lambda e^{s_j}`, and is
+
+    * ``"group"``: norms of blocks of 2 x 2 positions, as trained for CPR;
+    * ``"l1"``: the l1 norm;
+    * ``"weakly_convex"``: :class:`~deepinv_deal.priors.WeaklyConvexPenalty`, as trained
+      for NCPR.
+
+    Patches continue circularly. With odd numbers of rows or columns, the last blocks
+    of ``"group"`` are smaller.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.priors import SmoothPlusSparsePrior
+    >>> prior = SmoothPlusSparsePrior("group", 20, 5, num_free_atoms=10)
+    >>> x = torch.rand(2, 1, 12, 13)
+    >>> prior.fn(x).shape, prior.grad(x).shape
+    (torch.Size([2]), torch.Size([2, 1, 12, 13]))
+
+    :param str penalty: ``"group"``, ``"l1"`` or ``"weakly_convex"``.
+    :param int num_atoms: number of atoms.
+    :param int patch_size: rows (and columns) of a patch.
+    :param int num_free_atoms: number of free atoms, constants not counted.
+    :param float order: exponent of the weakly convex penalty.
+    :param float beta: initial coupling :math:`\beta`.
+    :param float lambda_reg: base :math:`\lambda` of the thresholds; ``None``: as
+        published, 0.002 or, weakly convex, 0.0125.
+    :param float sigma: noise level at which the thresholds apply, in [0, 1] units.
+    :param str boundary: ``"circular"`` (as published) or ``"valid"``.
+    """
+
+    def __init__(
+        self,
+        penalty: PenaltyName = "group",
+        num_atoms: int = 200,
+        patch_size: int = 13,
+        num_free_atoms: int = 120,
+        *,
+        order: float = 1.8,
+        beta: float = 2.0,
+        lambda_reg: float | None = None,
+        sigma: float = 25 / 255,
+        boundary: Boundary = "circular",
+    ):
+        if penalty not in PENALTIES:
+            raise ValueError(f"penalty must be one of {PENALTIES}, got {penalty!r}.")
+        if not 1 < order <= 2:
+            raise ValueError(f"order must lie in (1, 2], got {order}.")
+        if lambda_reg is None:
+            lambda_reg = 0.0125 if penalty == "weakly_convex" else 0.002
+        dictionary = PatchDictionary(num_atoms, patch_size, num_free_atoms, boundary)
+        super().__init__(dictionary, beta, lambda_reg, sigma, gain=GAIN)
+        self.penalty_name: PenaltyName = penalty
+        self.order = order
+        self.log_scale = nn.Parameter(torch.zeros(num_atoms))
+
+    def penalty(self, beta: Tensor, lambda_reg: Tensor, channels: int) -> Penalty:
+        """Returns the penalty with the learned thresholds."""
+        del beta  # the dictionary is scaled instead
+        thresholds = lambda_reg[:, None] * self.log_scale.exp().repeat(channels)
+        thresholds = thresholds[..., None, None]
+        if self.penalty_name == "group":
+            return GroupPenalty(thresholds)
+        if self.penalty_name == "l1":
+            return L1Penalty(thresholds)
+        return WeaklyConvexPenalty(thresholds, self.order)
