@@ -71,9 +71,11 @@ class DEALRecipe:
     :param str init: weights to start from, as :class:`deepinv_deal.DEAL` names them
         (bundled name or path); ``None``: random.
     :param float gamma: weight of the splines' second-order total variation in the loss.
-    :param float drift: weight of the change of the mask in the last iteration. A larger
-        weight than the published one makes the iteration contract.
-    :param float balance: exponent :math:`b` of the weights of the noise levels.
+    :param float drift: weight of the change of the mask in the last iteration. The
+        published weight is too small to matter; a larger one makes the iteration
+        contract.
+    :param float balance: exponent :math:`b` of the weights of the noise levels. At
+        1.75 all levels have about the same share in the loss.
     :param int depth_min: fewest outer iterations on a new problem.
     :param int depth_max: most outer iterations on a new problem.
     :param int reuse: number of steps that use the same noisy patch.
@@ -102,23 +104,23 @@ class DEALRecipe:
     steps: int | None = None
     time_budget: float | None = None
     batch_size: int = 2
-    patch_size: int = 64
+    patch_size: int = 80
     sigma_max: float = 50 / 255
     lr: float = 2e-3
     lr_final: float = 1e-6
     warmup: int = 200
     init: str | None = None
     gamma: float = 1e-4
-    drift: float = 1e-4
-    balance: float = 1.0
+    drift: float = 0.3
+    balance: float = 1.75
     depth_min: int = 6
     depth_max: int = 14
-    reuse: int = 16
+    reuse: int = 8
     pool: int = 128
     warm_depth_min: int = 1
-    warm_depth_max: int = 4
+    warm_depth_max: int = 3
     rtol: float = 5e-3
-    adjoint_rtol: float = 0.05
+    adjoint_rtol: float = 0.1
     jacobian_free: bool = True
     clip: float = 1.0
     val_every: int = 1000

@@ -255,7 +255,8 @@ def test_a_few_steps_lower_the_loss_on_the_same_patches(folder, tmp_path):
         pytest.param({"balance": 0.0}, id="balance"),
         pytest.param({"gamma": 1.0}, id="gamma"),
         pytest.param({"seed": 1}, id="seed"),
-        pytest.param({"adjoint_rtol": 1e-6}, id="adjoint_rtol"),
+        pytest.param({"drift": 100.0}, id="drift"),
+        pytest.param({"adjoint_rtol": 0.5}, id="adjoint_rtol"),
         pytest.param({"normalization": "exact"}, id="normalization"),
         pytest.param({"sigma_max": 0.1}, id="sigma_max"),
         pytest.param({"clip": 1e-3}, id="clip"),
@@ -264,9 +265,9 @@ def test_a_few_steps_lower_the_loss_on_the_same_patches(folder, tmp_path):
 )
 def test_each_setting_changes_the_training(folder, tmp_path, change):
     def train(**settings):
-        trainer = DEALTrainer(
-            recipe(folder, tmp_path, steps=100, **settings), resume=False
-        )
+        # Accurate adjoints: Jacobian-free answers are the first rough ones.
+        settings = {"steps": 100, "adjoint_rtol": 1e-4, **settings}
+        trainer = DEALTrainer(recipe(folder, tmp_path, **settings), resume=False)
         for _ in range(3):
             trainer._train_step()
             trainer.step += 1
