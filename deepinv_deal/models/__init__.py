@@ -5,16 +5,19 @@ from deepinv_deal.models.patches import (
     PatchSynthesis,
     SmoothPlusSparse,
     SynthesisInfo,
+    SynthesisModel,
 )
-from deepinv_deal.models.safi import MMR, SAFI, AttentiveL1Info
+from deepinv_deal.models.safi import MMR, SAFI, AttentiveL1Info, AttentiveL1Model
 
 __all__ = [
     "DEAL",
     "MMR",
     "SAFI",
     "AttentiveL1Info",
+    "AttentiveL1Model",
     "PatchSynthesis",
     "ReconstructionInfo",
     "SmoothPlusSparse",
     "SynthesisInfo",
+    "SynthesisModel",
 ]

@@ -1,20 +1,39 @@
 """Regularizers as deepinv priors: what a model freezes."""
 
-from deepinv_deal.priors.deal import DEALPrior
-from deepinv_deal.priors.patches import PatchSynthesisPrior, SmoothPlusSparsePrior
+from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation
+from deepinv_deal.priors.deal import AttentiveEquation, DEALPrior
+from deepinv_deal.priors.patches import (
+    PatchPrior,
+    PatchSynthesisPrior,
+    SmoothPlusSparsePrior,
+)
 from deepinv_deal.priors.penalties import (
     GroupPenalty,
     L1Penalty,
     WeaklyConvexPenalty,
 )
-from deepinv_deal.priors.safi import MMRPrior, SAFIPrior
+from deepinv_deal.priors.preconditioning import Preconditioning
+from deepinv_deal.priors.safi import (
+    AttentiveL1Prior,
+    AttentiveMask,
+    ConcavePotential,
+    MMRPrior,
+    SAFIPrior,
+)
 
 __all__ = [
+    "AttentiveEquation",
+    "AttentiveL1Equation",
+    "AttentiveL1Prior",
+    "AttentiveMask",
+    "ConcavePotential",
     "DEALPrior",
     "GroupPenalty",
     "L1Penalty",
     "MMRPrior",
+    "PatchPrior",
     "PatchSynthesisPrior",
+    "Preconditioning",
     "SAFIPrior",
     "SmoothPlusSparsePrior",
     "WeaklyConvexPenalty",

@@ -76,8 +76,9 @@ class L1Penalty:
 class GroupPenalty:
     r"""
     The weighted group norm :math:`R(a) = \sum_{j,G} t_j \|a_{j,G}\|_2` over blocks
-    :math:`G` of 2 x 2 positions (:footcite:t:`ducotterd2024smooth`).
+    :math:`G` of 2 x 2 positions.
 
+    It is the penalty of CPR in :footcite:t:`ducotterd2024smooth`.
     Blocks do not overlap and start at the upper left corner. Where the number of rows
     or columns is odd, the last blocks are smaller: coefficients continued by one row
     or column of zeros.

@@ -38,7 +38,7 @@ class Preconditioning:
     * ``"diagonal"``: both terms are replaced by their diagonals, where a filter counts
       with its energy and its mask is taken to be smooth.
     * ``"auto"``: for every sample the one whose model of :math:`H` fits better, on
-      trial (:class:`deepinv_deal.solvers.preconditioner.PreconditionedSolver`); none
+      trial (``PreconditionedSolver``); none
       where neither fits, and for denoising, which is well conditioned.
     * ``"none"``.
 

@@ -31,7 +31,9 @@ INITIAL_LAMBDA = 1e-4
 
 class AttentiveMask(nn.Module):
     r"""
-    The mask network of SAFI (:footcite:t:`pourya2024iteratively`).
+    The mask network of SAFI.
+
+    In :footcite:t:`pourya2024iteratively`, the mask of an image is
 
     .. math::
         m(x) = \mathrm{sigmoid}\big( s_3(V_3\, s_2(V_2\, s_1(V_1 x))) \big)
@@ -71,8 +73,9 @@ class AttentiveMask(nn.Module):
 
 class ConcavePotential(nn.Module):
     r"""
-    The potential of MMR, and the mask that majorises it
-    (:footcite:t:`pourya2024iteratively`).
+    The potential of MMR, and the mask that majorises it.
+
+    In :footcite:t:`pourya2024iteratively`, responses :math:`u = W x` are penalised by
 
     .. math::
         \Psi(u) = \sum_c \big\langle 1, \psi_c( G_c |u_c| ) \big\rangle, \qquad
@@ -329,7 +332,7 @@ class SAFIPrior(AttentiveL1Prior):
         return self.mask_network.bind()
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Raises: SAFI minimises no function. See :meth:`frozen_fn`."""
+        """Raises: SAFI minimises no function. See ``frozen_fn``."""
         raise NotImplementedError(
             "SAFIPrior has no energy: its mask depends on the image, and no function "
             "has its fixed points as minimisers. frozen_fn(x, z) evaluates the "

@@ -213,7 +213,7 @@ def proximal_gradient(
     >>> proximal_gradient([step], [torch.zeros(1, 2)]).x.round(decimals=2)
     tensor([[2., 0.]])
 
-    :param list steps: one function per block, see :data:`BlockStep`: it gets the
+    :param list steps: one function per block, see ``BlockStep``: it gets the
         extrapolated block and the tuple of all current blocks, and returns the new
         block. A linear image of a block that is needed again, such as
         :math:`W^{\top} u` beside :math:`u`, may be stacked into it: extrapolation keeps
