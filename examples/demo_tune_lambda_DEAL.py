@@ -69,7 +69,8 @@ y = blur(x)
 x_hat, info = model(y, blur, return_info=True, **result.settings)
 dinv.utils.plot(
     [x, y, x_hat],
-    titles=["image", "blurred and noisy", f"lambda {result.lambda_reg:.3g}"],
+    titles=["image", "measured", "tuned"],
+    figsize=(7, 3),
     subtitles=["", f"{psnr(y, x).item():.2f} dB", f"{psnr(x_hat, x).item():.2f} dB"],
 )
 print(f"PSNR {psnr(x_hat, x).item():.2f} dB, converged: {info.converged.item()}")
