@@ -96,13 +96,15 @@ class FrozenIteration(OptimIterator):
         if lambda_reg is not None:
             # The term norm / 2 ||A x - y||^2 with weight lambda, divided by its factor.
             lambda_reg = lambda_reg / data_fidelity.norm
+        settings: dict[str, Any] = {"inner_max_iter": self.inner_max_iter}
+        if getattr(prior, "quadratic", False):
+            settings["preconditioner"] = self.preconditioner
         return prior.equation(
             physics.A_adjoint_A,
             physics.A_adjoint(y),
             params["g_param"],
             lambda_reg,
-            inner_max_iter=self.inner_max_iter,
-            preconditioner=self.preconditioner,
+            **settings,
         )
 
     def forward(

@@ -304,6 +304,9 @@ class DEALPrior(Prior):
     #: Whether the regularizer depends on a noise level.
     needs_sigma = True
 
+    #: Whether its frozen problems are linear systems, which take a preconditioner.
+    quadratic = True
+
     def __init__(
         self,
         in_channels: int = 1,

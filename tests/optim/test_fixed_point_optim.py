@@ -6,7 +6,13 @@ import torch
 from deepinv.optim import BaseOptim, DEQConfig
 from problems import DOUBLE, TIGHT, images, random_model, random_prior, relative_error
 
-from deepinv_deal import ConvergenceWarning, FixedPointOptim, FrozenIteration
+from deepinv_deal import (
+    ConvergenceWarning,
+    FixedPointOptim,
+    FrozenIteration,
+    MMRPrior,
+    SAFIPrior,
+)
 
 SIGMA, LAMBDA = 0.1, 0.7
 
@@ -136,3 +142,13 @@ def test_model_is_a_fixed_point_optim(physics):
         ours(random_prior())(y, physics), expected, rtol=0, atol=0
     )
     assert expected.dtype == DOUBLE
+
+
+@pytest.mark.parametrize("prior_type", [SAFIPrior, MMRPrior])
+def test_priors_that_are_not_quadratic_run_too(prior_type):
+    prior = prior_type(4).double()
+    y = images(2, 1, 9, 8)
+    optimizer = FixedPointOptim(prior, lambda_reg=0.05, rtol=1e-6)
+    x, result = optimizer(y, dinv.physics.Denoising(), return_info=True)
+    assert result.converged.all() and x.shape == y.shape
+    assert (x != y).any()
