@@ -427,8 +427,9 @@ def _start(
     if level is None:
         level = own["g_param"]
     weight: Any = own["lambda"] if lambda_reg is None else lambda_reg
-    if weight is None and denoising and level is not None:
-        weight = model.prior[0].default_lambda(level, problem.y)
+    prior = model.prior[0]
+    if weight is None and denoising and not (level is None and prior.needs_sigma):
+        weight = prior.default_lambda(level, problem.y)
     start = {
         "lambda_reg": 1.0 if weight is None else weight,
         "sigma": DEFAULT_SIGMA if level is None else level,

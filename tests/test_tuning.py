@@ -19,7 +19,7 @@ from problems import DOUBLE, generator, images, random_model
 from skimage.data import camera
 from skimage.transform import resize
 
-from deepinv_deal import DEAL
+from deepinv_deal import DEAL, MMR
 from deepinv_deal.tuning import _search, _vertex, tune
 
 SHAPE = (1, 9, 8)
@@ -420,3 +420,13 @@ def test_a_progress_bar_is_drawn_on_request(model, x, capsys):
     for progress in (True, False):
         tune(model, blur(), [x], max_trials=2, progress=progress)
         assert ("Tuning" in capsys.readouterr().err) == progress
+
+
+def test_models_without_noise_level_are_tuned_too():
+    physics = Denoising(GaussianNoise(0.1))
+    model = MMR(num_filters=4, warn=False)
+    with pytest.warns(RuntimeWarning, match="max_trials=2"):
+        result = tune(model, physics, torch.rand(1, 1, 12, 12), max_trials=2)
+    own = float(model.prior[0].lambda_reg.detach())
+    assert result.trials[0].lambda_reg == pytest.approx(own)
+    assert len({trial.score for trial in result.trials}) == 2

@@ -197,8 +197,13 @@ class AttentiveL1Prior(Prior):
         nu = self.W.sqnorm("exact").detach().sqrt()
         return AttentiveL1(self.W.operator(nu), nu, self.bind_mask(nu))
 
-    def default_lambda(self, x: Tensor) -> Tensor:
-        r"""Returns the learned :math:`\lambda \geq 0` for denoising, shape ``(B,)``."""
+    def default_lambda(self, sigma: object, x: Tensor) -> Tensor:  # noqa: ARG002
+        r"""
+        Returns the learned :math:`\lambda \geq 0` for denoising, shape ``(B,)``.
+
+        :param object sigma: no noise level is needed: the weights serve one.
+        :param torch.Tensor x: image batch; its values do not matter.
+        """
         return self.lambda_reg.clamp_min(0).expand(len(x))
 
     def splines(self) -> list[LinearSpline]:
@@ -289,7 +294,7 @@ class AttentiveL1Prior(Prior):
                 f"leave sigma out, got {sigma!r}."
             )
         if lambda_reg is None:
-            weight = self.default_lambda(b)
+            weight = self.default_lambda(None, b)
         else:
             weight = torch.as_tensor(lambda_reg, dtype=b.dtype, device=b.device)
             weight = weight.reshape(-1).expand(len(b))
