@@ -19,7 +19,9 @@ from deepinv_deal._batch import expand
 from deepinv_deal.models.image_operator import (
     ComplexMode,
     ImageOperator,
+    check_complex_mode,
     check_image,
+    check_init,
     check_measurements,
     intensity,
     is_noise_level,
@@ -245,15 +247,12 @@ class DEAL(FixedPointOptim, Denoiser):
             and not 0 < scale < math.inf
         ):
             raise ValueError(f"scale must be positive, got {scale}.")
-        if complex_mode not in ("real_imag", "real"):
-            raise ValueError(
-                f"complex_mode must be 'real_imag' or 'real', got {complex_mode!r}."
-            )
+        check_complex_mode(complex_mode)
         if lambda_mode not in ("absolute", "relative"):
             raise ValueError(
                 f"lambda_mode must be 'absolute' or 'relative', got {lambda_mode!r}."
             )
-        _check_init("custom_init", custom_init)
+        _check_init_name("custom_init", custom_init)
         super().__init__(
             prior,
             lambda_reg=lambda_reg,
@@ -419,7 +418,7 @@ class DEAL(FixedPointOptim, Denoiser):
         self, init: Any, y: Tensor, physics: Any, operator: ImageOperator
     ) -> Tensor:
         """The image to start from, ``(B, C, H, W)``."""
-        _check_init("init", init)
+        _check_init_name("init", init)
         init = self.custom_init if init is None else init
         if init is None or isinstance(init, str) and init == "zero":
             return torch.zeros_like(operator.b)
@@ -430,13 +429,10 @@ class DEAL(FixedPointOptim, Denoiser):
                 x0 = physics.A_dagger(y)
         else:
             x0 = self.init_iterate_fn(y, physics or operator, init=init)["est"][0]
-        x0 = operator.extract(check_image("init", x0, operator))
-        if not torch.isfinite(x0).all():
-            raise ValueError("init holds NaN or infinity.")
-        return x0
+        return check_init(x0, operator)
 
 
-def _check_init(name: str, init: Any) -> None:
+def _check_init_name(name: str, init: Any) -> None:
     if isinstance(init, str) and init not in INITS:
         raise ValueError(
             f"{name} must be one of {INITS}, an image, or a function of (y, physics), "

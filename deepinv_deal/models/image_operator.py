@@ -291,6 +291,33 @@ def check_image(name: str, image: Any, operator: ImageOperator) -> Tensor:
     return image
 
 
+def check_init(image: Any, operator: ImageOperator) -> Tensor:
+    """
+    Checks a first image and returns it as what is solved for.
+
+    :param torch.Tensor image: the argument ``init``.
+    :param ImageOperator operator: tells the shape.
+    :raises ValueError: if it is no image of the physics, or not finite.
+    """
+    x0 = operator.extract(check_image("init", image, operator))
+    if not torch.isfinite(x0).all():
+        raise ValueError("init holds NaN or infinity.")
+    return x0
+
+
+def check_complex_mode(complex_mode: str) -> None:
+    """
+    Checks how complex images are to be treated.
+
+    :param str complex_mode: the argument.
+    :raises ValueError: if it is not ``"real_imag"`` or ``"real"``.
+    """
+    if complex_mode not in ("real_imag", "real"):
+        raise ValueError(
+            f"complex_mode must be 'real_imag' or 'real', got {complex_mode!r}."
+        )
+
+
 def per_sample(name: str, value: Any, like: Tensor) -> Tensor:
     """
     Checks a number, or one per sample, and returns it as ``(B,)``.

@@ -14,7 +14,8 @@ from deepinv_deal.models.deal import ReconstructionInfo
 from deepinv_deal.models.image_operator import (
     ComplexMode,
     ImageOperator,
-    check_image,
+    check_complex_mode,
+    check_init,
     check_measurements,
     is_noise_level,
     per_sample,
@@ -133,10 +134,7 @@ class SynthesisModel(Reconstructor, Denoiser):
                 "rtol must not be negative and max_iter must be positive, got "
                 f"{rtol} and {max_iter}."
             )
-        if complex_mode not in ("real_imag", "real"):
-            raise ValueError(
-                f"complex_mode must be 'real_imag' or 'real', got {complex_mode!r}."
-            )
+        check_complex_mode(complex_mode)
         self.prior = prior
         self.solver, self.bounds = solver, bounds
         self.beta, self.lambda_reg, self.sigma = beta, lambda_reg, sigma
@@ -196,9 +194,7 @@ class SynthesisModel(Reconstructor, Denoiser):
         problem = self.prior.problem(data, beta=coupling, lambda_reg=weight)
         x0 = operator.b
         if init is not None:
-            x0 = operator.extract(check_image("init", init, operator))
-            if not torch.isfinite(x0).all():
-                raise ValueError("init holds NaN or infinity.")
+            x0 = check_init(init, operator)
         name = solver or self.solver or self._default_solver(problem, operator)
         rtol = self.rtol
         if rtol is None:
@@ -242,12 +238,9 @@ class SynthesisModel(Reconstructor, Denoiser):
         operator: ImageOperator,  # noqa: ARG002 - for models that tell tasks apart
     ) -> str:
         """Returns the solver that is fastest for the problem."""
-        # Without Fourier transforms the linear systems of ADMM are the dearest; those
-        # of weakly convex penalties need an iterative proximal map.
-        quick = problem.penalty.weak_convexity == 0 and problem.fourier
-        if self.bounds is not None:
-            return "admm" if quick else "ipalm"
-        return "admm" if quick else "fista"
+        if problem.suits_admm:
+            return "admm"
+        return "fista" if self.bounds is None else "ipalm"
 
     def _data(
         self, operator: ImageOperator, beta: Tensor, notes: list[str]

@@ -19,7 +19,9 @@ from deepinv_deal._batch import expand
 from deepinv_deal.models.image_operator import (
     ComplexMode,
     ImageOperator,
+    check_complex_mode,
     check_image,
+    check_init,
     check_measurements,
     intensity,
     is_noise_level,
@@ -117,10 +119,7 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
             )
         if scale is not None and scale != "auto" and not 0 < float(scale) < torch.inf:
             raise ValueError(f"scale must be 'auto', positive or None, got {scale!r}.")
-        if complex_mode not in ("real_imag", "real"):
-            raise ValueError(
-                f"complex_mode must be 'real_imag' or 'real', got {complex_mode!r}."
-            )
+        check_complex_mode(complex_mode)
         if box is not None and not (len(box) == 2 and box[0] < box[1]):
             raise ValueError(f"box must be None or (lower, upper), got {box}.")
         super().__init__(
@@ -183,9 +182,7 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         equation = self._equation(operator, scale, lambda_reg)
         b, unit = operator.b, expand(scale, operator.b)
         if init is not None:
-            init = operator.extract(check_image("init", init, operator)) / unit
-            if not torch.isfinite(init).all():
-                raise ValueError("init holds NaN or infinity.")
+            init = check_init(init, operator) / unit
         if x_gt is not None:
             x_gt = operator.extract(check_image("x_gt", x_gt, operator)) / unit
         rtol = self.denoising_rtol if operator.denoising else self.rtol

@@ -395,6 +395,22 @@ class MultiConv(nn.Module):
         )
 
 
+def wrapped(kernels: Tensor, height: int, width: int) -> Tensor:
+    """
+    Places kernels ``(..., n, m)`` at the corner of a periodic image.
+
+    :param torch.Tensor kernels: what is larger than the image wraps around.
+    :param int height: rows of the image.
+    :param int width: columns of the image.
+    :return: shape ``(..., height, width)``.
+    """
+    rows, columns = kernels.shape[-2:]
+    kernels = F.pad(kernels, (0, -columns % width, 0, -rows % height))
+    for dim, n in ((-2, height), (-1, width)):
+        kernels = kernels.unflatten(dim, (-1, n)).sum(dim - 1)
+    return kernels
+
+
 def _check_normalization(name: str) -> None:
     if name not in NORMALIZATIONS:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepinv_deal.operators.multi_conv import Convolution
+from deepinv_deal.operators.multi_conv import Convolution, wrapped
 
 Boundary = Literal["circular", "valid"]
 BOUNDARIES: tuple[str, ...] = ("circular", "valid")
@@ -78,14 +78,7 @@ class PatchConv:
         :return: non-negative for positive semidefinite :math:`K`, shape
             ``(height, width)``.
         """
-        n = self.kernels.shape[-1]
-        tiles = (-(-n // height), -(-n // width))  # a patch larger than the image wraps
-        kernels = F.pad(
-            self.kernels, (0, tiles[1] * width - n, 0, tiles[0] * height - n)
-        )
-        kernels = kernels.unflatten(2, (tiles[1], width)).sum(2)
-        kernels = kernels.unflatten(1, (tiles[0], height)).sum(1)
-        transform = torch.fft.fft2(kernels).flatten(1)
+        transform = torch.fft.fft2(wrapped(self.kernels, height, width)).flatten(1)
         weighted = transform if metric is None else metric.to(transform) @ transform
         return (transform.conj() * weighted).real.sum(0).view(height, width)
 

@@ -239,12 +239,12 @@ def solve_jointly(
     """
     with torch.no_grad():
         a = problem.zero_coefficients()
-        if problem.penalty.weak_convexity > 0 or not problem.fourier:
-            result = eliminated_fista(problem, x, a, rtol=rtol, max_iter=max_iter)
-        else:
+        if problem.suits_admm:
             result = joint_admm(
                 problem, x, a, r=ADMM_CONVEX, rtol=rtol, max_iter=max_iter
             )
+        else:
+            result = eliminated_fista(problem, x, a, rtol=rtol, max_iter=max_iter)
     options = adjoint or AdjointOptions(jacobian_free=True)
     image, _ = problem.differentiable(result.x, result.state[0], options)
     return image, result

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from deepinv_deal._batch import expand, select
 from deepinv_deal.operators import MultiConvOperator
+from deepinv_deal.operators.multi_conv import wrapped
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.preconditioner import (
     LARGEST_MISFIT,
@@ -110,12 +111,7 @@ class Preconditioning:
         weighted = mean[:, None, :, None, None] * self.responses  # (B, C, N, n, n)
         own = self.W.adjoint(weighted.flatten(0, 1)).unflatten(0, weighted.shape[:2])
         kernels = own.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)  # (B, C, n, n)
-        # A kernel larger than the image wraps around.
-        size = self.diagonal.shape[-2:]
         reach = kernels.shape[-1] // 2
-        lack = [-kernels.shape[-1] % n for n in size]
-        kernels = F.pad(kernels, (0, lack[1], 0, lack[0]))
-        for dim, n in zip((-2, -1), size, strict=True):
-            kernels = kernels.unflatten(dim, (-1, n)).sum(dim - 1)
-        centred = kernels.roll((-reach, -reach), (-2, -1))
+        placed = wrapped(kernels, *self.diagonal.shape[-2:])
+        centred = placed.roll((-reach, -reach), (-2, -1))
         return torch.fft.fft2(centred).real.clamp_min(0)

@@ -23,6 +23,7 @@ from deepinv_deal.solvers import (
 )
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.implicit import LinearSolve
+from deepinv_deal.solvers.preconditioner import from_fourier, to_fourier
 from deepinv_deal.solvers.proximal import (
     ADMMState,
     admm,
@@ -165,6 +166,16 @@ class SynthesisProblem:
         """Whether the linear systems are divisions of Fourier transforms."""
         return self.data.spectrum is not None and self.frame.features.circular
 
+    @property
+    def suits_admm(self) -> bool:
+        """
+        Whether ADMM is the fastest solver.
+
+        Without Fourier transforms its linear systems are the dearest; the proximal maps
+        of weakly convex penalties are iterative at other step sizes than 1.
+        """
+        return self.fourier and self.penalty.weak_convexity == 0
+
     @cached_property
     def _gram(self) -> Tensor:
         r""":math:`G^{\top} G`, shape ``(m, m)``."""
@@ -197,7 +208,9 @@ class SynthesisProblem:
         features = self.frame.features
         beta = expand(self.beta, x)
         if features.circular:
-            return beta * _ifft(self._aggregation * torch.fft.fft2(x), x)
+            return beta * from_fourier(
+                self._aggregation * to_fourier(x, False), x, False
+            )
         # What is free is usually smaller than what is penalised.
         n = features.kernels.shape[-1]
         free = PatchConv(self.frame.free.unflatten(1, (n, n)), "valid")
@@ -756,13 +769,7 @@ def patch_count(x: Tensor, n: int) -> Tensor:
     return counts[0][:, None] * counts[1]
 
 
-def _ifft(transform: Tensor, like: Tensor) -> Tensor:
-    image = torch.fft.ifft2(transform)
-    return image if like.is_complex() else image.real
-
-
 def _divide(inverse: Tensor, v: Tensor) -> Tensor:
     """Multiplies the DFT of ``v``; two channels are one complex image."""
-    z = torch.complex(v[:, 0], v[:, 1])[:, None] if v.shape[1] == 2 else v
-    z = _ifft(inverse * torch.fft.fft2(z), z)
-    return torch.cat([z.real, z.imag], 1) if v.shape[1] == 2 else z
+    complex_pair = v.shape[1] == 2
+    return from_fourier(inverse * to_fourier(v, complex_pair), v, complex_pair)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors import DEALPrior
+from deepinv_deal.weights.checkpoints import read_state_dict
 
 #: Names of the weights in this package, by the file that holds them.
 BUNDLED = {"deal_gray": "deal_gray.safetensors"}
@@ -190,23 +190,7 @@ def _load_safetensors(path: Path) -> DEALPrior:
 
 
 def _load_pth(path: Path) -> DEALPrior:
-    try:
-        with warnings.catch_warnings():
-            # torch remarks on unusual pickle protocols; what it cannot read it refuses.
-            warnings.simplefilter("ignore", UserWarning)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can make its reader raise anything
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of plain tensors: {error}"
-        ) from error
-    if isinstance(checkpoint, Mapping) and isinstance(
-        checkpoint.get("state_dict"), Mapping
-    ):
-        checkpoint = checkpoint["state_dict"]
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(
-            f"{path} holds a {type(checkpoint).__name__}, not a state dict."
-        )
+    checkpoint = read_state_dict(path)
     state = checkpoint if "W.weight.0" in checkpoint else convert_state_dict(checkpoint)
     return prior_from_state_dict(state, "published", str(path))
 

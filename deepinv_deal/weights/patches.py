@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
+from deepinv_deal.weights.checkpoints import read_checkpoint
 
 Prior = TypeVar("Prior", PatchSynthesisPrior, SmoothPlusSparsePrior)
 
@@ -34,23 +33,12 @@ def load_patch_prior(path: str | os.PathLike[str], kind: type[Prior]) -> Prior:
     :raises FileNotFoundError: if the file does not exist.
     :raises ValueError: if it is damaged or belongs to another model.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"The weights file {str(file)!r} does not exist.")
-    try:
-        with warnings.catch_warnings():
-            # torch remarks on unusual pickle protocols; what it cannot read it refuses.
-            warnings.simplefilter("ignore", UserWarning)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can make its reader raise anything
-        raise ValueError(
-            f"{file} cannot be read as a checkpoint of plain tensors: {error}"
-        ) from error
+    checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, Mapping) or not all(
         isinstance(checkpoint.get(key), Mapping) for key in ("state_dict", "config")
     ):
-        raise ValueError(f"{file} must hold 'state_dict' and 'config' dictionaries.")
-    return convert_patch_checkpoint(checkpoint, kind, str(file))
+        raise ValueError(f"{path} must hold 'state_dict' and 'config' dictionaries.")
+    return convert_patch_checkpoint(checkpoint, kind, str(path))
 
 
 def convert_patch_checkpoint(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepinv_deal.priors.safi import AttentiveL1Prior, MMRPrior, SAFIPrior
+from deepinv_deal.weights.checkpoints import read_state_dict
 
 #: Authors' parameter names, by ours. Transposed copies and ``cs`` of SAFI are unused.
 _AUTHORS_KEYS: dict[type[AttentiveL1Prior], dict[str, str]] = {
@@ -80,22 +79,7 @@ def load_l1_prior(
     :raises ValueError: for a damaged or foreign file.
     :raises FileNotFoundError: if the file does not exist.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"The weights file {str(path)!r} does not exist.")
-    try:
-        with warnings.catch_warnings():
-            # torch remarks on unusual pickle protocols; what it cannot read it refuses.
-            warnings.simplefilter("ignore", UserWarning)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can make its reader raise anything
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of plain tensors: {error}"
-        ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict.")
+    state = read_state_dict(path)
     if "W.weight.0" not in state:
         state = convert_l1_state_dict(state, kind)
     filters = state["W.weight.0"]
