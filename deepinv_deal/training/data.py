@@ -108,21 +108,27 @@ class Problems:
 
 
 class DenoisingSampler:
-    """
+    r"""
     Draws noisy patches: batch number ``i`` depends on ``(seed, i)`` and nothing else.
 
     A training that is killed and resumed at step ``i`` therefore sees the same data.
 
     :param list images: images ``(C, H, W)``, 8 bit.
     :param int patch_size: side of the square patches.
-    :param float sigma_max: noise levels are uniform in ``[0, sigma_max]`` ([0, 1]
-        units).
+    :param float sigma_max: largest noise level ([0, 1] units).
     :param int seed: seed.
+    :param float skew: noise levels are :math:`\sigma_{\max} u^{\text{skew}}` with
+        :math:`u` uniform in [0, 1].
     :raises ValueError: if an image is smaller than a patch, or none is given.
     """
 
     def __init__(
-        self, images: list[Tensor], patch_size: int, sigma_max: float, seed: int = 0
+        self,
+        images: list[Tensor],
+        patch_size: int,
+        sigma_max: float,
+        seed: int = 0,
+        skew: float = 1.0,
     ):
         if not images:
             raise ValueError("images is empty: at least one training image is needed.")
@@ -134,14 +140,14 @@ class DenoisingSampler:
                     "patch_size."
                 )
         self.images, self.patch_size = images, patch_size
-        self.sigma_max, self.seed = sigma_max, seed
+        self.sigma_max, self.seed, self.skew = sigma_max, seed, skew
 
     def batch(self, index: int, size: int) -> Problems:
         """Returns batch number ``index`` with ``size`` problems, on the CPU."""
         rng = numbered_generator(self.seed, index)
         patches = torch.stack([self._patch(rng) for _ in range(size)])
         x = patches.to(torch.get_default_dtype()) / 255
-        sigma = self.sigma_max * torch.rand(size, generator=rng)
+        sigma = self.sigma_max * torch.rand(size, generator=rng) ** self.skew
         noise = torch.randn(x.shape, generator=rng)
         return Problems(x, x + sigma[:, None, None, None] * noise, sigma)
 

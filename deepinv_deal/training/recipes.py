@@ -65,6 +65,8 @@ class DEALRecipe:
     :param int batch_size: patches per step.
     :param int patch_size: side of the patches.
     :param float sigma_max: largest noise level ([0, 1] units).
+    :param float skew: noise levels are :math:`\sigma_{\max} u^{\text{skew}}` with
+        :math:`u` uniform in [0, 1]. 1: uniform, as published; larger: more low noise.
     :param float lr: learning rate after the warm-up.
     :param float lr_final: learning rate at the end of the cosine.
     :param int warmup: number of warm-up steps.
@@ -106,6 +108,7 @@ class DEALRecipe:
     batch_size: int = 2
     patch_size: int = 80
     sigma_max: float = 50 / 255
+    skew: float = 1.0
     lr: float = 2e-3
     lr_final: float = 1e-6
     warmup: int = 200
@@ -137,6 +140,8 @@ class DEALRecipe:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
+        if not self.skew > 0:
+            raise ValueError(f"skew must be positive, got {self.skew}.")
         for name in ("batch_size", "patch_size", "num_filters", "reuse", "pool"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -176,7 +181,7 @@ class DEALTrainer:
         else:
             validation = load_images(recipe.val, recipe.in_channels)
         self.sampler = DenoisingSampler(
-            images, recipe.patch_size, recipe.sigma_max, recipe.seed
+            images, recipe.patch_size, recipe.sigma_max, recipe.seed, recipe.skew
         )
         self.validation = _validation_problems(validation, recipe)
         with _seeded(recipe.seed):
