@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from deepinv.loss import SureGaussianLoss
 from deepinv.loss.metric import PSNR, Metric
+from deepinv.models import Reconstructor
 from deepinv.physics import Denoising
 from deepinv.utils import TensorList
 from torch import Tensor
@@ -158,7 +159,7 @@ class TuningResult:
 
 
 def tune(
-    model: FixedPointOptim,
+    model: Reconstructor,
     physics: Any,
     dataset: Dataset[Any] | DataLoader[Any] | Iterable[Any] | Tensor,
     *,
@@ -218,7 +219,10 @@ def tune(
     >>> result = tune(model, physics, [x])
     >>> x_hat = model(physics(x), physics, **result.settings)
 
-    :param deepinv_deal.FixedPointOptim model: a model of this package.
+    :param deepinv.models.Reconstructor model: a model of this package; or any other,
+        called as ``model(y, physics, lambda_reg=...)``, to tune a rival with the same
+        care. ``lambda_reg`` must then be given, there is no ``sigma``, and
+        ``converged`` and ``n_iter`` are NaN.
     :param deepinv.physics.LinearPhysics physics: forward operator with its noise.
         ``None`` to denoise given pairs.
     :param Dataset, DataLoader, Iterable, torch.Tensor dataset: ground-truth images
@@ -249,10 +253,18 @@ def tune(
         that are not positive, or missing ground truth or noise level.
     :raises TypeError: for a model, metric or data of another kind.
     """
-    if not isinstance(model, FixedPointOptim):
+    if not isinstance(model, Reconstructor):
         raise TypeError(
-            "model must be a model of this package such as deepinv_deal.DEAL, got "
+            "model must be a deepinv Reconstructor such as deepinv_deal.DEAL, got "
             f"{type(model).__name__}."
+        )
+    if not isinstance(model, FixedPointOptim) and (
+        lambda_reg is None or tune_sigma or sigma is not None
+    ):
+        raise ValueError(
+            "For a model that is not of this package, lambda_reg must be given and "
+            f"there is no sigma; got lambda_reg={lambda_reg}, sigma={sigma}, "
+            f"tune_sigma={tune_sigma}."
         )
     scorer = _scorer(metric, seed)
     if not math.inf > spread >= precision > 1:
@@ -277,7 +289,8 @@ def tune(
     )
 
     def evaluate(points: Sequence[np.ndarray]) -> list[float]:
-        size = max(1, len(points)) if batch_candidates else 1
+        batched = batch_candidates and isinstance(model, FixedPointOptim)
+        size = max(1, len(points)) if batched else 1
         costs = []
         for i in range(0, len(points), size):
             candidates = [
@@ -412,13 +425,15 @@ def _vertex(points: np.ndarray, values: np.ndarray) -> np.ndarray | None:
 
 
 def _start(
-    model: FixedPointOptim,
+    model: Reconstructor,
     problem: _Problem,
     lambda_reg: float | None,
     sigma: float | None,
     names: Sequence[str],
 ) -> np.ndarray:
     """Returns the first value of each parameter."""
+    if not isinstance(model, FixedPointOptim):
+        return _positive({"lambda_reg": lambda_reg})
     own = model.update_params_fn(0)
     denoising = problem.physics is None or isinstance(problem.physics, Denoising)
     level: Any = sigma
@@ -434,9 +449,13 @@ def _start(
         "lambda_reg": 1.0 if weight is None else weight,
         "sigma": DEFAULT_SIGMA if level is None else level,
     }
+    return _positive({name: start[name] for name in names})
+
+
+def _positive(start: dict[str, Any]) -> np.ndarray:
     values = []
-    for name in names:
-        value = torch.as_tensor(start[name], dtype=torch.float64).detach()
+    for name, first in start.items():
+        value = torch.as_tensor(first, dtype=torch.float64).detach()
         values.append(float(value.log().mean().exp()))
         if not 0 < values[-1] < math.inf:
             raise ValueError(
@@ -462,9 +481,9 @@ class _Problem:
 
 
 def _problems(
-    model: FixedPointOptim, physics: Any, dataset: Any, seed: int
+    model: Reconstructor, physics: Any, dataset: Any, seed: int
 ) -> list[_Problem]:
-    device = next(model.prior.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(dataset, Tensor):
         dataset = [dataset]
     elif isinstance(dataset, Dataset):
@@ -558,7 +577,7 @@ def _own_randomness(physics: Any, device: torch.device, seed: int) -> Iterator[N
 
 @torch.no_grad()
 def _evaluate(
-    model: FixedPointOptim,
+    model: Reconstructor,
     problems: Sequence[_Problem],
     candidates: Sequence[dict[str, float]],
     fixed: dict[str, float],
@@ -577,16 +596,20 @@ def _evaluate(
             ).repeat_interleave(size)
             for name in candidates[0]
         }
+        info = None
         with warnings.catch_warnings():
             # Whether candidates converge is part of their trial.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            x_hat, info = model(
-                _repeat(problem.y, len(candidates)),
-                problem.physics,
-                return_info=True,
-                **fixed,
-                **values,
-            )
+            if isinstance(model, FixedPointOptim):
+                x_hat, info = model(
+                    _repeat(problem.y, len(candidates)),
+                    problem.physics,
+                    return_info=True,
+                    **fixed,
+                    **values,
+                )
+            else:
+                x_hat = model(problem.y, problem.physics, **candidates[0])
             for i, candidate in enumerate(candidates):
                 own = slice(i * size, (i + 1) * size)
 
@@ -602,16 +625,17 @@ def _evaluate(
                     )
                 # A metric that averages itself counts once per image all the same.
                 scores[i] += score.double().expand(size).tolist()
-                converged[i] += info.converged[own].tolist()
-                n_iter[i] += info.n_iter[own].tolist()
+                if info is not None:
+                    converged[i] += info.converged[own].tolist()
+                    n_iter[i] += info.n_iter[own].tolist()
     seconds = (time.perf_counter() - start) / len(candidates)
     return [
         Trial(
             candidate["lambda_reg"],
             candidate.get("sigma"),
             float(np.mean(scores[i])),
-            float(np.mean(converged[i])),
-            float(np.mean(n_iter[i])),
+            float(np.mean(converged[i] or math.nan)),
+            float(np.mean(n_iter[i] or math.nan)),
             seconds,
         )
         for i, candidate in enumerate(candidates)

@@ -337,4 +337,15 @@ def test_the_weight_can_be_tuned_on_other_images(folder, capsys):
     assert "lambda_reg" in capsys.readouterr().err
     assert main([*command, "--tune", folder, "--lambda-reg", "1"]) == 2
     assert main([*command, "--kernel", "square:3"]) == 2
-    assert main([*command, "--tv", folder]) == 2
+    assert main([*command, "--method", "tv"]) == 2
+    assert "--tune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["tv", "adjoint"])
+def test_rivals_are_evaluated_by_the_same_protocol(folder, method, capsys):
+    command = ["evaluate", "--data", folder, "--method", method, "--sigma", "25"]
+    if method == "tv":
+        command += ["--lambda-reg", "0.08"]
+    assert main(command) == 0
+    psnr = float(capsys.readouterr().out.splitlines()[1].split()[2])
+    assert (15 < psnr < 21) if method == "adjoint" else psnr > 21

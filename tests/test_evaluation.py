@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from deepinv.optim import TVPrior
 from problems import images, random_model
 from scipy import ndimage
 from scipy.io import savemat
@@ -10,11 +11,14 @@ from scipy.io import savemat
 from deepinv_deal.evaluation import (
     PUBLISHED,
     TASKS,
+    Adjoint,
     Score,
+    TotalVariation,
     add_noise,
     evaluate,
     make_kernel,
     summarise,
+    tune_task,
 )
 from deepinv_deal.evaluation.tasks import birdcage_maps, central, line_mask
 from deepinv_deal.files import read_array
@@ -212,3 +216,40 @@ def test_hdf5_files_are_read_by_name(tmp_path):
     np.testing.assert_array_equal(read, np.eye(2))
     with pytest.raises(ValueError, match="group/a"):
         read_array(tmp_path / "a.h5")
+
+
+def test_total_variation_is_the_minimum_and_knows_a_real_image():
+    task = TASKS["mri-single-coil-4x"]()
+    x = task.ground_truth(photograph())
+    y, physics = task.conditions[0].measure(x)
+    weight = 0.01
+
+    def objective(z):
+        tv = TVPrior().fn(z)
+        return 0.5 * (physics.A(z) - y).square().sum() + weight * tv
+
+    x_hat = TotalVariation(max_iter=500)(y, physics, lambda_reg=weight)
+    value = objective(x_hat)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        step = torch.randn(x_hat.shape, generator=rng)
+        assert objective(x_hat + 1e-2 * step) > value
+    assert value < objective(physics.A_adjoint(y))
+    real = TotalVariation(real=True)(y, physics, lambda_reg=weight)
+    assert real[:, 1].abs().max() == 0 and x_hat[:, 1].abs().max() > 0
+
+
+def test_a_tuned_rival_is_no_worse_than_at_other_weights():
+    task = TASKS["denoising"](noise=[25])
+    data = [("a", photograph())]
+    rival = TotalVariation()
+    tuned = tune_task(rival, task, data, progress=False)
+    (best,) = evaluate(rival, tuned, data, progress=False)
+    assert best.lambda_reg == tuned.conditions[0].lambda_reg
+    for factor in (0.5, 2):
+        (other,) = evaluate(
+            rival, task, data, lambda_reg=factor * best.lambda_reg, progress=False
+        )
+        assert other.psnr < best.psnr
+    (noisy,) = evaluate(Adjoint(), task, data, progress=False)
+    assert noisy.psnr < best.psnr

@@ -36,6 +36,7 @@ for _part in (
     "evaluation",
 ):  # independent of another
     ALLOWED[_part] = PARTS | {"priors", "optim", "weights", "models", "files"}
+ALLOWED["evaluation"] |= {"tuning"}
 TOP = {"", "cli", "__main__"}
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -430,3 +430,22 @@ def test_models_without_noise_level_are_tuned_too():
     own = float(model.prior[0].lambda_reg.detach())
     assert result.trials[0].lambda_reg == pytest.approx(own)
     assert len({trial.score for trial in result.trials}) == 2
+
+
+def test_any_reconstructor_is_tuned_with_the_same_care(x):
+    class Ridge(dinv.models.Reconstructor):
+        def forward(self, y, physics, lambda_reg):
+            return y / (1 + lambda_reg)
+
+    y = x + 0.3 * torch.randn(x.shape, generator=generator(1), dtype=DOUBLE)
+    # The best multiple of y is <x, y> / <y, y>, for each image and nearly for all.
+    result = tune(
+        Ridge(), denoising(), [(x[:1], y[:1])], metric=MSE(), lambda_reg=0.1,
+        progress=False,
+    )  # fmt: skip
+    best = float(y[:1].square().sum() / (x[:1] * y[:1]).sum()) - 1
+    assert best > 0.01
+    assert abs(np.log(result.lambda_reg / best)) < np.log(1.2)
+    assert np.isnan(result.best.converged) and result.complete
+    with pytest.raises(ValueError, match="lambda_reg must be given"):
+        tune(Ridge(), denoising(), [(x, y)])

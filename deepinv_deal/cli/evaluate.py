@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deepinv_deal.cli._options import Commands, add_model_options, make_model
+
+if TYPE_CHECKING:
+    from deepinv.models import Reconstructor
+
+    from deepinv_deal.evaluation import Task
+
+METHODS = ("deal", "tv", "adjoint")
 
 
 def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -50,100 +57,65 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     add_model_options(evaluate)
     evaluate.add_argument("--csv", help="file for one line per image and condition")
     evaluate.add_argument(
-        "--tv",
-        metavar="DIR",
-        help="denoising: evaluate deepinv's TV denoiser, tuned on DIR, instead",
+        "--method",
+        choices=METHODS,
+        default="deal",
+        help="DEAL, or what to compare it with: deepinv's total variation (needs "
+        "--tune), or the adjoint (the noisy or zero-filled image)",
     )
     evaluate.set_defaults(run=_evaluate)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from deepinv_deal.evaluation import (
         TASKS,
-        Score,
         evaluate,
-        evaluate_denoising,
         summarise,
-        tuned_tv,
+        tune_task,
         write_csv,
     )
     from deepinv_deal.training import load_image_folder
 
     if args.kernel and args.task != "deblurring":
         raise ValueError(f"--kernel is for --task deblurring, not {args.task}.")
-    if args.tv and args.task != "denoising":
-        raise ValueError(f"--tv is for --task denoising, not {args.task}.")
     if args.tune and args.lambda_reg is not None:
         raise ValueError("Give either --lambda-reg or --tune, not both.")
     options = {"kernels": args.kernel} if args.kernel else {}
     task = TASKS[args.task](noise=args.sigma, **options)
-    scores: list[Score] = []
-    if args.tv:
-        channels, levels = 1, [condition.noise for condition in task.conditions]
-        denoiser = tuned_tv(load_image_folder(args.tv, channels), levels)
-        images = load_image_folder(args.data, channels)
-        scores = evaluate_denoising(denoiser, images, levels)
-    else:
-        kind = {"complex_mode": "real"} if task.mri else {}
-        model = make_model(args, warn=False, **kind)
-        channels = model.prior[0].in_channels
-        images = load_image_folder(args.data, channels)
-        conditions = list(task.conditions)
-        if args.tune:
-            validation = load_image_folder(args.tune, channels)
-            conditions = [
-                replace(c, lambda_reg=_tuned(model, task, c, validation, args))
-                for c in conditions
-            ]
-        scores = evaluate(
-            model,
-            replace(task, conditions=tuple(conditions)),
-            images,
-            lambda_reg=args.lambda_reg,
-            sigma=args.sigma_model,
-        )
+    model, channels = _method(args, task)
+    images = load_image_folder(args.data, channels)
+    if args.tune:
+        validation = load_image_folder(args.tune, channels)
+        task = tune_task(model, task, validation, sigma=args.sigma_model)
+        for condition in task.conditions:
+            print(
+                f"{condition.setting or task.name}, noise {condition.noise:g}: "
+                f"lambda_reg {condition.lambda_reg:.4g}, chosen on {len(validation)} "
+                "images",
+                file=sys.stderr,
+            )
+    scores = evaluate(
+        model, task, images, lambda_reg=args.lambda_reg, sigma=args.sigma_model
+    )
     if args.csv:
         write_csv(scores, args.csv)
     print(summarise(scores, args.task, channels))
     return 0 if all(score.converged for score in scores) else 1
 
 
-def _tuned(
-    model: Any, task: Any, condition: Any, images: Any, args: argparse.Namespace
-) -> float:
-    """Chooses the weight of one condition on other images."""
-    from deepinv.loss.metric import PSNR, Metric
+def _method(args: argparse.Namespace, task: Task) -> tuple[Reconstructor, int]:
+    """Returns the method, and the number of channels of its images."""
+    from deepinv_deal.evaluation import Adjoint, TotalVariation
 
-    from deepinv_deal import tune
-
-    def compared(x_hat: Any, x: Any) -> Any:
-        return PSNR()(task.compare(x_hat).clamp(0, 1), task.compare(x))
-
-    metric = Metric(metric=compared)
-    metric.lower_better = False
-    truths = [task.ground_truth(image) for _, image in images]
-    # The noise of MRI is small, and so is its weight.
-    start = 0.01 if task.mri else condition.lambda_reg
-    level = task.sigma if args.sigma_model is None else args.sigma_model
-    problems = [(x, condition.measure(x)) for x in truths]
-    shapes = {tuple(x.shape) for x in truths}
-    if len(shapes) > 1 and task.name != "denoising":
+    if args.method == "deal":
+        kind = {"complex_mode": "real"} if task.mri else {}
+        model = make_model(args, warn=False, **kind)
+        return model, model.prior[0].in_channels
+    if args.method == "adjoint":
+        return Adjoint(), 1
+    if not args.tune and args.lambda_reg is None:
         raise ValueError(
-            f"--tune needs images of one size, the folder has {sorted(shapes)}."
+            "--method tv has no weight of its own: give --tune DIR, a folder of other "
+            "images, or --lambda-reg."
         )
-    result = tune(
-        model,
-        problems[0][1][1],
-        [(x, y) for x, (y, _) in problems],
-        metric=metric,
-        lambda_reg=start,
-        sigma=None if level is None else level / 255,
-    )
-    print(
-        f"{condition.setting or task.name}, noise {condition.noise:g}: lambda_reg "
-        f"{result.lambda_reg:.4g}, {result.best.score:.2f} dB on {len(truths)} images",
-        file=sys.stderr,
-    )
-    return result.lambda_reg
+    return TotalVariation(real=task.mri), 1

@@ -1,14 +1,14 @@
 """The published protocols as code: images in, PSNR and SSIM out."""
 
+from deepinv_deal.evaluation.baselines import Adjoint, TotalVariation
 from deepinv_deal.evaluation.published import PUBLISHED, Published
 from deepinv_deal.evaluation.run import (
     Score,
     add_noise,
     evaluate,
-    evaluate_denoising,
     quality,
     summarise,
-    tuned_tv,
+    tune_task,
     write_csv,
 )
 from deepinv_deal.evaluation.tasks import TASKS, Condition, Task, make_kernel
@@ -16,16 +16,17 @@ from deepinv_deal.evaluation.tasks import TASKS, Condition, Task, make_kernel
 __all__ = [
     "PUBLISHED",
     "TASKS",
+    "Adjoint",
     "Condition",
     "Published",
     "Score",
     "Task",
+    "TotalVariation",
     "add_noise",
     "evaluate",
-    "evaluate_denoising",
     "make_kernel",
     "quality",
     "summarise",
-    "tuned_tv",
+    "tune_task",
     "write_csv",
 ]

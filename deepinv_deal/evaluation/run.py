@@ -6,20 +6,22 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from deepinv.loss.metric import PSNR, SSIM
+from deepinv.loss.metric import PSNR, SSIM, Metric
+from deepinv.models import Reconstructor
 from torch import Tensor
 from tqdm import tqdm
 
 from deepinv_deal.evaluation.published import PUBLISHED, SOURCE
-from deepinv_deal.evaluation.tasks import Task, denoising
-from deepinv_deal.models import DEAL
+from deepinv_deal.evaluation.tasks import Task
+from deepinv_deal.optim import FixedPointOptim
+from deepinv_deal.tuning import tune
 
 
 @dataclass
@@ -68,7 +70,7 @@ def add_noise(x: Tensor, sigma: float) -> Tensor:
 
 
 def evaluate(
-    model: DEAL,
+    model: Reconstructor,
     task: Task,
     images: Iterable[tuple[str, Tensor]],
     *,
@@ -79,68 +81,32 @@ def evaluate(
     """
     Reconstructs every image under every condition of a task; scores what is clipped.
 
-    :param DEAL model: the model; for MRI, published with ``complex_mode="real"``.
-    :param Task task: made by one of ``TASKS``.
+    :param deepinv.models.Reconstructor model: a model of this package, for MRI with
+        ``complex_mode="real"`` as published; or another, called as
+        ``model(y, physics, lambda_reg=...)`` or, without a weight, ``model(y,
+        physics)``.
+    :param Task task: made by one of ``TASKS``, perhaps tuned by :func:`tune_task`.
     :param Iterable images: pairs of name and 8-bit image ``(C, H, W)``.
-    :param float lambda_reg: weight; the published one of each condition if ``None``.
+    :param float lambda_reg: weight; that of each condition if ``None``.
     :param float sigma: noise level of the model in gray levels; the published one if
         ``None``.
     :param bool progress: show a progress bar; on terminals if ``None``.
     :return: list of :class:`Score`.
     :raises ValueError: if there is no image, or no published weight and none is given.
     """
-    level = task.sigma if sigma is None else sigma
-    settings: dict[str, float] = {} if level is None else {"sigma": level / 255}
+    ours = isinstance(model, FixedPointOptim)
+    settings = _settings(model, task, sigma)
     for condition in task.conditions:
-        if task.sigma is not None and lambda_reg is condition.lambda_reg is None:
+        if (
+            ours
+            and task.sigma is not None
+            and lambda_reg is condition.lambda_reg is None
+        ):
             raise ValueError(
                 f"No weight was published for {task.name} at noise "
                 f"{condition.noise:g}. Give lambda_reg, or choose it on other images "
-                "(deepinv_deal.tune; --tune DIR on the command line)."
+                "(deepinv_deal.evaluation.tune_task; --tune DIR on the command line)."
             )
-
-    def reconstruct(y: Tensor, physics: Any, condition: Any) -> tuple[Tensor, Any]:
-        weight = condition.lambda_reg if lambda_reg is None else lambda_reg
-        own = settings if weight is None else {**settings, "lambda_reg": weight}
-        return model(y, physics, return_info=True, **own)
-
-    return _evaluate(reconstruct, task, images, progress)
-
-
-def evaluate_denoising(
-    denoiser: Callable[..., Any],
-    images: Iterable[tuple[str, Tensor]],
-    sigmas: Sequence[float] = (5, 15, 25),
-    *,
-    progress: bool | None = None,
-) -> list[Score]:
-    """
-    Denoises every image at every noise level and scores the clipped estimates.
-
-    :param Callable denoiser: called as ``denoiser(y, sigma)``, sigma in [0, 1] units; a
-        :class:`deepinv_deal.DEAL` also reports iterations and convergence.
-    :param Iterable images: pairs of name and 8-bit image ``(C, H, W)``.
-    :param tuple sigmas: noise levels in gray levels.
-    :param bool progress: show a progress bar; on terminals if ``None``.
-    :return: list of :class:`Score`.
-    """
-    task = denoising(sigmas)
-    if isinstance(denoiser, DEAL):
-        return evaluate(denoiser, task, images, progress=progress)
-    return _evaluate(
-        lambda y, _, condition: (denoiser(y, condition.noise / 255), None),
-        task,
-        images,
-        progress,
-    )
-
-
-def _evaluate(
-    reconstruct: Callable[[Tensor, Any, Any], tuple[Tensor, Any]],
-    task: Task,
-    images: Iterable[tuple[str, Tensor]],
-    progress: bool | None,
-) -> list[Score]:
     images = list(images)
     todo = [(c, *image) for c in task.conditions for image in images]
     if not todo:
@@ -154,12 +120,15 @@ def _evaluate(
     for condition, name, image in bar:
         x = task.ground_truth(image)
         y, physics = condition.measure(x)
+        weight = condition.lambda_reg if lambda_reg is None else lambda_reg
+        own = settings if weight is None else {**settings, "lambda_reg": weight}
         start = time.perf_counter()
         with torch.no_grad():
-            x_hat, info = reconstruct(y, physics, condition)
+            result = model(y, physics, **own)
         seconds = time.perf_counter() - start
         extra: dict[str, Any] = {}
-        if info is not None:
+        if ours:
+            result, info = result
             extra = {
                 "n_iter": int(info.n_iter),
                 "cg_iter": int(info.cg_iter),
@@ -167,7 +136,9 @@ def _evaluate(
                 "converged": bool(info.converged),
                 "lambda_reg": float(info.lambda_reg),
             }
-        psnr, ssim = quality(task.compare(x_hat), task.compare(x))
+        elif weight is not None:
+            extra = {"lambda_reg": weight}
+        psnr, ssim = quality(task.compare(result), task.compare(x))
         scores.append(
             Score(
                 name,
@@ -180,6 +151,74 @@ def _evaluate(
             )
         )
     return scores
+
+
+def tune_task(
+    model: Reconstructor,
+    task: Task,
+    images: Iterable[tuple[str, Tensor]],
+    *,
+    sigma: float | None = None,
+    progress: bool | None = None,
+) -> Task:
+    """
+    Chooses the weight of every condition by :func:`deepinv_deal.tune`, by PSNR.
+
+    :param deepinv.models.Reconstructor model: as in :func:`evaluate`.
+    :param Task task: made by one of ``TASKS``.
+    :param Iterable images: pairs of name and 8-bit image ``(C, H, W)``, not those that
+        will be reported; of one size, except for denoising.
+    :param float sigma: noise level of the model in gray levels; the published one if
+        ``None``.
+    :param bool progress: show progress bars; on terminals if ``None``.
+    :return: the task with these weights.
+    :raises ValueError: if there is no image, or for images of several sizes.
+    """
+    truths = [task.ground_truth(image) for _, image in images]
+    shapes = {tuple(x.shape) for x in truths}
+    if len(shapes) > 1 and task.sigma is not None:
+        raise ValueError(
+            f"Tuning needs images of one size, the folder has {sorted(shapes)}."
+        )
+
+    def compared(x_hat: Tensor, x: Tensor) -> Tensor:
+        return PSNR()(task.compare(x_hat).clamp(0, 1), task.compare(x))
+
+    metric = Metric(metric=compared)
+    metric.lower_better = False
+    settings = _settings(model, task, sigma)
+    settings.pop("return_info", None)
+    conditions = []
+    for condition in task.conditions:
+        measured = [(x, *condition.measure(x)) for x in truths]
+        if not measured:
+            raise ValueError("There is no image to tune on.")
+        start: float | None = None
+        if isinstance(model, FixedPointOptim):
+            # The noise of MRI is small, and so is its weight.
+            start = 0.01 if task.mri else condition.lambda_reg
+        else:  # total variation
+            start = condition.noise / 255 * (0.8 if task.sigma is None else 0.2)
+        result = tune(
+            model,
+            measured[0][2],
+            [(x, y) for x, y, _ in measured],
+            metric=metric,
+            lambda_reg=start,
+            progress=progress,
+            **settings,
+        )
+        conditions.append(replace(condition, lambda_reg=result.lambda_reg))
+    return replace(task, conditions=tuple(conditions))
+
+
+def _settings(model: Reconstructor, task: Task, sigma: float | None) -> dict[str, Any]:
+    """What one of our models is called with on top of a weight."""
+    if not isinstance(model, FixedPointOptim):
+        return {}
+    level = task.sigma if sigma is None else sigma
+    settings: dict[str, Any] = {"return_info": True}
+    return settings if level is None else {**settings, "sigma": level / 255}
 
 
 def quality(x_hat: Tensor, x: Tensor) -> tuple[float, float]:
@@ -279,39 +318,3 @@ def write_csv(scores: Sequence[Score], path: str | os.PathLike[str]) -> None:
         writer = csv.DictWriter(file, [f.name for f in fields(Score)])
         writer.writeheader()
         writer.writerows(asdict(score) for score in scores)
-
-
-def tuned_tv(
-    images: Sequence[tuple[str, Tensor]], sigmas: Sequence[float], steps: int = 5
-) -> Callable[[Tensor, float], Tensor]:
-    """
-    Tunes deepinv's total-variation denoiser, one threshold per noise level.
-
-    The threshold ``factor * sigma`` has the best mean PSNR on ``images`` among factors
-    on a logarithmic grid that is refined once.
-
-    :param list images: pairs of name and 8-bit image.
-    :param tuple sigmas: noise levels in gray levels.
-    :param int steps: points of each grid.
-    :return: a function of ``(y, sigma)``.
-    """
-    from deepinv.models import TVDenoiser
-
-    tv = TVDenoiser(n_it_max=300)
-    factors = {}
-    for sigma in sigmas:
-        tried: dict[float, float] = {}
-
-        def score(factor: float, sigma: float = sigma, tried: Any = tried) -> None:
-            if factor not in tried:
-                own = evaluate_denoising(
-                    lambda y, s: tv(y, factor * s), images, [sigma], progress=False
-                )
-                tried[factor] = sum(s.psnr for s in own) / len(own)
-
-        for spread in (2.0, 2.0 ** (2 / (steps - 1))):
-            centre = max(tried, key=lambda f: tried[f]) if tried else 0.8
-            for exponent in np.linspace(-1, 1, steps):
-                score(float(centre * spread**exponent))
-        factors[round(sigma / 255, 6)] = max(tried, key=lambda f: tried[f])
-    return lambda y, s: tv(y, factors[round(s, 6)] * s)

@@ -1,0 +1,73 @@
+"""What DEAL is compared with: deepinv's total variation, and the adjoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepinv.models import Reconstructor
+from deepinv.optim import FISTA, L2, TVPrior
+from torch import Tensor
+
+
+class Adjoint(Reconstructor):
+    r"""The adjoint :math:`A^\top y`: the noisy image, the zero-filled MRI scan."""
+
+    def forward(self, y: Any, physics: Any, **_: Any) -> Tensor:
+        """Returns ``physics.A_adjoint(y)``."""
+        return physics.A_adjoint(y)
+
+
+class TotalVariation(Reconstructor):
+    r"""
+    Total variation, by deepinv's FISTA.
+
+    .. math::
+        \argmin_x \tfrac12 \|A x - y\|_2^2 + \lambda \, \mathrm{TV}(x)
+
+    :param int max_iter: largest number of iterations.
+    :param bool real: the second of two channels, an imaginary part, is known to be
+        zero, as with ``complex_mode="real"``.
+    """
+
+    def __init__(self, max_iter: int = 200, real: bool = False):
+        super().__init__()
+        self.max_iter, self.real = max_iter, real
+
+    def forward(
+        self, y: Any, physics: Any, lambda_reg: float | Tensor = 0.01, **_: Any
+    ) -> Tensor:
+        r"""
+        Reconstructs.
+
+        :param torch.Tensor y: measurements.
+        :param deepinv.physics.LinearPhysics physics: forward operator.
+        :param float lambda_reg: the weight :math:`\lambda`.
+        """
+        start = physics.A_adjoint(y)
+        step = 1 / float(physics.compute_sqnorm(start, verbose=False))
+        # New each time: deepinv's prior starts at the image it has seen last.
+        solver = FISTA(
+            data_fidelity=L2(),
+            prior=_TV(self.real),
+            lambda_reg=float(lambda_reg),
+            stepsize=step,
+            max_iter=self.max_iter,
+            early_stop=True,
+            thres_conv=1e-4,
+        )
+        return solver(y, physics)
+
+
+class _TV(TVPrior):
+    """deepinv's total variation, of the real part on request."""
+
+    def __init__(self, real: bool):
+        super().__init__(def_crit=1e-5, n_it_max=300)
+        self.real = real
+
+    def prox(self, x: Tensor, *args: Any, gamma: Any = 1.0, **kwargs: Any) -> Tensor:
+        if not self.real:
+            return super().prox(x, *args, gamma=gamma, **kwargs)
+        real = super().prox(x[:, :1], *args, gamma=gamma, **kwargs)
+        return torch.cat([real, torch.zeros_like(real)], 1)
