@@ -9,12 +9,17 @@ from torch.linalg import vector_norm
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Returns the real inner product of every sample, shape ``(B,)``."""
     product = (a * b.conj()).real if a.is_complex() else a * b
-    return product.flatten(1).sum(1)
+    return product.sum(_all_but_first(a))
 
 
 def norm(a: Tensor) -> Tensor:
     """Returns the Euclidean norm of every sample, shape ``(B,)``."""
-    return vector_norm(a.flatten(1), dim=1)
+    return vector_norm(a, dim=_all_but_first(a))
+
+
+def _all_but_first(a: Tensor) -> tuple[int, ...]:
+    # Flattening would copy features in the channels-last layout, which is slow.
+    return tuple(range(1, a.ndim))
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What users import: reconstruction models, denoisers at the same time."""
 
-from deepinv_deal.models.deal import DEAL, ReconstructionInfo
+from deepinv_deal.models.deal import DEAL
+from deepinv_deal.models.info import ReconstructionInfo
 from deepinv_deal.models.patches import (
     PatchSynthesis,
     SmoothPlusSparse,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -27,6 +25,7 @@ from deepinv_deal.models.image_operator import (
     is_noise_level,
     per_sample,
 )
+from deepinv_deal.models.info import ReconstructionInfo
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.optim import FixedPointOptim
 from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ, DEFAULT_RTOL
@@ -42,53 +41,6 @@ LambdaMode = Literal["absolute", "relative"]
 
 #: First images that have a name.
 INITS = ("zero", "adjoint", "pseudo_inverse")
-
-
-@dataclass
-class ReconstructionInfo:
-    r"""
-    How a reconstruction went, one entry per sample.
-
-    :param torch.Tensor converged: whether ``imbalance`` met the tolerance, ``(B,)``.
-    :param torch.Tensor status: :class:`deepinv_deal.solvers.Status` values, ``(B,)``.
-    :param torch.Tensor n_iter: outer iterations, ``(B,)``.
-    :param torch.Tensor cg_iter: conjugate gradient iterations in total, ``(B,)``.
-    :param torch.Tensor imbalance: nonlinear residual of the result relative to the
-        force of the regularizer, ``(B,)``.
-    :param torch.Tensor residual: the same relative to :math:`A^{\top} y`, ``(B,)``.
-    :param torch.Tensor history: ``residual`` of every iterate, ``(n, B)``.
-    :param torch.Tensor sigma: noise level given to the model, in its [0, 1] units,
-        ``(B,)``.
-    :param torch.Tensor lambda_reg: regularization weight, absolute, ``(B,)``.
-    :param float rtol: tolerance on the imbalance.
-    :param torch.Tensor scale: intensity by which the data were divided, ``(B,)``.
-    :param list notes: remarks on what was decided for the user.
-    :param Callable compute_mask: returns the masks at the solution, see :attr:`mask`.
-    """
-
-    converged: Tensor
-    status: Tensor
-    n_iter: Tensor
-    cg_iter: Tensor
-    imbalance: Tensor
-    residual: Tensor
-    history: Tensor
-    sigma: Tensor
-    lambda_reg: Tensor
-    rtol: float
-    scale: Tensor
-    notes: list[str] = field(default_factory=list)
-    compute_mask: Callable[[], Tensor] | None = field(default=None, repr=False)
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """
-        Masks at the solution, ``(B, num_filters, H, W)``; computed when asked for.
-        """
-        if self.compute_mask is None:
-            raise AttributeError("This info holds no mask.")
-        with torch.no_grad():
-            return self.compute_mask()
 
 
 class DEAL(FixedPointOptim, Denoiser):
@@ -335,20 +287,15 @@ class DEAL(FixedPointOptim, Denoiser):
         image = operator.embed(x * expand(scale, b))
         if not compute_metrics and not return_info:
             return image
-        info = ReconstructionInfo(
-            result.converged,
-            result.status,
-            result.n_iter,
-            result.n_inner,
-            result.weighted_residual,
-            result.residual,
-            result.history,
-            torch.as_tensor(level).detach(),
-            equation.lambda_reg.detach(),
-            self.rtol,
-            scale,
-            notes,
-            lambda: equation.regularizer.mask(x.detach()),
+        solution, regularizer = x.detach(), equation.regularizer
+        info = ReconstructionInfo.of(
+            result,
+            sigma=torch.as_tensor(level).detach(),
+            lambda_reg=equation.lambda_reg.detach(),
+            rtol=self.rtol,
+            scale=scale,
+            notes=notes,
+            compute_mask=lambda: regularizer.mask(solution),
         )
         answer = [metrics] if compute_metrics else []
         return (image, *answer, info) if return_info else (image, *answer)

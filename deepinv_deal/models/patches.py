@@ -10,7 +10,6 @@ import torch
 from deepinv.models import Denoiser, Reconstructor
 from torch import Tensor
 
-from deepinv_deal.models.deal import ReconstructionInfo
 from deepinv_deal.models.image_operator import (
     ComplexMode,
     ImageOperator,
@@ -20,6 +19,7 @@ from deepinv_deal.models.image_operator import (
     is_noise_level,
     per_sample,
 )
+from deepinv_deal.models.info import ReconstructionInfo
 from deepinv_deal.operators import PatchConv
 from deepinv_deal.operators.patches import Boundary
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
@@ -56,13 +56,13 @@ DEFAULT_ADJOINT = AdjointOptions(jacobian_free=True)
 NORM_MARGIN = 1.05
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SynthesisInfo(ReconstructionInfo):
     r"""
     How a reconstruction with a dictionary went, one entry per sample.
 
-    As :class:`ReconstructionInfo`; ``residual`` is what the solver compared with
-    ``rtol``, ``cg_iter`` is zero where images were found by Fourier transforms. Beyond:
+    As :class:`ReconstructionInfo`; ``imbalance`` is what the solver compared with
+    ``rtol``, ``inner_iter`` is zero where images were found by Fourier transforms.
 
     :param torch.Tensor beta: coupling of image and coefficients, ``(B,)``.
     :param str solver: the solver that ran.
@@ -74,10 +74,10 @@ class SynthesisInfo(ReconstructionInfo):
         :math:`\tfrac12 \|y\|^2`, ``(B,)``.
     """
 
-    beta: Tensor = field(default_factory=lambda: torch.empty(0))
-    solver: str = ""
-    coefficients: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
-    objective: Tensor = field(default_factory=lambda: torch.empty(0))
+    beta: Tensor
+    solver: str
+    coefficients: Tensor = field(repr=False)
+    objective: Tensor
 
 
 class SynthesisModel(Reconstructor, Denoiser):
@@ -212,24 +212,17 @@ class SynthesisModel(Reconstructor, Denoiser):
             return image
         with torch.no_grad():
             objective = problem.objective(result.x, result.state[0])
-        return image, SynthesisInfo(
-            result.converged,
-            result.status,
-            result.n_iter,
-            result.n_inner,
-            result.weighted_residual,
-            result.residual,
-            result.history,
-            level.detach(),
-            weight.detach(),
-            rtol,
-            torch.ones_like(level),
-            notes,
-            None,
-            coupling.detach(),
-            name,
-            result.state[0].detach(),
-            objective,
+        return image, SynthesisInfo.of(
+            result,
+            sigma=level.detach(),
+            lambda_reg=weight.detach(),
+            rtol=rtol,
+            scale=torch.ones_like(level),
+            notes=notes,
+            beta=coupling.detach(),
+            solver=name,
+            coefficients=result.state[0].detach(),
+            objective=objective,
         )
 
     def _default_solver(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,57 +26,25 @@ from deepinv_deal.models.image_operator import (
     is_noise_level,
     per_sample,
 )
+from deepinv_deal.models.info import ReconstructionInfo
 from deepinv_deal.optim import FixedPointOptim
-from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ
+from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ, DEFAULT_RTOL
 from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation, InnerSolver
 from deepinv_deal.priors.safi import AttentiveL1Prior, MMRPrior, SAFIPrior
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.weights.safi import load_l1_prior
 
-#: Tolerances on the nonlinear residual if none is given.
-DEFAULT_RTOL, DEFAULT_DENOISING_RTOL = 1e-4, 1e-3
 
-
-@dataclass
-class AttentiveL1Info:
+@dataclass(kw_only=True)
+class AttentiveL1Info(ReconstructionInfo):
     """
-    How a reconstruction went, one entry per sample.
+    As :class:`ReconstructionInfo`, with ``n_iter`` refreshes of the mask and
+    ``inner_iter`` iterations of ADMM or FISTA. Beyond:
 
-    :param torch.Tensor converged: whether the nonlinear residual met the tolerance,
-        ``(B,)``.
-    :param torch.Tensor status: :class:`deepinv_deal.solvers.Status` values, ``(B,)``.
-    :param torch.Tensor n_iter: refreshes of the mask, ``(B,)``.
-    :param torch.Tensor inner_iter: iterations of the inner solver in total, ``(B,)``.
-    :param torch.Tensor residual: relative nonlinear residual of the result, ``(B,)``.
-    :param torch.Tensor history: residual of every iterate, ``(n, B)``.
-    :param torch.Tensor lambda_reg: regularization weight, ``(B,)``.
-    :param float rtol: tolerance on the residual.
-    :param torch.Tensor scale: intensity by which the data were divided, ``(B,)``.
-    :param list notes: remarks on what was decided for the user.
     :param torch.Tensor energy: energy of every iterate, ``(n, B)``, if asked for (MMR).
-    :param Callable compute_mask: returns the masks at the solution, see :attr:`mask`.
     """
 
-    converged: Tensor
-    status: Tensor
-    n_iter: Tensor
-    inner_iter: Tensor
-    residual: Tensor
-    history: Tensor
-    lambda_reg: Tensor
-    rtol: float
-    scale: Tensor
-    notes: list[str] = field(default_factory=list)
     energy: Tensor | None = None
-    compute_mask: Callable[[], Tensor] | None = field(default=None, repr=False)
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """Masks at the solution, ``(B, num_filters, H, W)``; computed when asked."""
-        if self.compute_mask is None:
-            raise AttributeError("This info holds no mask.")
-        with torch.no_grad():
-            return self.compute_mask()
 
 
 class AttentiveL1Model(FixedPointOptim, Denoiser):
@@ -92,7 +59,7 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         num_filters: int | None = None,
         *,
         lambda_reg: float | Tensor | None = None,
-        rtol: float | None = None,
+        rtol: float = DEFAULT_RTOL,
         max_iter: int = 100,
         inner_max_iter: int = 1000,
         inner: InnerSolver = "auto",
@@ -127,14 +94,13 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
             lambda_reg=lambda_reg,
             max_iter=max_iter,
             inner_max_iter=inner_max_iter,
-            rtol=DEFAULT_RTOL if rtol is None else rtol,
+            rtol=rtol,
             forcing=forcing,
             anderson=anderson,
             DEQ=DEQ,
             trainable_params=trainable_params,
             warn=warn,
         )
-        self.denoising_rtol = DEFAULT_DENOISING_RTOL if rtol is None else rtol
         self.inner_max_iter, self.inner, self.box = inner_max_iter, inner, box
         self.scale, self.complex_mode = scale, complex_mode
         self.to(device)
@@ -185,31 +151,25 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
             init = check_init(init, operator) / unit
         if x_gt is not None:
             x_gt = operator.extract(check_image("x_gt", x_gt, operator)) / unit
-        rtol = self.denoising_rtol if operator.denoising else self.rtol
         energies: list[Tensor] = []
         watch = self._watch(y, physics, operator, scale, equation, energies)
         x, result, metrics = self.solve(
-            equation, init, x_gt, compute_metrics, rtol, watch
+            equation, init, x_gt, compute_metrics, callback=watch
         )
         energy = torch.stack(energies) if energies else None
-        self._check_energy(energy, rtol)
+        self._check_energy(energy)
         image = operator.embed(x * expand(scale, b))
         answer = [metrics] if compute_metrics else []
         if not return_info:
             return (image, *answer) if answer else image
         regularizer, solution = equation.regularizer, x.detach()
-        info = AttentiveL1Info(
-            result.converged,
-            result.status,
-            result.n_iter,
-            result.n_inner,
-            result.residual,
-            result.history,
-            equation.lambda_reg.detach(),
-            rtol,
-            scale,
-            notes,
-            energy,
+        info = AttentiveL1Info.of(
+            result,
+            lambda_reg=equation.lambda_reg.detach(),
+            rtol=self.rtol,
+            scale=scale,
+            notes=notes,
+            energy=energy,
             compute_mask=lambda: regularizer.mask(
                 solution, regularizer.analyse(solution)
             ),
@@ -228,7 +188,7 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         """What to do with every iterate: nothing."""
         return None
 
-    def _check_energy(self, energy: Tensor | None, rtol: float) -> None:
+    def _check_energy(self, energy: Tensor | None) -> None:
         """What to do with the energies of the iterates: nothing."""
 
     def _operator(self, y: Tensor, physics: Any) -> tuple[ImageOperator, Tensor]:
@@ -304,10 +264,10 @@ class SAFI(AttentiveL1Model):
     :param int num_filters: number of filters, 64 if ``None``. Weights decide if given.
     :param float, torch.Tensor lambda_reg: regularization weight, one or one per sample.
         ``None``: the learned one for denoising; other problems need it.
-    :param float rtol: tolerance on the relative nonlinear residual
-        :math:`\|F\| / \|A^{\top} y\|` of
-        :class:`deepinv_deal.priors.attentive_l1.AttentiveL1Equation`. ``None``:
-        ``1e-3`` for denoising and ``1e-4`` for other problems.
+    :param float rtol: tolerance on the imbalance of forces
+        :math:`\|F\| / \|W^{\top} w\|` of
+        :class:`deepinv_deal.priors.attentive_l1.AttentiveL1Equation`, as for
+        :class:`deepinv_deal.DEAL`.
     :param int max_iter: largest number of refreshes of the mask.
     :param int inner_max_iter: largest number of inner iterations per refresh.
     :param str inner: inner solver, ``"admm"``, ``"fista"`` (dual; denoising only) or
@@ -397,15 +357,15 @@ class MMR(AttentiveL1Model):
 
         return record
 
-    def _check_energy(self, energy: Tensor | None, rtol: float) -> None:
+    def _check_energy(self, energy: Tensor | None) -> None:
         if energy is None or not self.warn:
             return
         rise = (energy.diff(dim=0) / energy[:-1].abs()).amax(0)
         worst = int(rise.argmax())
-        if rise[worst] > rtol:
+        if rise[worst] > self.rtol:
             warnings.warn(
                 f"The energy of sample {worst} rose by {float(rise[worst]):.1e} of its "
-                f"value, more than rtol={rtol:.1e}: an inner solve was too rough. "
+                f"value, more than rtol={self.rtol:.1e}: an inner solve was too rough. "
                 "Lower forcing or raise inner_max_iter.",
                 ConvergenceWarning,
                 stacklevel=4,

@@ -223,20 +223,21 @@ class CollapsedOperator(MultiConvOperator):
         strips = self._strips(z.shape, self.frame + self.reach)
         if strips is None:
             return super().adjoint(z)
-        e, (height, width) = self.frame, z.shape[2:]
-        inside = z[..., e : height - e, e : width - e]
-        x = self.adjoint_whole(F.pad(inside, (e, e, e, e)))
+        e = self.frame
+        x = self.adjoint_whole(z)
         # Rows of the frame are taken whole, its columns without the corners.
-        low, high = torch.zeros_like(z[strips[0]]), torch.zeros_like(z[strips[1]])
-        low[..., :e, :], high[..., -e:, :] = z[..., :e, :], z[..., -e:, :]
-        parts = super().adjoint(torch.cat([low, high])).split(len(z))
-        x[strips[0]] += parts[0]
-        x[strips[1]] += parts[1]
-        low, high = torch.zeros_like(z[strips[2]]), torch.zeros_like(z[strips[3]])
-        low[..., e:-e, :e], high[..., e:-e, -e:] = z[..., e:-e, :e], z[..., e:-e, -e:]
-        parts = super().adjoint(torch.cat([low, high])).split(len(z))
-        x[strips[2]] += parts[0]
-        x[strips[3]] += parts[1]
+        for rows, (first, last) in ((True, strips[:2]), (False, strips[2:])):
+            low, high = torch.zeros_like(z[first]), torch.zeros_like(z[last])
+            if rows:
+                low[..., :e, :], high[..., -e:, :] = z[..., :e, :], z[..., -e:, :]
+            else:
+                low[..., e:-e, :e] = z[..., e:-e, :e]
+                high[..., e:-e, -e:] = z[..., e:-e, -e:]
+            frame = torch.cat([low, high])
+            change = super().adjoint(frame) - self.adjoint_whole(frame)
+            low, high = change.split(len(z))
+            x[first] += low
+            x[last] += high
         return x
 
 

@@ -31,6 +31,7 @@ from deepinv_deal.solvers import (
     soft_threshold,
 )
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
+from deepinv_deal.solvers.fixed_point import LEAST_FORCE
 from deepinv_deal.solvers.implicit import LinearSolve
 
 #: ``mask(x, Wx)``: weights from an image and its filtered version, shape of ``Wx``.
@@ -180,21 +181,22 @@ class AttentiveL1Equation:
         return expand(self.weight, mask) * mask
 
     def residuals(
-        self, x: Tensor, w: Tensor, Wx: Tensor, bound: Tensor
+        self, x: Tensor, w: Tensor, Wx: Tensor, force: Tensor, bound: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns both components of F for a given bound of the dual."""
+        r"""
+        Returns both components of F for a given bound of the dual, from
+        :math:`W x` and the force :math:`W^{\top} w`.
+        """
         t = expand(self.step, x)
-        first = self.b - self.normal(x) - self.regularizer.adjoint(w)
+        first = self.b - self.normal(x) - force
         if self.box is not None:
             first = (self.clamp(x + t * first) - x) / t
         return first, project_linf(w + Wx / t, bound) - w
 
-    def size(self, first: Tensor | float, second: Tensor) -> Tensor:
-        """Returns the norm of F relative to b, ``(B,)``."""
+    def relative(self, *parts: Tensor) -> Tensor:
+        """Returns the joint norm of some tensors relative to that of b, ``(B,)``."""
         b_norm = norm(self.b.detach())
-        total = norm(second)
-        if isinstance(first, Tensor):
-            total = torch.hypot(norm(first), total)
+        total = torch.stack([norm(part) for part in parts]).norm(dim=0)
         return total / b_norm.where(b_norm != 0, 1)
 
     def __call__(self, p: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -206,7 +208,8 @@ class AttentiveL1Equation:
         Wx = self.regularizer.analyse(x)
         if mask is None:
             mask = self.regularizer.mask(x, Wx)
-        return self.pair(*self.residuals(x, w, Wx, self.bound(mask)))
+        force = self.regularizer.adjoint(w)
+        return self.pair(*self.residuals(x, w, Wx, force, self.bound(mask)))
 
     def freeze(self, p: Tensor) -> FrozenL1:
         """Returns the convex problem with the mask frozen at the image of ``p``."""
@@ -256,14 +259,24 @@ class FrozenL1:
         self.bound = equation.bound(mask)
 
     @cached_property
+    def force(self) -> Tensor:
+        r"""The force :math:`W^{\top} w`."""
+        return self.equation.regularizer.adjoint(self.w)
+
+    @cached_property
     def residual(self) -> Tensor:
         """Norm of F relative to b, shape ``(B,)``."""
-        return self._measure(self.x, self.w, self.Wx)
+        return self._measure(self.x, self.w, self.Wx, self.force)
 
-    def _measure(self, x: Tensor, w: Tensor, Wx: Tensor) -> Tensor:
+    @cached_property
+    def weight(self) -> Tensor:
+        """Norm of the force relative to b, shape ``(B,)``."""
+        return self.equation.relative(self.force).clamp_min(LEAST_FORCE)
+
+    def _measure(self, x: Tensor, w: Tensor, Wx: Tensor, force: Tensor) -> Tensor:
         """Returns the relative norm of F at another pair, with the mask frozen."""
         equation = self.equation
-        return equation.size(*equation.residuals(x, w, Wx, self.bound))
+        return equation.relative(*equation.residuals(x, w, Wx, force, self.bound))
 
     def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
         """Reduces the residual of the active samples by the factor ``rtol (B,)``."""
@@ -293,7 +306,7 @@ class FrozenL1:
             restart=True,
             rtol=target,
             max_iter=equation.inner_max_iter,
-            measure=lambda new, _: equation.size(0.0, ascend(new[0]) - new[0]),
+            measure=lambda new, _: equation.relative(ascend(new[0]) - new[0]),
             check_every=CHECK_EVERY,
         )
         result.x = equation.pair(image(result.x), result.x)
@@ -324,9 +337,8 @@ class FrozenL1:
         # the proximal map of d is z.
         d = [self.Wx + self.w / rho]
         if equation.box is not None:
-            force = equation.b - equation.normal(self.x)
-            force = force - equation.regularizer.adjoint(self.w)
-            d.append(self.x + force / rho_s)
+            rest = equation.b - equation.normal(self.x) - self.force
+            d.append(self.x + rest / rho_s)
         z = prox(tuple(d))
         u = tuple(di - zi for di, zi in zip(d, z, strict=True))
 
@@ -336,7 +348,8 @@ class FrozenL1:
 
         def measure(state: ADMMState) -> Tensor:
             x, w = pair(state)
-            return self._measure(x, w, equation.regularizer.analyse(x))
+            W = equation.regularizer
+            return self._measure(x, w, W.analyse(x), W.adjoint(w))
 
         start = ADMMState(self.x, z, u)
         result = self._split(equation.b, prox, start, measure, target)
@@ -363,9 +376,12 @@ class FrozenL1:
         def solve_x(
             targets: tuple[Tensor, ...], x: Tensor, Kx: tuple[Tensor, ...]
         ) -> Tensor:
-            r = rhs - equation.normal(x) + rho * W.adjoint(targets[0] - Kx[0])
+            r = rhs - equation.normal(x) + rho * W.adjoint(targets[0].sub_(Kx[0]))
             if n_splits > 1:
                 r = r + rho_s * (targets[1] - x)
+            if equation.H is None and precondition is not None:
+                # The inverse but for the border, where the next steps correct it.
+                return x + precondition(r)
             correction = conjugate_gradient(
                 A,
                 r,
@@ -430,7 +446,7 @@ class FrozenL1:
         inside = (self.w + self.Wx / t).abs() <= self.bound
         free = torch.ones_like(self.x, dtype=torch.bool)
         if equation.box is not None:
-            descent = equation.b - equation.normal(self.x) - W.adjoint(self.w)
+            descent = equation.b - equation.normal(self.x) - self.force
             target = self.x + t * descent
             free = target == equation.clamp(target)
         rho, _ = (expand(r, self.x) for r in self.rho)

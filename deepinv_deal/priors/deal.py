@@ -17,15 +17,12 @@ from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors.preconditioning import Preconditioner, Preconditioning
 from deepinv_deal.solvers import SolverResult, solve_equation
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
+from deepinv_deal.solvers.fixed_point import LEAST_FORCE
 from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.splines import BoundSpline, LinearSpline
 
 #: The networks of DEAL count noise in gray levels 0..255, everything public in [0, 1].
 GRAY_LEVELS = 255.0
-
-#: When the residual is compared with the force of the regularizer, the force counts for
-#: at least this fraction of the right-hand side: without force, zero cannot be reached.
-LEAST_FORCE = 1e-4
 
 #: Bounds of the mask, Eq. (10): the lower one keeps the linear systems well-posed.
 MASK_MIN, MASK_MAX = 1e-2, 1.0

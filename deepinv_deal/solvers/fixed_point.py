@@ -42,6 +42,10 @@ class FrozenProblem(Protocol):
         ...
 
 
+#: When a residual is compared with the force of the regularizer, the force counts for
+#: at least this fraction of the right-hand side: without force, zero cannot be reached.
+LEAST_FORCE = 1e-4
+
 #: Factor by which the first inner solve reduces the residual, unless ``forcing`` is
 #: less.
 FIRST_FORCING = 0.1

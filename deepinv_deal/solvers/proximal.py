@@ -344,8 +344,8 @@ def admm(
     tensor([[2., 0.]])
 
     :param Callable solve_x: ``solve_x(targets, x, Kx)`` returns the minimiser of the
-        first line for the targets :math:`z_i - u_i`. An iterative solver may start at
-        the last ``x``, where ``Kx`` is known.
+        first line for the targets :math:`z_i - u_i`, which it may overwrite. An
+        iterative solver may start at the last ``x``, where ``Kx`` is known.
     :param Callable K: maps ``x`` to the tuple of all :math:`K_i x`.
     :param Callable prox: maps a tuple of arguments to the tuple of all
         :math:`\mathrm{prox}_{g_i / \rho_i}`.
@@ -381,10 +381,11 @@ def admm(
         targets = tuple(zi - ui for zi, ui in zip(z, u, strict=True))
         x = solve_x(targets, x, state[2 * m + 1 :])
         Kx = K(x)
-        h = Kx
-        if relaxation != 1:
-            h = tuple(torch.lerp(a, b, relaxation) for a, b in zip(z, Kx, strict=True))
-        v = tuple(hi + ui for hi, ui in zip(h, u, strict=True))
+        # In place where the tensor is new: fresh memory costs more than the sum.
+        v = tuple(
+            torch.lerp(zi, ki, relaxation).add_(ui)
+            for zi, ki, ui in zip(z, Kx, u, strict=True)
+        )
         z = prox(v)
         return x, *z, *(vi - zi for vi, zi in zip(v, z, strict=True)), *Kx
 
