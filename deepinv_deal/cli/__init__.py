@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import sys
 from collections.abc import Sequence
 
@@ -22,11 +24,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         ``denoise`` and ``reconstruct`` with ``--strict``), 2 for bad input.
     """
     args = _parser().parse_args(argv)
+    _keep_freed_memory()
     try:
         return int(args.run(args))
     except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
         print(f"deepinv-deal: {error}", file=sys.stderr)
         return 2
+
+
+def _keep_freed_memory() -> None:
+    """
+    Makes the C library reuse the memory of large tensors.
+
+    glibc returns every block above 32 MB to the system and clears it anew at the next
+    use, which takes longer than most arithmetic on it. Elsewhere this does nothing. It
+    concerns the whole process, so only the command line, which owns it, does this.
+    """
+    max_mappings, trim_threshold = -4, -1  # from malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(max_mappings, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -337,8 +337,8 @@ class DEAL(FixedPointOptim, Denoiser):
                     "(sigma='estimate'). Otherwise give a number, the model's noise "
                     "level."
                 )
-            sigma = PatchCovarianceNoiseEstimator()(b.detach().float())
-            notes.append(f"The noise level was estimated: {sigma.tolist()}.")  # type: ignore[union-attr]
+            sigma = _estimated(b.detach())
+            notes.append(f"The noise level was estimated: {sigma.tolist()}.")
         if sigma is None and own is None and operator.denoising:
             raise ValueError(
                 "sigma is missing: give the noise level, in units of the image, as "
@@ -377,6 +377,20 @@ class DEAL(FixedPointOptim, Denoiser):
         else:
             x0 = self.init_iterate_fn(y, physics or operator, init=init)["est"][0]
         return check_init(x0, operator)
+
+
+def _estimated(b: Tensor) -> Tensor:
+    """Noise levels of some images, ``(B,)``."""
+    try:
+        sigma = PatchCovarianceNoiseEstimator()(b.float())
+    except RuntimeError:  # smaller than its patches
+        sigma = b.new_full((len(b),), math.nan)
+    if not bool(sigma.isfinite().all()):
+        raise ValueError(
+            "sigma='estimate': the noise level cannot be estimated from images of "
+            f"{b.shape[-2]} x {b.shape[-1]} pixels. Give it as a number."
+        )
+    return sigma
 
 
 def _check_init_name(name: str, init: Any) -> None:

@@ -375,13 +375,20 @@ class FrozenL1:
 
         def solve_x(
             targets: tuple[Tensor, ...], x: Tensor, Kx: tuple[Tensor, ...]
-        ) -> Tensor:
+        ) -> tuple[Tensor, tuple[Tensor, ...]]:
             r = rhs - equation.normal(x) + rho * W.adjoint(targets[0].sub_(Kx[0]))
             if n_splits > 1:
                 r = r + rho_s * (targets[1] - x)
             if equation.H is None and precondition is not None:
-                # The inverse but for the border, where the next steps correct it.
-                return x + precondition(r)
+                # One step of steepest descent: the preconditioner is the inverse but
+                # for the border. Its length costs the filter responses alone, which are
+                # needed anyway.
+                p = precondition(r)
+                Wp = W.analyse(p)
+                gain = inner(p, p + rho_s * p) + inner(Wp, rho * Wp)
+                length = expand(inner(r, p) / gain.where(gain > 0, 1), x)
+                x = x + length * p
+                return x, (Kx[0] + length * Wp, x)[:n_splits]
             correction = conjugate_gradient(
                 A,
                 r,
@@ -390,7 +397,8 @@ class FrozenL1:
                 preconditioner=precondition,
                 verify=False,
             )
-            return x + correction.x
+            x = x + correction.x
+            return x, (W.analyse(x), x)[:n_splits]
 
         return admm(
             solve_x,

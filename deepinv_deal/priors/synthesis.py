@@ -602,7 +602,7 @@ def joint_admm(
 
     def solve_x(
         targets: tuple[Tensor, ...], previous: Tensor, _: tuple[Tensor, ...]
-    ) -> Tensor:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         v = targets[0]
         Gv = problem.synthesis(v)
         rhs = problem.data.b + problem.features_adjoint(channel_map(K, Gv))
@@ -610,7 +610,8 @@ def joint_admm(
             rhs = rhs + expand(rho, x) * targets[1]
         image = solve(rhs, _unpack(previous, a, x)[1]).x
         difference = channel_map(K, problem.features(image) - Gv)
-        return _pack(v + problem.analysis(difference) / r, image)
+        both = v + problem.analysis(difference) / r, image
+        return _pack(*both), both if bounds is not None else both[:1]
 
     def split(packed: Tensor) -> tuple[Tensor, ...]:
         both = _unpack(packed, a, x)
@@ -681,9 +682,12 @@ def sparse_coding(
     eye = torch.eye(len(problem._gram), dtype=a.dtype, device=a.device)
     inverse = torch.linalg.inv(problem._gram + r * eye)
 
-    def solve_x(targets: tuple[Tensor, ...], *_: Any) -> Tensor:
+    def solve_x(
+        targets: tuple[Tensor, ...], *_: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         difference = features - problem.synthesis(targets[0])
-        return targets[0] + problem.analysis(channel_map(inverse, difference))
+        x = targets[0] + problem.analysis(channel_map(inverse, difference))
+        return x, (x,)
 
     # The multipliers of the optimality condition: a start at the solution stays there.
     u = problem.analysis(features - problem.synthesis(a)) / r

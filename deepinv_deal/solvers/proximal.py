@@ -290,7 +290,7 @@ class ADMMState(NamedTuple):
 
 
 def admm(
-    solve_x: Callable[[Blocks, Tensor, Blocks], Tensor],
+    solve_x: Callable[[Blocks, Tensor, Blocks], tuple[Tensor, Blocks]],
     K: Callable[[Tensor], Blocks],
     prox: Callable[[Blocks], Blocks],
     init: ADMMState,
@@ -335,7 +335,7 @@ def admm(
     >>> from deepinv_deal.solvers.proximal import ADMMState, admm, soft_threshold
     >>> b, zero = torch.tensor([[3.0, 0.5]]), (torch.zeros(1, 2),)
     >>> result = admm(
-    ...     lambda target, x, Kx: (b + target[0]) / 2,
+    ...     lambda target, x, Kx: 2 * ((b + target[0]) / 2,),
     ...     lambda x: (x,),
     ...     lambda v: (soft_threshold(v[0], 1.0),),
     ...     ADMMState(zero[0], zero, zero),
@@ -344,9 +344,10 @@ def admm(
     tensor([[2., 0.]])
 
     :param Callable solve_x: ``solve_x(targets, x, Kx)`` returns the minimiser of the
-        first line for the targets :math:`z_i - u_i`, which it may overwrite. An
-        iterative solver may start at the last ``x``, where ``Kx`` is known.
-    :param Callable K: maps ``x`` to the tuple of all :math:`K_i x`.
+        first line for the targets :math:`z_i - u_i`, which it may overwrite, and the
+        tuple of its :math:`K_i x`. An iterative solver may start at the last ``x``,
+        where ``Kx`` is known, and often has the new one at hand.
+    :param Callable K: maps ``x`` to the tuple of all :math:`K_i x`, for the start.
     :param Callable prox: maps a tuple of arguments to the tuple of all
         :math:`\mathrm{prox}_{g_i / \rho_i}`.
     :param ADMMState init: where to start; the ``state`` of an earlier result continues
@@ -379,8 +380,7 @@ def admm(
     def iteration(state: Blocks) -> Blocks:
         x, z, u = unpack(state)
         targets = tuple(zi - ui for zi, ui in zip(z, u, strict=True))
-        x = solve_x(targets, x, state[2 * m + 1 :])
-        Kx = K(x)
+        x, Kx = solve_x(targets, x, state[2 * m + 1 :])
         # In place where the tensor is new: fresh memory costs more than the sum.
         v = tuple(
             torch.lerp(zi, ki, relaxation).add_(ui)

@@ -181,6 +181,11 @@ OTHERS = {
         ValueError,
         r"sigma='estimate': only denoising",
     ),
+    "estimate of little": (
+        {"sigma": "estimate"},
+        ValueError,
+        r"sigma='estimate': the noise level cannot be estimated from images of 6 x 7",
+    ),
     "unknown": ({**LEVEL, "lambda_": 1.0}, TypeError, r"Unknown arguments: lambda_"),
     "init size": (
         {**LEVEL, "init": image(2, 1, 5, 7)},

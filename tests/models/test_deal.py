@@ -197,6 +197,13 @@ def test_estimated_noise_level():
         assert any("estimated" in note for note in info.notes)
 
 
+def test_the_report_can_be_stored_with_its_mask(model, y):
+    info = model(y, sigma=0.1, return_info=True)[1]
+    other = pickle.loads(pickle.dumps(info))
+    assert torch.equal(other.mask, info.mask) and other.compute_mask is None
+    assert torch.equal(other.cg_iter, info.cg_iter) and other.notes == info.notes
+
+
 def test_linear_map_without_a_physics_class(model, y):
     class Map:
         def __init__(self, physics):

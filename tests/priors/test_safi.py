@@ -438,3 +438,18 @@ def test_jacobian_free_gradients_are_those_with_the_mask_frozen(kind):
         expected = (above - below) / (2 * h)
         actual = (gradient * (direction if step[1] == 0 else 1.0)).sum()
         assert abs(actual - expected) <= 1e-5 * max(1.0, abs(expected))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight", [1e-3, 0.1, 3.0])
+def test_small_and_large_weights_are_solved_too(kind, weight):
+    y, prior = noisy_images(1), random_l1_prior(kind)
+    weight = torch.tensor([weight], dtype=DOUBLE)
+    solutions = []
+    for inner_solver in INNER:
+        equation = prior.equation(None, y, lambda_reg=weight, inner=inner_solver)
+        problem = equation.freeze(equation.start(y))
+        result = problem.solve(weight.new_full((1,), 1e-6), weight > 0)
+        assert result.converged.all()
+        solutions.append(equation.image(result.x))
+    torch.testing.assert_close(*solutions, rtol=0, atol=1e-4)

@@ -403,7 +403,8 @@ class Analysis:
         z, s = targets
         adjoint = torch.stack([self.W.T @ v for v in z])
         rhs = self.y + self.rho[0] * adjoint + self.rho[1] * s
-        return torch.stack([self.inverse @ v for v in rhs])
+        x = torch.stack([self.inverse @ v for v in rhs])
+        return x, (self.apply(x), x)
 
     def prox(self, v):
         return soft_threshold(v[0], self.m / self.rho[0]), v[1].clamp(0, 1)
