@@ -18,6 +18,8 @@ def norm(a: Tensor) -> Tensor:
 
 
 def _all_but_first(a: Tensor) -> tuple[int, ...]:
+    if a.ndim < 2:
+        raise ValueError(f"A batch needs two dimensions or more, got {a.ndim}.")
     # Flattening would copy features in the channels-last layout, which is slow.
     return tuple(range(1, a.ndim))
 

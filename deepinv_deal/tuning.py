@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from deepinv_deal.models.deal import DEFAULT_SIGMA
+from deepinv_deal.models.patches import SynthesisModel
 from deepinv_deal.optim import FixedPointOptim
 from deepinv_deal.solvers import ConvergenceWarning
 
@@ -221,8 +222,9 @@ def tune(
 
     :param deepinv.models.Reconstructor model: a model of this package; or any other,
         called as ``model(y, physics, lambda_reg=...)``, to tune a rival with the same
-        care. ``lambda_reg`` must then be given, there is no ``sigma``, and
-        ``converged`` and ``n_iter`` are NaN.
+        care: ``converged`` and ``n_iter`` are then NaN, and candidates are tried one by
+        one. Other models than DEAL, SAFI and MMR need a ``lambda_reg`` to start at, and
+        their ``sigma`` is left alone.
     :param deepinv.physics.LinearPhysics physics: forward operator with its noise.
         ``None`` to denoise given pairs.
     :param Dataset, DataLoader, Iterable, torch.Tensor dataset: ground-truth images
@@ -262,8 +264,8 @@ def tune(
         lambda_reg is None or tune_sigma or sigma is not None
     ):
         raise ValueError(
-            "For a model that is not of this package, lambda_reg must be given and "
-            f"there is no sigma; got lambda_reg={lambda_reg}, sigma={sigma}, "
+            f"For {type(model).__name__}, lambda_reg must be given and sigma cannot be "
+            f"tuned; got lambda_reg={lambda_reg}, sigma={sigma}, "
             f"tune_sigma={tune_sigma}."
         )
     scorer = _scorer(metric, seed)
@@ -289,7 +291,9 @@ def tune(
     )
 
     def evaluate(points: Sequence[np.ndarray]) -> list[float]:
-        batched = batch_candidates and isinstance(model, FixedPointOptim)
+        batched = batch_candidates and isinstance(
+            model, (FixedPointOptim, SynthesisModel)
+        )
         size = max(1, len(points)) if batched else 1
         costs = []
         for i in range(0, len(points), size):
@@ -483,7 +487,8 @@ class _Problem:
 def _problems(
     model: Reconstructor, physics: Any, dataset: Any, seed: int
 ) -> list[_Problem]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # Without parameters, the data stay where they are.
+    device = next((p.device for p in model.parameters()), None)
     if isinstance(dataset, Tensor):
         dataset = [dataset]
     elif isinstance(dataset, Dataset):
@@ -501,7 +506,8 @@ def _problems(
             if params:
                 own = physics.clone()
                 own.update(**params)
-            x = None if x is None else x.to(device)
+            if x is not None and device is not None:
+                x = x.to(device)
             if x is not None and not len(x):
                 raise ValueError(EMPTY)
             if y is None:
@@ -513,7 +519,7 @@ def _problems(
                     )
                 with torch.no_grad():
                     y = own(x)
-            y = y.to(device)
+            y = y if device is None else y.to(device)
             problems.append(_Problem(x, y, own))
     if not problems:
         raise ValueError(EMPTY)
@@ -548,8 +554,11 @@ def _unpack(item: Any, i: int) -> tuple[Tensor | None, Any, dict[str, Any] | Non
 
 
 @contextmanager
-def _own_randomness(physics: Any, device: torch.device, seed: int) -> Iterator[None]:
+def _own_randomness(
+    physics: Any, device: torch.device | None, seed: int
+) -> Iterator[None]:
     """Seeds all generators, and puts them back as they were."""
+    device = torch.device("cpu") if device is None else device
     devices = [] if device.type == "cpu" else [device]
     modules: Iterable[Any] = (
         physics.modules() if isinstance(physics, torch.nn.Module) else ()
@@ -600,7 +609,7 @@ def _evaluate(
         with warnings.catch_warnings():
             # Whether candidates converge is part of their trial.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            if isinstance(model, FixedPointOptim):
+            if isinstance(model, (FixedPointOptim, SynthesisModel)):
                 x_hat, info = model(
                     _repeat(problem.y, len(candidates)),
                     problem.physics,

@@ -344,6 +344,9 @@ def test_the_weight_can_be_tuned_on_other_images(folder, capsys):
 @pytest.mark.parametrize("method", ["tv", "adjoint"])
 def test_rivals_are_evaluated_by_the_same_protocol(folder, method, capsys):
     command = ["evaluate", "--data", folder, "--method", method, "--sigma", "25"]
+    if method == "adjoint":
+        assert main([*command, "--tune", folder]) == 2
+        assert "no weight" in capsys.readouterr().err
     if method == "tv":
         command += ["--lambda-reg", "0.08"]
     assert main(command) == 0

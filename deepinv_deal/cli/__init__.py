@@ -38,7 +38,7 @@ def _keep_freed_memory() -> None:
 
     glibc returns every block above 32 MB to the system and clears it anew at the next
     use, which takes longer than most arithmetic on it. Elsewhere this does nothing. It
-    concerns the whole process, so only the command line, which owns it, does this.
+    concerns the whole process, so only the command line does this.
     """
     max_mappings, trim_threshold = -4, -1  # from malloc.h
     with contextlib.suppress(OSError, AttributeError):

@@ -61,7 +61,8 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
         choices=METHODS,
         default="deal",
         help="DEAL, or what to compare it with: deepinv's total variation (needs "
-        "--tune), or the adjoint (the noisy or zero-filled image)",
+        "--tune or --lambda-reg), or the adjoint (the noisy or zero-filled image); "
+        "both on gray images, without the options of the model",
     )
     evaluate.set_defaults(run=_evaluate)
 
@@ -112,6 +113,8 @@ def _method(args: argparse.Namespace, task: Task) -> tuple[Reconstructor, int]:
         model = make_model(args, warn=False, **kind)
         return model, model.prior[0].in_channels
     if args.method == "adjoint":
+        if args.tune or args.lambda_reg is not None:
+            raise ValueError("--method adjoint has no weight: no --tune, --lambda-reg.")
         return Adjoint(), 1
     if not args.tune and args.lambda_reg is None:
         raise ValueError(

@@ -45,7 +45,10 @@ class TotalVariation(Reconstructor):
         :param float lambda_reg: the weight :math:`\lambda`.
         """
         start = physics.A_adjoint(y)
-        step = 1 / float(physics.compute_sqnorm(start, verbose=False))
+        devices = [] if start.device.type == "cpu" else [start.device]
+        with torch.random.fork_rng(devices, device_type=start.device.type):
+            torch.manual_seed(0)  # compute_sqnorm starts at a random image
+            step = 1 / float(physics.compute_sqnorm(start, verbose=False))
         # New each time: deepinv's prior starts at the image it has seen last.
         solver = FISTA(
             data_fidelity=L2(),

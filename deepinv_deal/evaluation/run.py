@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from deepinv_deal.evaluation.published import PUBLISHED, SOURCE
 from deepinv_deal.evaluation.tasks import Task
+from deepinv_deal.models.patches import SynthesisModel
 from deepinv_deal.optim import FixedPointOptim
 from deepinv_deal.tuning import tune
 
@@ -35,11 +36,12 @@ class Score:
     :param float ssim: structural similarity of the clipped estimate.
     :param float seconds: wall time.
     :param int n_iter: outer iterations, 0 for other methods.
-    :param int cg_iter: conjugate gradient iterations, 0 for other methods.
+    :param int cg_iter: iterations of the inner solver, conjugate gradients for DEAL; 0
+        for other methods.
     :param float residual: nonlinear residual, NaN for other methods.
     :param bool converged: whether the solver met its tolerance.
     :param str setting: operator, if the task has several.
-    :param float lambda_reg: regularization weight, NaN for other methods.
+    :param float lambda_reg: regularization weight, NaN if there was none.
     """
 
     image: str
@@ -94,7 +96,7 @@ def evaluate(
     :return: list of :class:`Score`.
     :raises ValueError: if there is no image, or no published weight and none is given.
     """
-    ours = isinstance(model, FixedPointOptim)
+    ours = isinstance(model, (FixedPointOptim, SynthesisModel))
     settings = _settings(model, task, sigma)
     for condition in task.conditions:
         if (
@@ -120,7 +122,9 @@ def evaluate(
     for condition, name, image in bar:
         x = task.ground_truth(image)
         y, physics = condition.measure(x)
-        weight = condition.lambda_reg if lambda_reg is None else lambda_reg
+        weight = lambda_reg
+        if weight is None and (ours or condition.tuned):
+            weight = condition.lambda_reg  # the published one is of no use to rivals
         own = settings if weight is None else {**settings, "lambda_reg": weight}
         start = time.perf_counter()
         with torch.no_grad():
@@ -208,12 +212,14 @@ def tune_task(
             progress=progress,
             **settings,
         )
-        conditions.append(replace(condition, lambda_reg=result.lambda_reg))
+        conditions.append(replace(condition, lambda_reg=result.lambda_reg, tuned=True))
     return replace(task, conditions=tuple(conditions))
 
 
 def _settings(model: Reconstructor, task: Task, sigma: float | None) -> dict[str, Any]:
     """What one of our models is called with on top of a weight."""
+    if isinstance(model, SynthesisModel):
+        return {"return_info": True}
     if not isinstance(model, FixedPointOptim):
         return {}
     level = task.sigma if sigma is None else sigma

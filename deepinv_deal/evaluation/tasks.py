@@ -39,14 +39,16 @@ class Condition:
     :param str setting: what tells it from the other operators of the task.
     :param float noise: noise level in gray levels.
     :param Callable physics: makes the operator for an image ``(1, C, H, W)``.
-    :param float lambda_reg: published weight; ``None`` if there is none, and for
-        denoising, where it is learned.
+    :param float lambda_reg: weight; the published one of DEAL unless ``tuned``;
+        ``None`` if there is none, and for denoising, where it is learned.
+    :param bool tuned: whether ``lambda_reg`` was chosen by ``tune_task``.
     """
 
     setting: str
     noise: float
     physics: Callable[[Tensor], LinearPhysics]
     lambda_reg: float | None = None
+    tuned: bool = False
 
     def measure(self, x: Tensor) -> tuple[Tensor, LinearPhysics]:
         """

@@ -39,6 +39,9 @@ DEFAULT_SIGMA = 15 / 255
 
 LambdaMode = Literal["absolute", "relative"]
 
+#: On images with a smaller side, deepinv's estimate of the noise is far too low.
+SMALLEST_ESTIMATE = 32
+
 #: First images that have a name.
 INITS = ("zero", "adjoint", "pseudo_inverse")
 
@@ -381,16 +384,13 @@ class DEAL(FixedPointOptim, Denoiser):
 
 def _estimated(b: Tensor) -> Tensor:
     """Noise levels of some images, ``(B,)``."""
-    try:
-        sigma = PatchCovarianceNoiseEstimator()(b.float())
-    except RuntimeError:  # smaller than its patches
-        sigma = b.new_full((len(b),), math.nan)
-    if not bool(sigma.isfinite().all()):
+    if min(b.shape[-2:]) < SMALLEST_ESTIMATE:
         raise ValueError(
             "sigma='estimate': the noise level cannot be estimated from images of "
-            f"{b.shape[-2]} x {b.shape[-1]} pixels. Give it as a number."
+            f"{b.shape[-2]} x {b.shape[-1]} pixels, which are fewer than "
+            f"{SMALLEST_ESTIMATE} on a side. Give it as a number."
         )
-    return sigma
+    return PatchCovarianceNoiseEstimator()(b.float())
 
 
 def _check_init_name(name: str, init: Any) -> None:

@@ -232,7 +232,10 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
 
 def _warn_if_rising(energy: Tensor, rtol: float) -> None:
     """Warns if the energy ``(n, B)`` of an iterate is above that of the last one."""
-    rise = (energy.diff(dim=0) / energy[:-1].abs()).amax(0)
+    if len(energy) < 2:
+        return
+    size = energy[:-1].abs()
+    rise = (energy.diff(dim=0) / size.where(size != 0, 1)).amax(0)
     worst = int(rise.argmax())
     # The error of a minimum is of second order in the error of its equation.
     slack = max(rtol**2, 10 * torch.finfo(energy.dtype).eps)

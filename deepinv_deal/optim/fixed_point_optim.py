@@ -355,7 +355,6 @@ class FixedPointOptim(BaseOptim):
         init: Tensor | None,
         x_gt: Tensor | None = None,
         compute_metrics: bool = False,
-        rtol: float | None = None,
         callback: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, SolverResult, dict[str, Any] | None]:
         """
@@ -366,11 +365,9 @@ class FixedPointOptim(BaseOptim):
             equation's own.
         :param torch.Tensor x_gt: ground truth for the metrics.
         :param bool compute_metrics: whether to record metrics.
-        :param float rtol: tolerance instead of the constructor's.
         :param Callable callback: called with the first and every further image.
         :return: solution with implicit gradients, solver result, metrics or ``None``.
         """
-        rtol = self.rtol if rtol is None else rtol
         with torch.no_grad():
             start = equation.start(init)
         metrics: dict[str, Any] | None = None
@@ -391,7 +388,7 @@ class FixedPointOptim(BaseOptim):
         iterate, result = solve_equation(
             equation,
             start,
-            rtol=rtol,
+            rtol=self.rtol,
             max_iter=self.max_iter,
             forcing=self.forcing,
             anderson=self.anderson,
@@ -399,10 +396,10 @@ class FixedPointOptim(BaseOptim):
             adjoint=self.adjoint_options,
         )
         self.has_converged = bool(result.converged.all())
-        if self.warn and rtol:
+        if self.warn and self.rtol:
             result.warn(
                 type(self).__name__,
-                rtol,
+                self.rtol,
                 "The image is the best iterate found. Raise max_iter, or relax rtol.",
                 stacklevel=6,  # the caller of the module
             )

@@ -240,7 +240,7 @@ class AttentiveL1Prior(Prior):
         x: Tensor,
         *args: Any,
         gamma: float | Tensor = 1.0,
-        rtol: float = 1e-4,
+        rtol: float = 2e-2,
         max_iter: int = 100,
         **kwargs: Any,
     ) -> Tensor:
@@ -254,7 +254,7 @@ class AttentiveL1Prior(Prior):
 
         :param torch.Tensor x: images, shape ``(B, 1, H, W)``.
         :param float, torch.Tensor gamma: :math:`\gamma`, one or ``(B,)``.
-        :param float rtol: tolerance on the relative nonlinear residual.
+        :param float rtol: tolerance on the imbalance of forces.
         :param int max_iter: largest number of outer iterations.
         """
         equation = self.equation(None, x, lambda_reg=gamma, box=None)

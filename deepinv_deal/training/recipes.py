@@ -378,7 +378,10 @@ class DEALTrainer:
 
     def _load(self) -> None:
         state = torch.load(self.state_path, map_location=self.device, weights_only=True)
-        theirs, ours = state["recipe"], _comparable(self.recipe)
+        ours = _comparable(self.recipe)
+        # Settings that are newer than the file had their default.
+        defaults = {f.name: f.default for f in fields(DEALRecipe)}
+        theirs = {**{k: defaults[k] for k in ours}, **state["recipe"]}
         differing = sorted(k for k in ours if theirs.get(k) != ours[k])
         if differing:
             changes = ", ".join(f"{k}: {theirs.get(k)} -> {ours[k]}" for k in differing)

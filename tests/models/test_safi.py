@@ -154,6 +154,15 @@ def test_the_energy_falls_and_is_recorded():
     assert info.energy is None
 
 
+def test_an_image_without_energy_is_no_trouble():
+    model = random_model(MMR, verify_energy=True)
+    y = torch.zeros(2, 1, 9, 8, dtype=DOUBLE)
+    _, info = model(y, return_info=True)
+    assert info.converged.all() and (info.energy == 0).all()
+    y[1] = noisy(1)
+    assert model(y, return_info=True)[1].energy[-1, 1] > 0
+
+
 def test_the_energy_holds_the_data_term_of_the_physics():
     model, physics, x = random_model(MMR), inpainting(), images(2, 1, 9, 8)
     x, y = x.clamp(0, 1), physics.A(noisy())

@@ -453,3 +453,24 @@ def test_small_and_large_weights_are_solved_too(kind, weight):
         assert result.converged.all()
         solutions.append(equation.image(result.x))
     torch.testing.assert_close(*solutions, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stiff_and_soft_samples_of_a_batch_are_solved_as_alone(kind):
+    """Their systems are solved in two ways, chosen for each sample."""
+    y, prior = noisy_images(2), random_l1_prior(kind)
+    weights = torch.tensor([0.01, 1.0], dtype=DOUBLE)
+
+    def first_solve(rows):
+        equation = prior.equation(None, y[rows], lambda_reg=weights[rows], inner="admm")
+        problem = equation.freeze(equation.start(y[rows]))
+        rtol = torch.full_like(weights[rows], 1e-3)
+        with torch.no_grad():
+            return problem.rho[0], problem.solve(rtol, rtol > 0)
+
+    rho, both = first_solve(slice(None))
+    assert rho[0] < 250 < rho[1]
+    for i in (0, 1):
+        _, single = first_solve(slice(i, i + 1))
+        torch.testing.assert_close(both.x[i], single.x[0], rtol=0, atol=1e-9)
+        assert both.n_iter[i] == single.n_iter[0]

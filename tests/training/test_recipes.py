@@ -91,6 +91,18 @@ def test_the_noise_has_the_level_it_says():
     torch.testing.assert_close(measured, problems.sigma, rtol=0.1, atol=0)
 
 
+def test_noise_levels_are_skewed_on_request(folder):
+    images = load_images(folder, 1)
+
+    def levels(skew):
+        sampler = DenoisingSampler(images, 8, 0.2, 0, skew)
+        return torch.cat([sampler.batch(i, 1).sigma for i in range(99)])
+
+    plain, skewed = levels(1.0), levels(2.0)
+    torch.testing.assert_close(skewed, 0.2 * (plain / 0.2) ** 2)
+    assert (skewed < plain).all()
+
+
 def test_gray_follows_matlab_and_colour_is_kept(tmp_path):
     rgb = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 13
     Image.fromarray(rgb).save(tmp_path / "c.png")
@@ -228,6 +240,17 @@ def test_other_settings_refuse_to_resume(folder, tmp_path):
     assert DEALTrainer(recipe(folder, tmp_path, lr=0.1), resume=False).step == 0
 
 
+def test_a_checkpoint_without_a_newer_setting_had_its_default(folder, tmp_path):
+    trainer = DEALTrainer(recipe(folder, tmp_path))
+    trainer.save()
+    state = torch.load(trainer.state_path, weights_only=True)
+    del state["recipe"]["skew"]
+    torch.save(state, trainer.state_path)
+    assert DEALTrainer(recipe(folder, tmp_path)).recipe.skew == 1
+    with pytest.raises(ValueError, match=r"skew: 1.0 -> 2.0"):
+        DEALTrainer(recipe(folder, tmp_path, skew=2.0))
+
+
 def test_training_writes_a_log_and_the_best_weights(folder, tmp_path):
     trainer = DEALTrainer(recipe(folder, tmp_path))
     best = trainer.train()
@@ -259,6 +282,7 @@ def test_a_few_steps_lower_the_loss_on_the_same_patches(folder, tmp_path):
         pytest.param({"adjoint_rtol": 0.5}, id="adjoint_rtol"),
         pytest.param({"normalization": "exact"}, id="normalization"),
         pytest.param({"sigma_max": 0.1}, id="sigma_max"),
+        pytest.param({"skew": 3.0}, id="skew"),
         pytest.param({"clip": 1e-3}, id="clip"),
         pytest.param({"lr": 1e-4}, id="lr"),
     ],
