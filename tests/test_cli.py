@@ -87,8 +87,8 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path):
 def test_a_folder_keeps_its_tree_and_shows_no_bar_off_terminals(tmp_path, capsys):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     save(tmp_path / "in" / "a.png", noisy(size=(32, 32)))
-    save(tmp_path / "in" / "sub" / "b.jpg", noisy(3, size=(32, 30)))
-    save(tmp_path / "in" / "c.npy", noisy(size=(30, 32)))
+    save(tmp_path / "in" / "sub" / "b.jpg", noisy(3, size=(32, 34)))
+    save(tmp_path / "in" / "c.npy", noisy(size=(34, 32)))
     command = ["denoise", str(tmp_path / "in"), str(tmp_path / "out"), "--sigma"]
     assert main([*command, "estimate", *FAST]) == 0
     found = {

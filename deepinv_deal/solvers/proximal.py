@@ -334,8 +334,11 @@ def admm(
     >>> import torch
     >>> from deepinv_deal.solvers.proximal import ADMMState, admm, soft_threshold
     >>> b, zero = torch.tensor([[3.0, 0.5]]), (torch.zeros(1, 2),)
+    >>> def solve_x(target, x, Kx):
+    ...     x = (b + target[0]) / 2
+    ...     return x, (x,)
     >>> result = admm(
-    ...     lambda target, x, Kx: 2 * ((b + target[0]) / 2,),
+    ...     solve_x,
     ...     lambda x: (x,),
     ...     lambda v: (soft_threshold(v[0], 1.0),),
     ...     ADMMState(zero[0], zero, zero),
