@@ -49,6 +49,9 @@ PROBE_SEED = 0x5EED_0BE5
 #: Evaluations allowed if ``max_trials`` is not given: for lambda, and with sigma.
 DEFAULT_MAX_TRIALS = {1: 15, 2: 45}
 
+#: Models that say how a reconstruction went, by ``return_info=True``.
+REPORTING = (FixedPointOptim, SynthesisModel)
+
 EMPTY = "The validation set is empty: at least one image is needed to tune."
 
 
@@ -291,9 +294,7 @@ def tune(
     )
 
     def evaluate(points: Sequence[np.ndarray]) -> list[float]:
-        batched = batch_candidates and isinstance(
-            model, (FixedPointOptim, SynthesisModel)
-        )
+        batched = batch_candidates and isinstance(model, REPORTING)
         size = max(1, len(points)) if batched else 1
         costs = []
         for i in range(0, len(points), size):
@@ -499,7 +500,7 @@ def _problems(
             f"{type(dataset).__name__}."
         )
     problems = []
-    with _own_randomness(physics, device, seed):
+    with own_randomness(physics, device, seed):
         for i, item in enumerate(dataset):
             x, y, params = _unpack(item, i)
             own = physics
@@ -554,7 +555,7 @@ def _unpack(item: Any, i: int) -> tuple[Tensor | None, Any, dict[str, Any] | Non
 
 
 @contextmanager
-def _own_randomness(
+def own_randomness(
     physics: Any, device: torch.device | None, seed: int
 ) -> Iterator[None]:
     """Seeds all generators, and puts them back as they were."""
@@ -609,7 +610,7 @@ def _evaluate(
         with warnings.catch_warnings():
             # Whether candidates converge is part of their trial.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            if isinstance(model, (FixedPointOptim, SynthesisModel)):
+            if isinstance(model, REPORTING):
                 x_hat, info = model(
                     _repeat(problem.y, len(candidates)),
                     problem.physics,

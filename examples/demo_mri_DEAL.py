@@ -119,11 +119,7 @@ x_zero = scan.A_adjoint(y)
 dinv.utils.plot(
     [magnitude(image) for image in (x, x_zero, x_hat)],
     titles=["image", "zero-filled, 8x", "DEAL, 8x"],
-    subtitles=[
-        "",
-        f"{psnr(x_zero, x).item():.2f} dB",
-        f"{psnr(x_hat, x).item():.2f} dB",
-    ],
+    subtitles=["", quality(x_zero), quality(x_hat)],
     figsize=(7, 3),
 )
 print(f"converged: {info.converged.item()}")

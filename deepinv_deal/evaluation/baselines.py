@@ -9,21 +9,42 @@ from deepinv.models import Reconstructor
 from deepinv.optim import FISTA, L2, TVPrior
 from torch import Tensor
 
+from deepinv_deal.tuning import own_randomness
+
 
 class Adjoint(Reconstructor):
     r"""The adjoint :math:`A^\top y`: the noisy image, the zero-filled MRI scan."""
 
     def forward(self, y: Any, physics: Any, **_: Any) -> Tensor:
-        """Returns ``physics.A_adjoint(y)``."""
+        """
+        Returns ``physics.A_adjoint(y)``, shape ``(B, C, H, W)``.
+
+        :param torch.Tensor y: measurements.
+        :param deepinv.physics.LinearPhysics physics: forward operator.
+        """
         return physics.A_adjoint(y)
 
 
 class TotalVariation(Reconstructor):
     r"""
-    Total variation, by deepinv's FISTA.
+    Total variation, by deepinv's FISTA (:footcite:t:`beck2009fast`) and its isotropic
+    :class:`deepinv.optim.TVPrior`.
 
     .. math::
-        \argmin_x \tfrac12 \|A x - y\|_2^2 + \lambda \, \mathrm{TV}(x)
+        \underset{x}{\arg\min} \; \tfrac12 \|A x - y\|_2^2
+        + \lambda \, \mathrm{TV}(x)
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Denoising
+    >>> from deepinv_deal.evaluation import TotalVariation
+    >>> y = torch.rand(2, 1, 16, 17)
+    >>> x_hat = TotalVariation()(y, Denoising(), lambda_reg=0.1)
+    >>> x_hat.shape, bool(x_hat.var() < y.var())
+    (torch.Size([2, 1, 16, 17]), True)
 
     :param int max_iter: largest number of iterations.
     :param bool real: the second of two channels, an imaginary part, is known to be
@@ -40,14 +61,13 @@ class TotalVariation(Reconstructor):
         r"""
         Reconstructs.
 
-        :param torch.Tensor y: measurements.
+        :param torch.Tensor y: measurements, in the units of the image.
         :param deepinv.physics.LinearPhysics physics: forward operator.
-        :param float lambda_reg: the weight :math:`\lambda`.
+        :param float lambda_reg: the weight :math:`\lambda`, absolute.
+        :return: images ``(B, C, H, W)``, not clipped.
         """
         start = physics.A_adjoint(y)
-        devices = [] if start.device.type == "cpu" else [start.device]
-        with torch.random.fork_rng(devices, device_type=start.device.type):
-            torch.manual_seed(0)  # compute_sqnorm starts at a random image
+        with own_randomness(physics, start.device, 0):  # it starts at a random image
             step = 1 / float(physics.compute_sqnorm(start, verbose=False))
         # New each time: deepinv's prior starts at the image it has seen last.
         solver = FISTA(

@@ -20,9 +20,8 @@ from tqdm import tqdm
 
 from deepinv_deal.evaluation.published import PUBLISHED, SOURCE
 from deepinv_deal.evaluation.tasks import Task
-from deepinv_deal.models.patches import SynthesisModel
 from deepinv_deal.optim import FixedPointOptim
-from deepinv_deal.tuning import tune
+from deepinv_deal.tuning import REPORTING, tune
 
 
 @dataclass
@@ -96,8 +95,10 @@ def evaluate(
     :return: list of :class:`Score`.
     :raises ValueError: if there is no image, or no published weight and none is given.
     """
-    ours = isinstance(model, (FixedPointOptim, SynthesisModel))
+    ours = isinstance(model, REPORTING)
     settings = _settings(model, task, sigma)
+    if ours:
+        settings["return_info"] = True
     for condition in task.conditions:
         if (
             ours
@@ -191,7 +192,6 @@ def tune_task(
     metric = Metric(metric=compared)
     metric.lower_better = False
     settings = _settings(model, task, sigma)
-    settings.pop("return_info", None)
     conditions = []
     for condition in task.conditions:
         measured = [(x, *condition.measure(x)) for x in truths]
@@ -217,14 +217,11 @@ def tune_task(
 
 
 def _settings(model: Reconstructor, task: Task, sigma: float | None) -> dict[str, Any]:
-    """What one of our models is called with on top of a weight."""
-    if isinstance(model, SynthesisModel):
-        return {"return_info": True}
-    if not isinstance(model, FixedPointOptim):
-        return {}
+    """The noise level of the model, if it has one that is not that of the data."""
     level = task.sigma if sigma is None else sigma
-    settings: dict[str, Any] = {"return_info": True}
-    return settings if level is None else {**settings, "sigma": level / 255}
+    if level is None or not isinstance(model, FixedPointOptim):
+        return {}
+    return {"sigma": level / 255}
 
 
 def quality(x_hat: Tensor, x: Tensor) -> tuple[float, float]:

@@ -62,7 +62,8 @@ class SynthesisInfo(ReconstructionInfo):
     How a reconstruction with a dictionary went, one entry per sample.
 
     As :class:`ReconstructionInfo`; ``imbalance`` is what the solver compared with
-    ``rtol``, ``inner_iter`` is zero where images were found by Fourier transforms.
+    ``rtol``, ``inner_iter`` counts the steps of sparse coding of ``"two-step"`` and is
+    zero for other solvers. Beyond:
 
     :param torch.Tensor beta: coupling of image and coefficients, ``(B,)``.
     :param str solver: the solver that ran.

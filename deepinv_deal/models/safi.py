@@ -157,7 +157,7 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
 
         @torch.no_grad()
         def record(x: Tensor) -> None:
-            energies.append(self._energy(x, y, physics, operator, scale, equation))
+            energies.append(self._energy(x, y, operator, scale, equation))
 
         x, result, metrics = self.solve(
             equation,
@@ -191,13 +191,17 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         self,
         x: Tensor,
         y: Tensor,
-        physics: Any,
         operator: ImageOperator,
         scale: Tensor,
         equation: AttentiveL1Equation,
     ) -> Tensor:
-        """The energy of an image in the units of the equation."""
-        raise NotImplementedError(f"{type(self).__name__} has no energy.")
+        """The energy of an image in the units of the equation; raises for SAFI."""
+        if operator.denoising:
+            data = 0.5 * (x - equation.b).square().flatten(1).sum(1)
+        else:
+            data = L2()(operator.embed(x * expand(scale, x)), y, operator.physics)
+            data = data / scale.square()
+        return data + equation.lambda_reg * self.prior[0](x)
 
     def _operator(self, y: Tensor, physics: Any) -> tuple[ImageOperator, Tensor]:
         """The checked problem, and the intensity of its images ``(B,)``."""
@@ -365,23 +369,6 @@ class MMR(AttentiveL1Model):
         super().__init__(*args, **kwargs)
         self.verify_energy = verify_energy
 
-    def _energy(
-        self,
-        x: Tensor,
-        y: Tensor,
-        physics: Any,
-        operator: ImageOperator,
-        scale: Tensor,
-        equation: AttentiveL1Equation,
-    ) -> Tensor:
-        """The energy of an image in the units of the equation."""
-        if operator.denoising:
-            data = 0.5 * (x - equation.b).square().flatten(1).sum(1)
-        else:
-            data = L2()(operator.embed(x * expand(scale, x)), y, physics)
-            data = data / scale.square()
-        return data + equation.lambda_reg * self.prior[0](x)
-
     def energy(
         self,
         x: Tensor,
@@ -401,6 +388,6 @@ class MMR(AttentiveL1Model):
         operator, scale = self._operator(y, physics)
         equation = self._equation(operator, scale, lambda_reg)
         image = operator.extract(check_image("x", x, operator)) / expand(scale, x)
-        energy = self._energy(image, y, physics, operator, scale, equation)
+        energy = self._energy(image, y, operator, scale, equation)
         inside = (image == equation.clamp(image)).flatten(1).all(1)
         return energy.where(inside, torch.inf)

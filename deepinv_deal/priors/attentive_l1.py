@@ -381,9 +381,33 @@ class FrozenL1:
         descend = self.rho[0] <= LARGEST_DESCENT_PENALTY
         if accurate or equation.H is not None or precondition is None:
             descend = torch.zeros_like(descend)
+        # Asked once: every question makes a device wait.
+        all_descend, none_descends = bool(descend.all()), not bool(descend.any())
 
         def A(v: Tensor) -> Tensor:
             return equation.normal(v) + rho * W.normal(v) + rho_s * v
+
+        def by_conjugate_gradients(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+            correction = conjugate_gradient(
+                A,
+                r,
+                rtol=LINEAR_FORCING,
+                max_iter=LINEAR_MAX_ITER,
+                preconditioner=precondition,
+                verify=False,
+            )
+            x = x + correction.x
+            return x, W.analyse(x)
+
+        def by_descent(x: Tensor, Wx: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+            # The preconditioner is the inverse but for the border, and the length of
+            # the step costs only the filter responses, needed anyway.
+            assert precondition is not None
+            p = precondition(r)
+            Wp = W.analyse(p)
+            gain = inner(p, p + rho_s * p) + inner(Wp, rho * Wp)
+            length = expand(inner(r, p) / gain.where(gain > 0, 1), x)
+            return x + length * p, Wx + length * Wp
 
         def solve_x(
             targets: tuple[Tensor, ...], x: Tensor, Kx: tuple[Tensor, ...]
@@ -391,33 +415,16 @@ class FrozenL1:
             r = rhs - equation.normal(x) + rho * W.adjoint(targets[0].sub_(Kx[0]))
             if n_splits > 1:
                 r = r + rho_s * (targets[1] - x)
-            if not descend.all():
-                correction = conjugate_gradient(
-                    A,
-                    r,
-                    rtol=LINEAR_FORCING,
-                    max_iter=LINEAR_MAX_ITER,
-                    preconditioner=precondition,
-                    verify=False,
+            if all_descend:
+                x, Wx = by_descent(x, Kx[0], r)
+            elif none_descends:
+                x, Wx = by_conjugate_gradients(x, r)
+            else:  # each sample goes the way it would go alone
+                ways = zip(
+                    by_descent(x, Kx[0], r), by_conjugate_gradients(x, r), strict=True
                 )
-                solved = x + correction.x
-                both = solved, W.analyse(solved)
-            if precondition is not None and descend.any():
-                # The preconditioner is the inverse but for the border, and the length
-                # of the step costs only the filter responses, needed anyway.
-                p = precondition(r)
-                Wp = W.analyse(p)
-                gain = inner(p, p + rho_s * p) + inner(Wp, rho * Wp)
-                length = expand(inner(r, p) / gain.where(gain > 0, 1), x)
-                step = x + length * p, Kx[0] + length * Wp
-                if descend.all():
-                    both = step
-                else:  # each sample goes the way it would go alone
-                    both = (
-                        select(descend, step[0], both[0]),
-                        select(descend, step[1], both[1]),
-                    )
-            return both[0], (both[1], both[0])[:n_splits]
+                x, Wx = (select(descend, a, b) for a, b in ways)
+            return x, (Wx, x)[:n_splits]
 
         return admm(
             solve_x,

@@ -382,9 +382,9 @@ class DEALTrainer:
         # Settings that are newer than the file had their default.
         defaults = {f.name: f.default for f in fields(DEALRecipe)}
         theirs = {**{k: defaults[k] for k in ours}, **state["recipe"]}
-        differing = sorted(k for k in ours if theirs.get(k) != ours[k])
+        differing = sorted(k for k in ours if theirs[k] != ours[k])
         if differing:
-            changes = ", ".join(f"{k}: {theirs.get(k)} -> {ours[k]}" for k in differing)
+            changes = ", ".join(f"{k}: {theirs[k]} -> {ours[k]}" for k in differing)
             raise ValueError(
                 f"{self.state_path} was written with other settings ({changes}). Use "
                 "the "
