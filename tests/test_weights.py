@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from deepinv_deal import DEAL
 from deepinv_deal.weights import BUNDLED, convert_state_dict, io, load_prior, save_prior
 
+#: What the header of our own files says.
+FORMAT = "deepinv_deal.DEALPrior/1"
+
 
 @pytest.fixture(scope="module")
 def prior():
@@ -113,7 +116,7 @@ def test_a_truncated_file_is_refused(file, prior, tmp_path):
 def rewrite(file, change):
     state = load_file(file)
     change(state)
-    header = {"format": io._FORMAT, "normalization": "exact"}
+    header = {"format": FORMAT, "normalization": "exact"}
     save_file(state, file, header)
 
 
@@ -150,7 +153,7 @@ def test_damaged_weights_are_refused_by_name(file, change, message):
 def test_files_of_something_else_are_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match="not a weights file of this package"):
+    with pytest.raises(ValueError, match="not a weights file of DEALPrior"):
         load_prior(path)
     path = tmp_path / "other.pth"
     torch.save({"state_dict": {"fc.weight": torch.ones(2)}}, path)
@@ -265,8 +268,8 @@ def test_states_that_hold_no_tensors_are_refused(tmp_path):
 def test_a_header_without_norm_rule_is_refused(prior, tmp_path):
     path = tmp_path / "weights.safetensors"
     for header in (
-        {"format": io._FORMAT},
-        {"format": io._FORMAT, "normalization": "x"},
+        {"format": FORMAT},
+        {"format": FORMAT, "normalization": "x"},
     ):
         save_file(dict(prior.state_dict()), path, header)
         with pytest.raises(ValueError, match="normalization"):

@@ -5,36 +5,59 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
 
 from deepinv_deal.cli._options import Commands
+
+if TYPE_CHECKING:
+    from deepinv_deal.training import Recipe, Trainer
 
 
 def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     """Adds the command."""
+    from deepinv_deal.training import (
+        DEALRecipe,
+        DEALTrainer,
+        DictionaryRecipe,
+        DictionaryTrainer,
+    )
+
     train = commands.add_parser("train", help="train a model on a folder of images")
     models = train.add_subparsers(required=True, metavar="MODEL")
-    add_train_deal(models)
+    _add_model(models, DEALRecipe, DEALTrainer, "deal", "DEAL, on noisy patches")
+    for name, text in (
+        ("cpr", "CPR, convex smooth-plus-sparse patches, for one noise level"),
+        ("ncpr", "NCPR, its weakly convex version, for one noise level"),
+        ("patch", "the convex patch-based synthesis model, for one noise level"),
+    ):
+        _add_model(models, DictionaryRecipe, DictionaryTrainer, name, text, model=name)
 
 
-def add_train_deal(models: Commands[argparse.ArgumentParser]) -> None:
-    """Adds the model DEAL."""
-    from deepinv_deal.training import DEALRecipe
-
-    deal = models.add_parser(
-        "deal",
-        help="DEAL, on noisy patches",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def _add_model(
+    models: Commands[argparse.ArgumentParser],
+    recipe: type[Recipe],
+    trainer: type[Trainer[Any, Any]],
+    name: str,
+    text: str,
+    **fixed: str,
+) -> None:
+    """Adds a model: the settings of its recipe are the options."""
+    command = models.add_parser(
+        name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     documented = dict(
         re.findall(
-            r":param \S+ (\w+): ((?:.|\n)*?)(?=\n\s*:|\Z)", DEALRecipe.__doc__ or ""
+            r":param \S+ (\w+): ((?:.|\n)*?)(?=\n\s*:|\Z|\n\s*\n)",
+            "\n".join(base.__doc__ or "" for base in recipe.__mro__),
         )
     )
-    for field in fields(DEALRecipe):
+    for field in fields(recipe):
+        if field.name in fixed:
+            continue
         kind = str(field.type).split(" | ")[0]
         default = None if field.default is MISSING else field.default
-        text = " ".join(documented[field.name].split()).replace("%", "%%")
-        options: dict[str, object] = {"help": text, "default": default}
+        description = " ".join(documented[field.name].split()).replace("%", "%%")
+        options: dict[str, object] = {"help": description, "default": default}
         if field.default is MISSING:
             options["required"] = True
         if kind == "bool":
@@ -44,25 +67,23 @@ def add_train_deal(models: Commands[argparse.ArgumentParser]) -> None:
             options["type"] = {"int": int, "float": float}.get(kind, str)
         if field.name == "time_budget":
             options |= {"type": _duration, "metavar": "TIME"}
-        deal.add_argument("--" + field.name.replace("_", "-"), **options)  # type: ignore[arg-type]
-    deal.add_argument("--threads", type=int, help="number of CPU threads")
-    deal.add_argument(
+        command.add_argument("--" + field.name.replace("_", "-"), **options)  # type: ignore[arg-type]
+    command.add_argument("--threads", type=int, help="number of CPU threads")
+    command.add_argument(
         "--restart",
         action="store_true",
         help="start anew, do not resume from OUT/state.pt",
     )
-    deal.set_defaults(run=_train_deal)
+    command.set_defaults(run=_train, recipe=recipe, trainer=trainer, **fixed)
 
 
-def _train_deal(args: argparse.Namespace) -> int:
+def _train(args: argparse.Namespace) -> int:
     import torch
-
-    from deepinv_deal.training import DEALRecipe, DEALTrainer
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    recipe = DEALRecipe(**{f.name: getattr(args, f.name) for f in fields(DEALRecipe)})
-    trainer = DEALTrainer(recipe, resume=not args.restart)
+    settings = {f.name: getattr(args, f.name) for f in fields(args.recipe)}
+    trainer = args.trainer(args.recipe(**settings), resume=not args.restart)
     if trainer.step:
         print(f"Resuming at step {trainer.step} ({trainer.elapsed:.0f} s).")
     best = trainer.train()

@@ -220,6 +220,21 @@ class PatchDictionary(nn.Module):
             Q = 1.5 * Q - 0.5 * (Q @ Q.T) @ Q
         return Q
 
+    @torch.no_grad()
+    def project_(self) -> None:
+        """
+        Replaces the parameters by constrained ones of the same dictionary.
+
+        Optimizers do not see the constraints, and drift along directions that change
+        nothing; this keeps the scales of the parameters, and the Bjorck iterations
+        accurate.
+        """
+        frame = self.frame()
+        atoms = frame.atoms
+        self.atoms.copy_(atoms / torch.linalg.vector_norm(atoms[0]))
+        n = self.patch_size
+        self.free_atoms.copy_(frame.free[1:].unflatten(1, (n, n)))
+
     def extra_repr(self) -> str:
         """Describes the module."""
         return (

@@ -350,7 +350,7 @@ class FrozenL1:
             x = state.x if equation.box is None else state.z[1]
             return x, rho * state.u[0]
 
-        def measure(state: ADMMState) -> Tensor:
+        def measure(state: ADMMState, _old: ADMMState) -> Tensor:
             x, w = pair(state)
             W = equation.regularizer
             return self._measure(x, w, W.analyse(x), W.adjoint(w))
@@ -365,7 +365,7 @@ class FrozenL1:
         rhs: Tensor,
         prox: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
         start: ADMMState,
-        measure: Callable[[ADMMState], Tensor],
+        measure: Callable[[ADMMState, ADMMState], Tensor],
         target: Tensor,
         *,
         accurate: bool = False,
@@ -495,7 +495,7 @@ class FrozenL1:
             rest = v_x - equation.normal(p) - W.adjoint(multiplier)
             return p, multiplier, rest, v_w - W.analyse(p)
 
-        def measure(state: ADMMState) -> Tensor:
+        def measure(state: ADMMState, _old: ADMMState) -> Tensor:
             _, _, rest, gap = forces(state)
             return torch.hypot(norm(rest * free), norm(gap * inside)) / v_norm
 

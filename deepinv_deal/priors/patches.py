@@ -219,6 +219,7 @@ class PatchPrior(Prior):
 def solve_jointly(
     problem: SynthesisProblem,
     x: Tensor,
+    a: Tensor | None = None,
     *,
     rtol: float,
     max_iter: int,
@@ -232,13 +233,14 @@ def solve_jointly(
 
     :param SynthesisProblem problem: the problem.
     :param torch.Tensor x: first image.
+    :param torch.Tensor a: first coefficients; zero if ``None``.
     :param float rtol: tolerance, see the solvers.
     :param int max_iter: largest number of iterations.
     :param AdjointOptions adjoint: settings of the backward pass.
     :return: the image and the solver's result.
     """
     with torch.no_grad():
-        a = problem.zero_coefficients()
+        a = problem.zero_coefficients() if a is None else a
         if problem.suits_admm:
             result = joint_admm(
                 problem, x, a, r=ADMM_CONVEX, rtol=rtol, max_iter=max_iter

@@ -91,18 +91,24 @@ class GroupPenalty:
 
     def prox(self, v: Tensor, r: float = 1.0) -> Tensor:
         """Returns the group threshold of ``v`` at ``threshold / r``."""
-        blocks = _blocks(v)
-        return _image(self._gain(_block_norm(blocks), r) * blocks, v)
+        return v * _spread(self._gain(v, r)[0], v)
 
-    def _gain(self, size: Tensor, r: float = 1.0) -> Tensor:
-        t = self.threshold[..., None, None] / r
-        tiny = torch.finfo(size.dtype).tiny
-        return 1 - t / torch.maximum(size, t).clamp_min(tiny)
+    def _gain(self, v: Tensor, r: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The factor of every block, and its inverse norm; 0 where it is set to 0."""
+        t = self.threshold / r
+        square = _block_sums(v.square())
+        active = square > t.square()
+        # Never the root of 0, which has no derivative.
+        inverse = active / square.where(active, 1).sqrt()
+        # Rounding may leave a tiny negative number, which has no square root.
+        return (active * (1 - t * inverse)).clamp_min(0), inverse
 
     def value(self, a: Tensor) -> Tensor:
         """Returns R(a), ``(B,)``."""
-        weighted = self.threshold[..., None, None] * _block_norm(_blocks(a))
-        return weighted.flatten(1).sum(1)
+        square = _block_sums(a.square())
+        active = square > 0
+        size = active * square.where(active, 1).sqrt()
+        return (self.threshold * size).flatten(1).sum(1)
 
     def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
         r"""
@@ -111,36 +117,36 @@ class GroupPenalty:
         Its eigenvalues are 1 along the block of ``v``, :math:`1 - t / \|v_G\|`
         across, and 0 for a block that is set to zero.
         """
-        blocks = _blocks(v)
-        size = _block_norm(blocks)
-        gain = self._gain(size)
-        active = gain > 0
-        direction = blocks * active / size.where(active, 1)
+        gain, inverse = self._gain(v)
+        direction = v * _spread(inverse, v)
+
+        @lru_cache(maxsize=4)
+        def parts(power: float) -> tuple[Tensor, Tensor]:
+            across = _spread(gain**power, v)
+            return across, (1 - across) * direction
 
         def apply(e: Tensor, power: float) -> Tensor:
-            e_blocks = _blocks(e)
-            along = (direction * e_blocks).sum((3, 5), keepdim=True) * direction
-            return _image(along + gain**power * (e_blocks - along), e)
+            across, more_along = parts(power)
+            along = _spread(_block_sums(direction * e), e)
+            return torch.addcmul(across * e, more_along, along)
 
         return apply
 
 
-def _blocks(a: Tensor) -> Tensor:
-    """Views ``(B, p, H, W)`` as ``(B, p, H / 2, 2, W / 2, 2)``, zeros added if odd."""
+def _block_sums(a: Tensor) -> Tensor:  # (B, p, H, W) -> (B, p, H / 2, W / 2)
+    """Sums over blocks of 2 x 2 positions; smaller blocks at odd ends."""
     height, width = a.shape[-2:]
     if height % 2 or width % 2:
         a = F.pad(a, (0, width % 2, 0, height % 2))
-    return a.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    rows = a[..., ::2, :] + a[..., 1::2, :]  # several times faster than pooling
+    return rows[..., ::2] + rows[..., 1::2]
 
 
-def _image(blocks: Tensor, like: Tensor) -> Tensor:
-    """Undoes :func:`_blocks`."""
+def _spread(blocks: Tensor, like: Tensor) -> Tensor:
+    """Gives every position the value of its block."""
     height, width = like.shape[-2:]
-    return blocks.flatten(4, 5).flatten(2, 3)[..., :height, :width]
-
-
-def _block_norm(blocks: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(blocks, dim=(3, 5), keepdim=True)
+    everywhere = blocks.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    return everywhere[..., :height, :width]
 
 
 @dataclass(frozen=True)

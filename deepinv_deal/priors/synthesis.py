@@ -369,9 +369,13 @@ class CoefficientEquation:
         if self.features is not None and isinstance(self.problem.penalty, L1Penalty):
             return _active_set_solver(self, S)
 
+        def matrix(e: Tensor) -> Tensor:
+            root = S(e, 0.5)
+            return e - S(root - self.hessian(root), 0.5)
+
         def solve(v: Tensor, rtol: Tensor) -> SolverResult:
             result = conjugate_gradient(
-                lambda e: e - S(e, 1.0) + S(self.hessian(S(e, 0.5)), 0.5),
+                matrix,
                 S(v, 0.5),
                 rtol=rtol,
                 max_iter=MAX_CG_ITER,
@@ -520,10 +524,8 @@ def eliminated_fista(
 
 
 def _violation(
-    split: Callable[[Tensor], tuple[Tensor, ...]],
-    z: tuple[Tensor, ...],
-    scale: Callable[[Tensor], Tensor],
-) -> Callable[[ADMMState], Tensor]:
+    scale: Callable[[ADMMState], Tensor],
+) -> Callable[[ADMMState, ADMMState], Tensor]:
     """
     Returns a stopping rule for ADMM that also ends where all coefficients are zero.
 
@@ -531,18 +533,17 @@ def _violation(
     to the norm of these and a ``scale`` of the unknown.
     """
 
-    def flat(parts: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([v.flatten(1) for v in parts], 1)
-
-    previous = flat(z)
-
-    def measure(state: ADMMState) -> Tensor:
-        nonlocal previous
-        z, before = flat(state.z), previous
-        previous = z
-        worst = torch.maximum(norm(flat(split(state.x)) - z), norm(z - before))
-        size = torch.hypot(norm(z), scale(state.x))
+    def measure(new: ADMMState, old: ADMMState) -> Tensor:
+        assert new.Kx is not None
+        worst = torch.maximum(distance(new.Kx, new.z), distance(new.z, old.z))
+        size = torch.hypot(total(new.z), scale(new))
         return worst / size.where(size != 0, 1)
+
+    def total(parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack([norm(v) for v in parts]).square().sum(0).sqrt()
+
+    def distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
+        return total(tuple(v - w for v, w in zip(a, b, strict=True)))
 
     return measure
 
@@ -596,6 +597,7 @@ def joint_admm(
         )
     eye = torch.eye(len(problem._gram), dtype=x.dtype, device=x.device)
     K = r * torch.linalg.inv(problem._gram + r * eye)
+    correct = problem.frame.C @ K / r
     # The split of the image weighs as much as the data term.
     rho = problem.data.sqnorm.expand(len(x)) if bounds is not None else None
     solve = problem.image_solver(K, rho)
@@ -608,14 +610,9 @@ def joint_admm(
         rhs = problem.data.b + problem.features_adjoint(channel_map(K, Gv))
         if rho is not None:
             rhs = rhs + expand(rho, x) * targets[1]
-        image = solve(rhs, _unpack(previous, a, x)[1]).x
-        difference = channel_map(K, problem.features(image) - Gv)
-        both = v + problem.analysis(difference) / r, image
-        return _pack(*both), both if bounds is not None else both[:1]
-
-    def split(packed: Tensor) -> tuple[Tensor, ...]:
-        both = _unpack(packed, a, x)
-        return both[:1] if bounds is None else both
+        image = solve(rhs, previous).x
+        a = v.add_(channel_map(correct, problem.features(image) - Gv))
+        return image, (a, image)[: len(targets)]
 
     def prox(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         z = (problem.penalty.prox(v[0], r),)
@@ -624,24 +621,21 @@ def joint_admm(
     z = (a,) if bounds is None else (a, x)
     result = admm(
         solve_x,
-        split,
+        lambda _: z,  # never asked: the coefficients do not follow from the image
         prox,
-        ADMMState(_pack(a, x), z, tuple(torch.zeros_like(v) for v in z)),
+        ADMMState(x, z, tuple(torch.zeros_like(v) for v in z), z),
         rho=(r,) if rho is None else (r, rho),
         relaxation=relaxation,
         rtol=rtol,
         max_iter=max_iter,
-        measure=_violation(split, z, lambda packed: norm(_unpack(packed, a, x)[1])),
+        measure=_violation(lambda state: norm(state.x)),
     )
     state = result.state
     if bounds is not None:
         return replace(result, x=state.z[1], state=state.z)
     # The split coefficients are sparse; the image that belongs to them is the result.
-    return replace(
-        result,
-        x=problem.image(state.z[0], init=_unpack(state.x, a, x)[1]),
-        state=state.z,
-    )
+    image = problem.image(state.z[0], init=state.x)
+    return replace(result, x=image, state=(*state.z, image))
 
 
 @torch.no_grad()
@@ -700,7 +694,7 @@ def sparse_coding(
         relaxation=RELAXATION,
         rtol=rtol,
         max_iter=max_iter,
-        measure=_violation(lambda x: (x,), (a,), lambda _: norm(features)),
+        measure=_violation(lambda _: norm(features)),
     )
     return replace(result, x=result.state.z[0])
 

@@ -282,11 +282,13 @@ class ADMMState(NamedTuple):
     :param torch.Tensor x: the unknown, ``(B, ...)``.
     :param tuple z: the split variables, :math:`z_i = K_i x` at the solution.
     :param tuple u: the multipliers divided by :math:`\rho_i`.
+    :param tuple Kx: the :math:`K_i x`; ``None`` in a start that does not know them.
     """
 
     x: Tensor
     z: Blocks
     u: Blocks
+    Kx: Blocks | None = None
 
 
 def admm(
@@ -299,7 +301,7 @@ def admm(
     relaxation: float = 1.0,
     rtol: float | Tensor = 1e-4,
     max_iter: int = 1000,
-    measure: Callable[[ADMMState], Tensor] | None = None,
+    measure: Callable[[ADMMState, ADMMState], Tensor] | None = None,
     check_every: int = 1,
 ) -> SolverResult:
     r"""
@@ -350,7 +352,8 @@ def admm(
         first line for the targets :math:`z_i - u_i`, which it may overwrite, and the
         tuple of its :math:`K_i x`. An iterative solver may start at the last ``x``,
         where ``Kx`` is known, and often has the new one at hand.
-    :param Callable K: maps ``x`` to the tuple of all :math:`K_i x`, for the start.
+    :param Callable K: maps ``x`` to the tuple of all :math:`K_i x`, for a start without
+        ``Kx``.
     :param Callable prox: maps a tuple of arguments to the tuple of all
         :math:`\mathrm{prox}_{g_i / \rho_i}`.
     :param ADMMState init: where to start; the ``state`` of an earlier result continues
@@ -360,8 +363,8 @@ def admm(
     :param float relaxation: :math:`\alpha` in (0, 2).
     :param float, torch.Tensor rtol: tolerance, one or ``(B,)``.
     :param int max_iter: largest number of iterations.
-    :param Callable measure: another stopping rule: maps the state to one number per
-        sample, ``(B,)``, compared with ``rtol``.
+    :param Callable measure: another stopping rule: maps the states after and before an
+        iteration to one number per sample, ``(B,)``, compared with ``rtol``.
     :param int check_every: number of iterations between evaluations of the rule, each
         of which waits for the device.
     :return: (:class:`SolverResult`) with the :class:`ADMMState` in ``state``.
@@ -378,12 +381,14 @@ def admm(
         raise ValueError(f"relaxation must lie in (0, 2), got {relaxation}.")
 
     def unpack(state: Blocks) -> ADMMState:
-        return ADMMState(state[0], state[1 : m + 1], state[m + 1 : 2 * m + 1])
+        z, u, Kx = (state[i * m + 1 : (i + 1) * m + 1] for i in range(3))
+        return ADMMState(state[0], z, u, Kx)
 
     def iteration(state: Blocks) -> Blocks:
-        x, z, u = unpack(state)
+        x, z, u, Kx = unpack(state)
+        assert Kx is not None
         targets = tuple(zi - ui for zi, ui in zip(z, u, strict=True))
-        x, Kx = solve_x(targets, x, state[2 * m + 1 :])
+        x, Kx = solve_x(targets, x, Kx)
         # In place where the tensor is new: fresh memory costs more than the sum.
         v = tuple(
             torch.lerp(zi, ki, relaxation).add_(ui)
@@ -392,22 +397,23 @@ def admm(
         z = prox(v)
         return x, *z, *(vi - zi for vi, zi in zip(v, z, strict=True)), *Kx
 
-    def residuals(new: Blocks, old: Blocks) -> Tensor:
-        _, z, u = unpack(new)
-        Kx = new[2 * m + 1 :]
-        size = torch.maximum(_norm(Kx, rho), _norm(z, rho))
+    def residuals(new: ADMMState, old: ADMMState) -> Tensor:
+        assert new.Kx is not None
+        size = torch.maximum(_norm(new.Kx, rho), _norm(new.z, rho))
         size = size.where(size != 0, 1)
-        gap = [a - b for a, b in zip(Kx, z, strict=True)]
-        change = [a - b for a, b in zip(z, unpack(old).z, strict=True)]
+        gap = [a - b for a, b in zip(new.Kx, new.z, strict=True)]
+        change = [a - b for a, b in zip(new.z, old.z, strict=True)]
         # If no term is active the multipliers vanish: changes by rounding are none.
-        moved, force = _norm(change, rho), _norm(u, rho)
+        moved, force = _norm(change, rho), _norm(new.u, rho)
         moved = moved.where(moved > torch.finfo(size.dtype).eps * size, 0)
         return torch.maximum(_norm(gap, rho) / size, moved / force.where(force != 0, 1))
 
+    stop = measure or residuals
+    Kx = K(init.x) if init.Kx is None else init.Kx
     state, status, n_iter, residual = _iterate(
         iteration,
-        residuals if measure is None else lambda new, _: measure(unpack(new)),
-        (init.x, *init.z, *init.u, *K(init.x)),
+        lambda new, old: stop(unpack(new), unpack(old)),
+        (init.x, *init.z, *init.u, *Kx),
         rtol=rtol,
         max_iter=max_iter,
         check_every=check_every,

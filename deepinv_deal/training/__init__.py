@@ -7,14 +7,20 @@ from deepinv_deal.training.data import (
     load_image_folder,
     load_images,
 )
+from deepinv_deal.training.deal import DEALRecipe, DEALTrainer
+from deepinv_deal.training.dictionary import DictionaryRecipe, DictionaryTrainer
+from deepinv_deal.training.engine import Recipe, Trainer
 from deepinv_deal.training.losses import deal_loss
-from deepinv_deal.training.recipes import DEALRecipe, DEALTrainer
 
 __all__ = [
     "DEALRecipe",
     "DEALTrainer",
     "DenoisingSampler",
+    "DictionaryRecipe",
+    "DictionaryTrainer",
     "Problems",
+    "Recipe",
+    "Trainer",
     "deal_loss",
     "load_image",
     "load_image_folder",

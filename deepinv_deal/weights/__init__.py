@@ -6,16 +6,23 @@ from deepinv_deal.weights.io import (
     load_prior,
     save_prior,
 )
-from deepinv_deal.weights.patches import convert_patch_checkpoint, load_patch_prior
+from deepinv_deal.weights.patches import (
+    BUNDLED_PATCHES,
+    convert_patch_checkpoint,
+    load_patch_prior,
+    save_patch_prior,
+)
 from deepinv_deal.weights.safi import convert_l1_state_dict, load_l1_prior
 
 __all__ = [
     "BUNDLED",
+    "BUNDLED_PATCHES",
     "convert_l1_state_dict",
     "convert_patch_checkpoint",
     "convert_state_dict",
     "load_l1_prior",
     "load_patch_prior",
     "load_prior",
+    "save_patch_prior",
     "save_prior",
 ]

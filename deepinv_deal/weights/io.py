@@ -1,4 +1,4 @@
-"""Reading, checking, converting and writing the weights of priors."""
+"""The weights of DEAL: reading, checking, converting and writing."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.weights.checkpoints import read_state_dict
+from deepinv_deal.weights.files import (
+    checked,
+    find_weights,
+    read_weights,
+    write_weights,
+)
 
 #: Names of the weights in this package, by the file that holds them.
 BUNDLED = {"deal_gray": "deal_gray.safetensors"}
@@ -30,8 +34,6 @@ _OFFICIAL_BLOBS = {
     "deal_gray": "a586e50fb384f9ff107a5593f91478bd840831cc",
     "deal_color": "ad07f22573e1852662e62ea239f2c30eec7c73ac",
 }
-
-_FORMAT = "deepinv_deal.DEALPrior/1"
 
 #: Authors' parameter names, by ours. The last groups are plain renamings.
 _AUTHORS_KEYS = {
@@ -98,25 +100,7 @@ def prior_from_state_dict(
         )
     with torch.random.fork_rng(devices=[]):  # the random initial weights are replaced
         prior = DEALPrior(first.shape[1], last.shape[0], normalization)
-    expected = prior.state_dict()
-    if set(state) != set(expected):
-        missing = sorted(set(expected) - set(state))
-        extra = sorted(set(state) - set(expected))
-        raise ValueError(
-            f"{source}: missing entries {missing}, unknown entries {extra}."
-        )
-    for key, value in expected.items():
-        if state[key].shape != value.shape:
-            raise ValueError(
-                f"{source}: {key} must have shape {tuple(value.shape)}, got "
-                f"{tuple(state[key].shape)}."
-            )
-        if not torch.isfinite(state[key]).all():
-            raise ValueError(
-                f"{source}: {key} holds NaN or infinity; the file is damaged."
-            )
-    prior.load_state_dict(dict(state))
-    return prior
+    return checked(prior, state, source)
 
 
 def save_prior(
@@ -131,16 +115,8 @@ def save_prior(
     :param str path: file to write.
     :param dict metadata: strings to store with the weights.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in prior.state_dict().items()}
-    header = {
-        "format": _FORMAT,
-        "normalization": prior.W.normalization,
-        **(metadata or {}),
-    }
-    save_file(tensors, temporary, header)
-    os.replace(temporary, path)
+    header = {"normalization": prior.W.normalization}
+    write_weights(prior, path, {**header, **(metadata or {})})
 
 
 def load_prior(pretrained: str | os.PathLike[str], in_channels: int = 1) -> DEALPrior:
@@ -155,38 +131,14 @@ def load_prior(pretrained: str | os.PathLike[str], in_channels: int = 1) -> DEAL
     :raises ValueError: for an unknown name, or a damaged or foreign file.
     :raises FileNotFoundError: if the file does not exist.
     """
-    name = os.fspath(pretrained)
-    if name in BUNDLED:
-        return _load_safetensors(Path(__file__).parent / BUNDLED[name])
-    if name == "download":
+    if os.fspath(pretrained) == "download":
         return _load_pth(_download("deal_gray" if in_channels == 1 else "deal_color"))
-    path = Path(name)
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(
-            f"pretrained={name!r} is unknown. Give one of "
-            f"{', '.join(map(repr, BUNDLED))}, "
-            "'download', None, or the path of a .safetensors or .pth file."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"The weights file {name!r} does not exist.")
-    return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pth(path)
-
-
-def _load_safetensors(path: Path) -> DEALPrior:
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file: {error}"
-        ) from error
-    if header.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} is not a weights file of this package: its format is "
-            f"{header.get('format')!r}, expected {_FORMAT!r}."
-        )
-    return prior_from_state_dict(state, header.get("normalization", ""), str(path))
+    path = find_weights(pretrained, BUNDLED, "'download', ")
+    if path.suffix != ".safetensors":
+        return _load_pth(path)
+    state, header = read_weights(path, DEALPrior)
+    normalization: Any = header.get("normalization")
+    return prior_from_state_dict(state, normalization, str(path))
 
 
 def _load_pth(path: Path) -> DEALPrior:

@@ -1,4 +1,4 @@
-"""Reading the authors' checkpoints of the patch models."""
+"""The weights of the patch models: reading, checking, converting and writing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from torch import Tensor
 
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
 from deepinv_deal.weights.checkpoints import read_checkpoint
+from deepinv_deal.weights.files import (
+    checked,
+    find_weights,
+    read_weights,
+    write_weights,
+)
 
 Prior = TypeVar("Prior", PatchSynthesisPrior, SmoothPlusSparsePrior)
 
@@ -21,24 +27,92 @@ GRAY_LEVELS = 255.0
 _PENALTIES = {"l1norm": "group", "l0norm": "weakly_convex"}
 
 
-def load_patch_prior(path: str | os.PathLike[str], kind: type[Prior]) -> Prior:
-    """
-    Loads a checkpoint of the authors of the patch models.
+#: Names of the weights in this package, by the file that holds them.
+BUNDLED_PATCHES: dict[type, dict[str, str]] = {
+    SmoothPlusSparsePrior: {},
+    PatchSynthesisPrior: {},
+}
 
-    :param str path: ``.pth`` file with ``"state_dict"`` and ``"config"``, read without
-        executing code.
+
+def load_patch_prior(pretrained: str | os.PathLike[str], kind: type[Prior]) -> Prior:
+    """
+    Loads a patch prior by bundled name or file.
+
+    :param str pretrained: a name in ``BUNDLED_PATCHES[kind]``, or the path of a
+        ``.safetensors`` file of this package or of a ``.pth`` file of the authors, with
+        ``"state_dict"`` and ``"config"``, read without executing code.
     :param type kind: :class:`~deepinv_deal.priors.PatchSynthesisPrior` or
         :class:`~deepinv_deal.priors.SmoothPlusSparsePrior`.
     :return: the prior, with the penalty, hyperparameters and noise level of the file.
     :raises FileNotFoundError: if the file does not exist.
     :raises ValueError: if it is damaged or belongs to another model.
     """
+    path = find_weights(pretrained, BUNDLED_PATCHES[kind])
+    if path.suffix == ".safetensors":
+        state, header = read_weights(path, kind)
+        return patch_prior_from_state_dict(state, header, kind, str(path))
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, Mapping) or not all(
         isinstance(checkpoint.get(key), Mapping) for key in ("state_dict", "config")
     ):
         raise ValueError(f"{path} must hold 'state_dict' and 'config' dictionaries.")
     return convert_patch_checkpoint(checkpoint, kind, str(path))
+
+
+def save_patch_prior(
+    prior: PatchSynthesisPrior | SmoothPlusSparsePrior,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """
+    Writes a patch prior as ``.safetensors``, atomically.
+
+    :param PatchPrior prior: the prior.
+    :param str path: file to write.
+    :param dict metadata: strings to store with the weights.
+    """
+    header: dict[str, str] = {"boundary": prior.dictionary.boundary}
+    if isinstance(prior, SmoothPlusSparsePrior):
+        header |= {"penalty": prior.penalty_name, "order": repr(prior.order)}
+    write_weights(prior, path, {**header, **(metadata or {})})
+
+
+def patch_prior_from_state_dict(
+    state: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    kind: type[Prior],
+    source: str = "state",
+) -> Prior:
+    """
+    Builds the patch prior that fits a state dict, after checking shapes and values.
+
+    :param dict state: state dict of a prior.
+    :param dict header: ``"boundary"`` and, for
+        :class:`~deepinv_deal.priors.SmoothPlusSparsePrior`, ``"penalty"`` and
+        ``"order"``.
+    :param type kind: class of the prior.
+    :param str source: what to call the weights in errors.
+    :raises ValueError: for missing or extra entries, wrong shapes, NaN or infinity.
+    """
+    atoms, free = (
+        state.get(f"dictionary.{name}", torch.empty(0))
+        for name in ("atoms", "free_atoms")
+    )
+    if atoms.ndim != 3 or free.ndim != 3:
+        raise ValueError(
+            f"{source} does not hold weights of a {kind.__name__}: no dictionary.atoms "
+            "and dictionary.free_atoms."
+        )
+    size: dict[str, Any] = {"num_atoms": len(atoms), "patch_size": atoms.shape[-1]}
+    options: dict[str, Any] = {"boundary": header.get("boundary")}
+    if kind is SmoothPlusSparsePrior:
+        size |= {"num_free_atoms": len(free)}
+        options |= {
+            "penalty": header.get("penalty"),
+            "order": float(header.get("order", "nan")),
+        }
+    with torch.random.fork_rng(devices=[]):  # the random initial weights are replaced
+        return checked(kind(**size, **options), state, source)
 
 
 def convert_patch_checkpoint(

@@ -217,3 +217,17 @@ def test_dictionaries_can_be_pickled_copied_and_stored(rng):
 def test_bad_dictionaries_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         PatchDictionary(**{"num_atoms": 4, "patch_size": 3, **arguments})
+
+
+@pytest.mark.parametrize("num_free_atoms", [0, 3])
+def test_projection_keeps_the_dictionary(rng, num_free_atoms):
+    D = dictionary(rng, num_free_atoms=num_free_atoms)
+    before = D.frame()
+    D.project_()
+    after = D.frame()
+    torch.testing.assert_close(after.atoms, before.atoms, rtol=0, atol=1e-12)
+    torch.testing.assert_close(after.free, before.free, rtol=0, atol=1e-12)
+    parameters = [p.clone() for p in D.parameters()]
+    D.project_()  # what is projected stays
+    for new, old in zip(D.parameters(), parameters, strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-12)

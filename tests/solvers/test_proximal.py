@@ -535,7 +535,7 @@ def test_admm_takes_a_measure_of_the_caller(rng):
     problem = Analysis.draw(rng)
     expected = problem.solve_generically()
 
-    def distance(state):
+    def distance(state, _old=None):
         return torch.linalg.vector_norm(state.x - expected, dim=1)
 
     result = problem.solve(measure=distance, rtol=1e-3, max_iter=5000, check_every=3)

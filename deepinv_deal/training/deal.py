@@ -1,0 +1,197 @@
+"""The recipe that trains DEAL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deepinv_deal.models.deal import DEAL
+from deepinv_deal.operators.multi_conv import Normalization
+from deepinv_deal.priors import DEALPrior
+from deepinv_deal.solvers import (
+    AdjointOptions,
+    FrozenProblem,
+    attach_gradient,
+    fixed_point,
+)
+from deepinv_deal.training.data import DenoisingSampler, Problems, numbered_generator
+from deepinv_deal.training.engine import Recipe, Trainer
+from deepinv_deal.training.losses import deal_loss
+from deepinv_deal.weights import load_prior, save_prior
+
+#: Noise levels at which validation is reported.
+VALIDATION_SIGMAS = (5 / 255, 15 / 255, 25 / 255)
+
+
+@dataclass
+class DEALRecipe(Recipe):
+    r"""
+    All settings of a training of DEAL.
+
+    The recipe follows :footcite:t:`pourya2025dealing`, Section 3.2, with changes that
+    suit a short training: noisy patches are used again, see :class:`Recipe`, and the
+    errors are weighted by :math:`(\sigma / \sigma_{\max} + 0.1)^{-b}`, so that low
+    noise counts. The published scheme is ``reuse=1, pool=1, balance=0, drift=1e-4,
+    depth_min=15, depth_max=60, batch_size=16, patch_size=128, lr=5e-4, lr_final=4e-4,
+    rtol=5e-4``, then a second phase, which starts from the weights of the first by
+    ``init``. Further settings are those of :class:`Recipe`; ``rtol`` is the imbalance
+    of forces at which the iteration stops.
+
+    :param int in_channels: 1 (gray) or 3 (colour).
+    :param int num_filters: number of filters.
+    :param str normalization: norm rule of the filters.
+    :param float sigma_max: largest noise level ([0, 1] units).
+    :param float skew: noise levels are :math:`\sigma_{\max} u^{\text{skew}}` with
+        :math:`u` uniform in [0, 1]. 1: uniform, as published; larger: more low noise.
+    :param float gamma: weight of the splines' second-order total variation in the loss.
+    :param float drift: weight of the change of the mask in the last iteration. The
+        published weight is too small to matter; a larger one makes the iteration
+        contract.
+    :param float balance: exponent :math:`b` of the weights of the noise levels. At
+        1.75 all levels have about the same share in the loss.
+    :param int depth_min: fewest outer iterations on a new problem.
+    :param int depth_max: most outer iterations on a new problem.
+    :param int warm_depth_min: fewest outer iterations on a problem used before.
+    :param int warm_depth_max: most outer iterations on a problem used before.
+    :param bool jacobian_free: Jacobian-free (published) or exact gradients.
+    """
+
+    in_channels: int = 1
+    num_filters: int = 128
+    normalization: Normalization = "published"
+    sigma_max: float = 50 / 255
+    skew: float = 1.0
+    gamma: float = 1e-4
+    drift: float = 0.3
+    balance: float = 1.75
+    depth_min: int = 6
+    depth_max: int = 14
+    warm_depth_min: int = 1
+    warm_depth_max: int = 3
+    jacobian_free: bool = True
+
+    positive: ClassVar[tuple[str, ...]] = (
+        *Recipe.positive,
+        "num_filters",
+        "sigma_max",
+        "skew",
+    )
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.in_channels
+
+    @property
+    def validation_sigmas(self) -> Sequence[float]:
+        """Noise levels at which validation is reported, in [0, 1] units."""
+        return VALIDATION_SIGMAS
+
+
+class DEALTrainer(Trainer[DEALRecipe, DEALPrior]):
+    """
+    Trains a :class:`deepinv_deal.priors.DEALPrior`; see :class:`Trainer`.
+
+    :param DEALRecipe recipe: settings.
+    :param bool resume: go on from ``state.pt`` if there is one.
+    """
+
+    def new_prior(self) -> DEALPrior:
+        """Returns a prior with random weights."""
+        recipe = self.recipe
+        return DEALPrior(recipe.in_channels, recipe.num_filters, recipe.normalization)
+
+    def load_prior(self, pretrained: str) -> DEALPrior:
+        """Returns the prior with the weights of ``recipe.init``."""
+        return load_prior(pretrained)
+
+    def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
+        """Writes the weights of the prior in training, atomically."""
+        save_prior(self.prior, path, metadata)
+
+    def describe(self, prior: DEALPrior) -> dict[str, Any]:
+        """Returns what the recipe says about a prior, by the names it uses."""
+        return {
+            "in_channels": prior.in_channels,
+            "num_filters": prior.num_filters,
+            "normalization": prior.W.normalization,
+        }
+
+    def new_sampler(self, images: list[Tensor]) -> DenoisingSampler:
+        """Returns the source of noisy patches."""
+        recipe = self.recipe
+        return DenoisingSampler(
+            images, recipe.patch_size, recipe.sigma_max, recipe.seed, recipe.skew
+        )
+
+    def new_model(self) -> DEAL:
+        """Returns the model that validation calls, around the prior in training."""
+        return DEAL(pretrained=None, prior=self.prior, warn=False, scale=None)
+
+    def parameter_groups(self) -> Sequence[tuple[float, Sequence[nn.Parameter]]]:
+        """Returns factors on the learning rate, with the parameters they are for."""
+        # kappa counts gray levels, of order 1 to 30, all else is of order 0.01 to 1.
+        kappa = list(self.prior.kappa.parameters())
+        others = [p for p in self.prior.parameters() if all(p is not k for k in kappa)]
+        return [(1.0, others), (10.0, kappa)]
+
+    def _depth(self, new: bool) -> int:
+        """The number of outer iterations of this step."""
+        recipe = self.recipe
+        low, high = recipe.warm_depth_min, recipe.warm_depth_max
+        # Fixed points of the first, random weights are not worth finding.
+        if new and (self.step >= recipe.pool or recipe.pool == 1):
+            low, high = recipe.depth_min, recipe.depth_max
+        rng = numbered_generator(recipe.seed, self.step)
+        return int(torch.randint(low, high + 1, (), generator=rng))
+
+    def loss(self, problems: Problems, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """
+        Returns the loss, and what the solver can start from when the batch returns.
+
+        :param Problems problems: the batch.
+        :param torch.Tensor start: the last images; ``None`` for a new batch.
+        """
+        recipe = self.recipe
+        equation = self.prior.equation(_identity, problems.y, problems.sigma)
+        squared_masks: list[Tensor] = []
+
+        def freeze(x: Tensor) -> FrozenProblem:
+            problem = equation.freeze(x)
+            squared_masks[:-1] = []  # keep the last two
+            squared_masks.append(problem.squared_mask)
+            return problem
+
+        with torch.no_grad():
+            result = fixed_point(
+                freeze,
+                torch.zeros_like(problems.y) if start is None else start,
+                rtol=recipe.rtol,
+                max_iter=self._depth(start is None),
+            )
+        mask = equation.regularizer.mask(result.x)
+        options = AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol)
+        x_hat = attach_gradient(
+            equation, result.x, options, residual=equation(result.x, mask)
+        )
+        weights = (problems.sigma / recipe.sigma_max + 0.1) ** -recipe.balance
+        loss = deal_loss(
+            x_hat,
+            problems.x,
+            mask,
+            squared_masks[0].sqrt(),
+            self.prior.splines(),
+            gamma=recipe.gamma,
+            drift=recipe.drift,
+            weights=weights,
+        )
+        return loss, result.x
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

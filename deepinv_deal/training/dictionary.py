@@ -1,0 +1,222 @@
+"""The recipe that trains synthesis dictionaries: CPR, NCPR and the convex model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from deepinv_deal.models.patches import PatchSynthesis, SmoothPlusSparse
+from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
+from deepinv_deal.priors.patches import PenaltyName, solve_jointly
+from deepinv_deal.priors.synthesis import ImageSystem, coordinate_descent
+from deepinv_deal.solvers import AdjointOptions
+from deepinv_deal.training.data import DenoisingSampler, Problems
+from deepinv_deal.training.engine import Recipe, Trainer
+from deepinv_deal.weights import load_patch_prior, save_patch_prior
+
+DictionaryModel = Literal["cpr", "ncpr", "patch"]
+
+#: The penalties of the smooth-plus-sparse models.
+PENALTIES: dict[str, PenaltyName] = {"cpr": "group", "ncpr": "weakly_convex"}
+
+#: Published settings by model, for noise of 5 and of 25 gray levels: first coupling,
+#: base of the thresholds, order of the weakly convex penalty.
+PUBLISHED = {
+    ("cpr", 5): (0.5, 0.002, 1.8),
+    ("cpr", 25): (2.0, 0.002, 1.8),
+    ("ncpr", 5): (1.0, 0.003, 2.0),
+    ("ncpr", 25): (2.0, 0.0125, 1.8),
+    ("patch", 5): (0.3, 0.0015, 1.8),
+    ("patch", 25): (2.0, 0.0075, 1.8),
+}
+
+
+@dataclass
+class DictionaryRecipe(Recipe):
+    r"""
+    All settings of a training of :class:`deepinv_deal.SmoothPlusSparse` or
+    :class:`deepinv_deal.PatchSynthesis` as a denoiser at one noise level.
+
+    As published (:footcite:t:`ducotterd2024smooth,ducotterd2024convex`), the mean
+    absolute error on patches of 40 x 40 pixels is minimised, by implicit
+    differentiation; the convex model takes two passes of coordinate descent. Further
+    settings are those of :class:`Recipe`; ``rtol`` is the tolerance of the solver.
+
+    :param str model: ``"cpr"``, ``"ncpr"`` or ``"patch"``, the convex model.
+    :param float sigma: noise level ([0, 1] units).
+    :param int num_atoms: number of atoms; ``None``: as published, 200 or, for
+        ``"patch"``, 128.
+    :param int atom_size: rows (and columns) of the atoms; ``None``: as published, 13
+        or 10.
+    :param int num_free_atoms: number of free atoms, not for ``"patch"``.
+    :param float beta: first coupling; ``None``: as published.
+    :param float lambda_reg: base of the thresholds; ``None``: as published.
+    :param float order: exponent of the penalty of ``"ncpr"``; ``None``: as published.
+    :param int max_iter: most iterations of the solver on a new batch.
+    :param int warm_max_iter: most iterations on a batch used before.
+    """
+
+    patch_size: int = 40
+    batch_size: int = 4
+    lr: float = 2e-3
+    clip: float = 0.1
+    rtol: float = 3e-3
+    pool: int = 32
+    reuse: int = 4
+
+    model: DictionaryModel = "cpr"
+    sigma: float = 25 / 255
+    num_atoms: int | None = None
+    atom_size: int | None = None
+    num_free_atoms: int = 120
+    beta: float | None = None
+    lambda_reg: float | None = None
+    order: float | None = None
+    max_iter: int = 50
+    warm_max_iter: int = 10
+
+    positive: ClassVar[tuple[str, ...]] = (
+        *Recipe.positive,
+        "sigma",
+        "num_atoms",
+        "atom_size",
+        "beta",
+        "lambda_reg",
+        "max_iter",
+        "warm_max_iter",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model not in ("cpr", "ncpr", "patch"):
+            raise ValueError(
+                f"model must be 'cpr', 'ncpr' or 'patch', got {self.model!r}."
+            )
+
+    @property
+    def validation_sigmas(self) -> Sequence[float]:
+        """Noise levels at which validation is reported, in [0, 1] units."""
+        return (self.sigma,)
+
+
+class DictionaryTrainer(
+    Trainer[DictionaryRecipe, PatchSynthesisPrior | SmoothPlusSparsePrior]
+):
+    """
+    Trains a :class:`deepinv_deal.priors.SmoothPlusSparsePrior` or
+    :class:`deepinv_deal.priors.PatchSynthesisPrior`; see :class:`Trainer`.
+
+    :param DictionaryRecipe recipe: settings.
+    :param bool resume: go on from ``state.pt`` if there is one.
+    """
+
+    def new_prior(self) -> PatchSynthesisPrior | SmoothPlusSparsePrior:
+        """Returns a prior with random weights."""
+        recipe = self.recipe
+        level = 5 if recipe.sigma < 15 / 255 else 25
+        published = PUBLISHED[recipe.model, level]
+        beta, lambda_reg, order = (
+            theirs if ours is None else ours
+            for ours, theirs in zip(
+                (recipe.beta, recipe.lambda_reg, recipe.order), published, strict=True
+            )
+        )
+        options: dict[str, Any] = {
+            "beta": beta,
+            "lambda_reg": lambda_reg,
+            "sigma": recipe.sigma,
+        }
+        if recipe.model == "patch":
+            return PatchSynthesisPrior(
+                recipe.num_atoms or 128, recipe.atom_size or 10, **options
+            )
+        return SmoothPlusSparsePrior(
+            PENALTIES[recipe.model],
+            recipe.num_atoms or 200,
+            recipe.atom_size or 13,
+            recipe.num_free_atoms,
+            order=order,
+            **options,
+        )
+
+    def load_prior(
+        self, pretrained: str
+    ) -> PatchSynthesisPrior | SmoothPlusSparsePrior:
+        """Returns the prior with the weights of ``recipe.init``."""
+        if self.recipe.model == "patch":
+            return load_patch_prior(pretrained, PatchSynthesisPrior)
+        return load_patch_prior(pretrained, SmoothPlusSparsePrior)
+
+    def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
+        """Writes the weights of the prior in training, atomically."""
+        save_patch_prior(self.prior, path, metadata)
+
+    def describe(
+        self, prior: PatchSynthesisPrior | SmoothPlusSparsePrior
+    ) -> dict[str, Any]:
+        """Returns what the recipe says about a prior, by the names it uses."""
+        names = {penalty: model for model, penalty in PENALTIES.items()}
+        smooth = isinstance(prior, SmoothPlusSparsePrior)
+        return {
+            "model": names.get(prior.penalty_name) if smooth else "patch",
+            "num_atoms": len(prior.dictionary.atoms),
+            "atom_size": prior.dictionary.patch_size,
+            "num_free_atoms": len(prior.dictionary.free_atoms) if smooth else None,
+        }
+
+    def new_sampler(self, images: list[Tensor]) -> DenoisingSampler:
+        """Returns the source of noisy patches."""
+        recipe = self.recipe
+        return DenoisingSampler(
+            images, recipe.patch_size, recipe.sigma, recipe.seed, skew=0.0
+        )
+
+    def new_model(self) -> PatchSynthesis | SmoothPlusSparse:
+        """Returns the model that validation calls, around the prior in training."""
+        if isinstance(self.prior, PatchSynthesisPrior):
+            return PatchSynthesis(prior=self.prior, warn=False)
+        return SmoothPlusSparse(prior=self.prior, warn=False)
+
+    def parameter_groups(self) -> Sequence[tuple[float, Sequence[nn.Parameter]]]:
+        """Returns factors on the learning rate, with the parameters they are for."""
+        prior = self.prior
+        if isinstance(prior, PatchSynthesisPrior):  # beta is fixed, as published
+            return [(1.0, [prior.dictionary.atoms])]
+        # Few numbers of order 1, against thousands of entries of order 0.1.
+        return [
+            (1.0, list(prior.dictionary.parameters())),
+            (5.0, [prior.log_scale, prior.log_beta]),
+        ]
+
+    def after_step(self) -> None:
+        """Replaces the weights by the constrained ones, which they stand for."""
+        self.prior.dictionary.project_()
+
+    def loss(self, problems: Problems, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """
+        Returns the loss, and what the solver can start from when the batch returns.
+
+        :param Problems problems: the batch.
+        :param torch.Tensor start: the last coefficients; ``None`` for a new batch.
+        """
+        recipe = self.recipe
+        problem = self.prior.problem(ImageSystem.identity(problems.y))
+        a = problem.zero_coefficients() if start is None else start
+        if recipe.model == "patch":
+            result = coordinate_descent(problem, problems.y, a, rtol=0.0, max_iter=2)
+            x_hat = result.x
+        else:
+            x_hat, result = solve_jointly(
+                problem,
+                problems.y,
+                a,
+                rtol=recipe.rtol,
+                max_iter=recipe.max_iter if start is None else recipe.warm_max_iter,
+                adjoint=AdjointOptions(jacobian_free=True, rtol=recipe.adjoint_rtol),
+            )
+        loss = (x_hat - problems.x).abs().mean()
+        return loss, result.state[0].detach()

@@ -1,0 +1,127 @@
+"""Weights files: safetensors with a header that says what they are the weights of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+#: What can be read without a library for safetensors: the authors' files.
+CHECKPOINT_SUFFIXES = (".pth", ".pt")
+
+
+def write_weights(
+    module: nn.Module, path: str | os.PathLike[str], header: Mapping[str, str]
+) -> None:
+    """
+    Writes the weights of a module as ``.safetensors``, atomically.
+
+    :param torch.nn.Module module: the module.
+    :param str path: file to write.
+    :param dict header: strings to store with the weights.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    save_file(tensors, temporary, {"format": format_of(type(module)), **header})
+    os.replace(temporary, path)
+
+
+def read_weights(
+    path: str | os.PathLike[str], kind: type[nn.Module]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """
+    Reads a file written by :func:`write_weights`.
+
+    :param str path: the file.
+    :param type kind: class of the module.
+    :return: the state dict and the header.
+    :raises ValueError: if it is damaged or belongs to another class.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file: {error}"
+        ) from error
+    expected = format_of(kind)
+    if header.get("format") != expected:
+        raise ValueError(
+            f"{path} is not a weights file of {kind.__name__}: its format is "
+            f"{header.get('format')!r}, expected {expected!r}."
+        )
+    return state, header
+
+
+def format_of(kind: type[nn.Module]) -> str:
+    """Returns the name of the format of a class, as it stands in the header."""
+    return f"deepinv_deal.{kind.__name__}/1"
+
+
+def checked(module: Module, state: Mapping[str, Any], source: str) -> Module:
+    """
+    Loads a state dict after checking entries, shapes and values.
+
+    :param torch.nn.Module module: the module, unchanged if a check fails.
+    :param dict state: its weights.
+    :param str source: what to call the weights in errors.
+    :return: the module.
+    :raises ValueError: for missing or extra entries, wrong shapes, NaN or infinity.
+    """
+    expected = module.state_dict()
+    if set(state) != set(expected):
+        missing = sorted(set(expected) - set(state))
+        extra = sorted(set(state) - set(expected))
+        raise ValueError(
+            f"{source}: missing entries {missing}, unknown entries {extra}."
+        )
+    for key, value in expected.items():
+        if state[key].shape != value.shape:
+            raise ValueError(
+                f"{source}: {key} must have shape {tuple(value.shape)}, got "
+                f"{tuple(state[key].shape)}."
+            )
+        if not torch.isfinite(state[key]).all():
+            raise ValueError(
+                f"{source}: {key} holds NaN or infinity; the file is damaged."
+            )
+    module.load_state_dict(dict(state))
+    return module
+
+
+def find_weights(
+    pretrained: str | os.PathLike[str], bundled: Mapping[str, str], also: str = ""
+) -> Path:
+    """
+    Returns the file of a bundled name or path.
+
+    :param str pretrained: a name in ``bundled``, or the path of a ``.safetensors`` or
+        ``.pth`` file.
+    :param dict bundled: files of this package by the names of their weights.
+    :param str also: what else the caller takes, for the error.
+    :raises ValueError: for an unknown name.
+    :raises FileNotFoundError: if the file does not exist.
+    """
+    name = os.fspath(pretrained)
+    if name in bundled:
+        return Path(__file__).parent / bundled[name]
+    path = Path(name)
+    if path.suffix not in (".safetensors", *CHECKPOINT_SUFFIXES):
+        known = "".join(f"{known!r}, " for known in bundled)
+        raise ValueError(
+            f"pretrained={name!r} is unknown. Give one of {known}{also}None, or the "
+            "path of a .safetensors or .pth file."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"The weights file {name!r} does not exist.")
+    return path
