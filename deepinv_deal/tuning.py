@@ -226,8 +226,8 @@ def tune(
     :param deepinv.models.Reconstructor model: a model of this package; or any other,
         called as ``model(y, physics, lambda_reg=...)``, to tune a rival with the same
         care: ``converged`` and ``n_iter`` are then NaN, and candidates are tried one by
-        one. Other models than DEAL, SAFI and MMR need a ``lambda_reg`` to start at, and
-        their ``sigma`` is left alone.
+        one. Models of others need a ``lambda_reg`` to start at. Only for DEAL, SAFI
+        and MMR is ``sigma`` looked at.
     :param deepinv.physics.LinearPhysics physics: forward operator with its noise.
         ``None`` to denoise given pairs.
     :param Dataset, DataLoader, Iterable, torch.Tensor dataset: ground-truth images
@@ -263,6 +263,9 @@ def tune(
             "model must be a deepinv Reconstructor such as deepinv_deal.DEAL, got "
             f"{type(model).__name__}."
         )
+    if lambda_reg is None and isinstance(model, SynthesisModel):
+        own = model.prior.lambda_reg if model.lambda_reg is None else model.lambda_reg
+        lambda_reg = float(torch.as_tensor(own).mean())
     if not isinstance(model, FixedPointOptim) and (
         lambda_reg is None or tune_sigma or sigma is not None
     ):

@@ -13,7 +13,8 @@ from deepinv_deal import DEAL
 from deepinv_deal.cli import main
 from deepinv_deal.evaluation import make_kernel
 from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask
-from deepinv_deal.weights import save_prior
+from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
+from deepinv_deal.weights import save_patch_prior, save_prior
 
 SIZE = (14, 12)
 FAST = ["--rtol", "1e-2"]
@@ -352,3 +353,33 @@ def test_rivals_are_evaluated_by_the_same_protocol(folder, method, capsys):
     assert main(command) == 0
     psnr = float(capsys.readouterr().out.splitlines()[1].split()[2])
     assert (15 < psnr < 21) if method == "adjoint" else psnr > 21
+
+
+@pytest.mark.parametrize("method", ["smooth-plus-sparse", "patch-synthesis"])
+def test_dictionaries_are_evaluated_with_weights_of_the_caller(
+    folder, tmp_path, method, capsys
+):
+    command = ["evaluate", "--data", folder, "--method", method, "--sigma", "25"]
+    assert main(command) == 2
+    assert "give --pretrained FILE" in capsys.readouterr().err
+    smooth = method == "smooth-plus-sparse"
+    prior = SmoothPlusSparsePrior if smooth else PatchSynthesisPrior
+    options = {"num_free_atoms": 4} if smooth else {}
+    path = tmp_path / "weights.safetensors"
+    save_patch_prior(prior(num_atoms=8, patch_size=4, **options), path)
+    table = tmp_path / "scores.csv"
+    command += ["--pretrained", str(path), "--csv", str(table)]
+    psnr = []
+    for own in ([], ["--lambda-reg", "0.02"], ["--solver", "ipalm"]):
+        assert main([*command, *own]) == 0
+        with open(table, newline="") as file:
+            psnr.append([float(row["psnr"]) for row in csv.DictReader(file)])
+    assert min(map(min, psnr)) > 15
+    assert psnr[0] != psnr[1]
+    assert main([*command, "--solver", "none"]) == 2
+    assert "solver must be one of" in capsys.readouterr().err
+
+
+def test_a_solver_is_not_for_deal(folder, capsys):
+    assert main(["evaluate", "--data", folder, "--solver", "admm"]) == 2
+    assert "--solver is not for --method deal" in capsys.readouterr().err

@@ -19,7 +19,8 @@ from problems import DOUBLE, generator, images, random_model
 from skimage.data import camera
 from skimage.transform import resize
 
-from deepinv_deal import DEAL, MMR
+from deepinv_deal import DEAL, MMR, SmoothPlusSparse
+from deepinv_deal.priors import SmoothPlusSparsePrior
 from deepinv_deal.tuning import _search, _vertex, tune
 
 SHAPE = (1, 9, 8)
@@ -430,6 +431,15 @@ def test_models_without_noise_level_are_tuned_too():
     own = float(model.prior[0].lambda_reg.detach())
     assert result.trials[0].lambda_reg == pytest.approx(own)
     assert len({trial.score for trial in result.trials}) == 2
+
+
+def test_dictionaries_are_tuned_from_their_own_weight(x):
+    prior = SmoothPlusSparsePrior("group", 8, 4, num_free_atoms=4).double()
+    for own in (None, 0.02):
+        model = SmoothPlusSparse(prior=prior, lambda_reg=own)
+        with pytest.warns(RuntimeWarning, match="max_trials=1"):
+            result = tune(model, denoising(), x, max_trials=1, progress=False)
+        assert result.lambda_reg == pytest.approx(own or float(prior.lambda_reg))
 
 
 def test_any_reconstructor_is_tuned_with_the_same_care(x):

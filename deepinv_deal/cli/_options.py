@@ -7,33 +7,36 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepinv_deal import DEAL, ReconstructionInfo
+    from deepinv_deal import ReconstructionInfo
 
 Commands = argparse._SubParsersAction  # its type parameter exists for checkers only
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, *, pretrained: str | None = "deal_gray"
+) -> None:
     """Adds the options of :func:`make_model`."""
     parser.add_argument(
-        "--pretrained", default="deal_gray", help="weights: name or file"
+        "--pretrained", default=pretrained, help="weights: name or file"
     )
     parser.add_argument(
-        "--rtol",
-        type=float,
-        help="tolerance on the imbalance of forces; if unset, that of DEAL",
+        "--rtol", type=float, help="tolerance; if unset, that of the model"
     )
     parser.add_argument(
-        "--max-iter", type=int, default=100, help="largest number of outer iterations"
+        "--max-iter",
+        type=int,
+        help="largest number of outer iterations; if unset, that of the model",
     )
 
 
-def make_model(args: argparse.Namespace, **kwargs: Any) -> DEAL:
-    """Makes the model that the options describe."""
+def make_model(args: argparse.Namespace, kind: Any = None, **kwargs: Any) -> Any:
+    """Makes the model that the options describe: DEAL unless ``kind`` is another."""
     from deepinv_deal import DEAL
 
-    if args.rtol is not None:
-        kwargs["rtol"] = args.rtol
-    return DEAL(pretrained=args.pretrained, max_iter=args.max_iter, **kwargs)
+    for name in ("pretrained", "rtol", "max_iter"):
+        if getattr(args, name) is not None:
+            kwargs[name] = getattr(args, name)
+    return (kind or DEAL)(**kwargs)
 
 
 def add_outcome_options(parser: argparse.ArgumentParser) -> None:

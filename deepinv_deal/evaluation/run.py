@@ -18,9 +18,10 @@ from deepinv.models import Reconstructor
 from torch import Tensor
 from tqdm import tqdm
 
+from deepinv_deal.evaluation.baselines import TotalVariation
 from deepinv_deal.evaluation.published import PUBLISHED, SOURCE
 from deepinv_deal.evaluation.tasks import Task
-from deepinv_deal.optim import FixedPointOptim
+from deepinv_deal.models import DEAL
 from deepinv_deal.tuning import REPORTING, tune
 
 
@@ -95,13 +96,13 @@ def evaluate(
     :return: list of :class:`Score`.
     :raises ValueError: if there is no image, or no published weight and none is given.
     """
-    ours = isinstance(model, REPORTING)
+    reporting, deal = isinstance(model, REPORTING), isinstance(model, DEAL)
     settings = _settings(model, task, sigma)
-    if ours:
+    if reporting:
         settings["return_info"] = True
     for condition in task.conditions:
         if (
-            ours
+            deal
             and task.sigma is not None
             and lambda_reg is condition.lambda_reg is None
         ):
@@ -124,19 +125,19 @@ def evaluate(
         x = task.ground_truth(image)
         y, physics = condition.measure(x)
         weight = lambda_reg
-        if weight is None and (ours or condition.tuned):
-            weight = condition.lambda_reg  # the published one is of no use to rivals
+        if weight is None and (deal or condition.tuned):
+            weight = condition.lambda_reg  # the published one is of no use to others
         own = settings if weight is None else {**settings, "lambda_reg": weight}
         start = time.perf_counter()
         with torch.no_grad():
             result = model(y, physics, **own)
         seconds = time.perf_counter() - start
         extra: dict[str, Any] = {}
-        if ours:
+        if reporting:
             result, info = result
             extra = {
                 "n_iter": int(info.n_iter),
-                "cg_iter": int(info.cg_iter),
+                "cg_iter": int(info.inner_iter),
                 "residual": float(info.residual),
                 "converged": bool(info.converged),
                 "lambda_reg": float(info.lambda_reg),
@@ -198,10 +199,10 @@ def tune_task(
         if not measured:
             raise ValueError("There is no image to tune on.")
         start: float | None = None
-        if isinstance(model, FixedPointOptim):
+        if isinstance(model, DEAL):
             # The noise of MRI is small, and so is its weight.
             start = 0.01 if task.mri else condition.lambda_reg
-        else:  # total variation
+        elif isinstance(model, TotalVariation):
             start = condition.noise / 255 * (0.8 if task.sigma is None else 0.2)
         result = tune(
             model,
@@ -219,7 +220,7 @@ def tune_task(
 def _settings(model: Reconstructor, task: Task, sigma: float | None) -> dict[str, Any]:
     """The noise level of the model, if it has one that is not that of the data."""
     level = task.sigma if sigma is None else sigma
-    if level is None or not isinstance(model, FixedPointOptim):
+    if level is None or not isinstance(model, DEAL):
         return {}
     return {"sigma": level / 255}
 
