@@ -7,21 +7,14 @@ import warnings
 import deepinv as dinv
 import pytest
 import torch
-from problems import DOUBLE, TIGHT, generator, images, random_l1_prior
+from problems import DOUBLE, generator, images, random_l1_prior
+from problems import random_l1_model as random_model
 
 from deepinv_deal import MMR, SAFI
 from deepinv_deal.priors import MMRPrior, SAFIPrior
 from deepinv_deal.weights import convert_l1_state_dict
 
 MODELS = [pytest.param(SAFI, id="safi"), pytest.param(MMR, id="mmr")]
-
-
-def random_model(kind, **kwargs):
-    settings = {"rtol": 1e-8, "forcing": 0.05, "inner_max_iter": 5000, "DEQ": TIGHT}
-    prior = random_l1_prior(kind.prior_type)
-    with torch.no_grad():
-        prior.lambda_reg.fill_(0.2 / float(prior.bind().nu))
-    return kind(prior=prior, **{**settings, **kwargs})
 
 
 def noisy(n=2, height=9, width=8, channels=1):

@@ -426,7 +426,7 @@ def test_a_warning_names_the_worst_sample():
         r"Wait longer."
     )
     with pytest.warns(ConvergenceWarning, match=message):
-        result.warn("Denoising", 1e-5, "Wait longer.")
+        result.report("Denoising", 1e-5, "Wait longer.")
 
 
 def test_a_warning_takes_nan_for_the_worst_and_abbreviates_long_lists():
@@ -437,8 +437,8 @@ def test_a_warning_takes_nan_for_the_worst_and_abbreviates_long_lists():
     status[4] = Status.NON_FINITE
     result = SolverResult(torch.zeros(n, 2), status, torch.ones(n), residual)
     with pytest.warns(ConvergenceWarning, match=r"6, 7, \.\.\.\). Worst: NON_FINITE"):
-        result.warn("It", 0.1, "")
+        result.report("It", 0.1, "")
 
 
 def test_a_converged_result_does_not_warn():
-    cg(lambda v: v, torch.ones(2, 3)).warn("It", 1e-5, "")
+    cg(lambda v: v, torch.ones(2, 3)).report("It", 1e-5, "")
