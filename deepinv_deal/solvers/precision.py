@@ -21,13 +21,13 @@ def full_precision(method: Method) -> Method:
     above the tolerance or the iteration never ends. The method computes in the dtype of
     its arguments, whatever the context of the call.
 
-    :param Callable method: method of a :class:`torch.nn.Module` with parameters.
+    :param Callable method: method of a :class:`torch.nn.Module`.
     """
 
     @wraps(method)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        device = next(self.parameters()).device.type
-        with torch.autocast(device, enabled=False):
+        weight = next(self.parameters(), torch.empty(0))
+        with torch.autocast(weight.device.type, enabled=False):
             return method(self, *args, **kwargs)
 
     return cast(Method, wrapper)
