@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import central_difference, random, spd_matrix
+from helpers import Counted, central_difference, random, spd_matrix
 from problems import images
 
 from deepinv_deal._batch import inner
@@ -243,6 +243,17 @@ def test_coefficients_of_a_given_image_minimise_the_objective(rng):
             # a start at the solution stays there
             again = sparse_coding(problem, f, result.x, rtol=1e-6)
             assert (again.n_iter <= 2).all()
+
+
+def test_image_solves_start_at_the_last_image(rng):
+    """Late images hardly move, so their systems cost a few products with H."""
+    data = blur(rng, 6)
+    H = Counted(data.H)
+    problem = small_prior("group", rng).problem(replace(data, H=H))
+    result = solve(problem, eliminated_fista, rtol=1e-6)
+    total, H.calls = H.calls, 0
+    problem.image(result.state[0])  # as costly as every image without warm start
+    assert total < 0.8 * int(result.n_iter.max()) * H.calls
 
 
 # -- derivatives -----------------------------------------------------------------
