@@ -6,7 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Counted, central_difference, random, spd_matrix
+from helpers import (
+    Counted,
+    gradients_equal_finite_differences,
+    random,
+    spd_matrix,
+)
 from problems import images
 
 from deepinv_deal._batch import inner
@@ -257,30 +262,6 @@ def test_image_solves_start_at_the_last_image(rng):
 
 
 # -- derivatives -----------------------------------------------------------------
-
-
-def gradients_equal_finite_differences(run, tensors, rng, rtol=1e-5):
-    """Compares along a random direction in which every tensor contributes alike."""
-    tensors = [t.detach().requires_grad_() for t in tensors]
-    gradients = torch.autograd.grad(run(*tensors), tensors)
-    directions = []
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        direction = random(rng, *tensor.shape)
-        slope = (gradient * direction).sum()
-        assert slope.abs() > 1e-6, "nothing to compare"
-        directions.append(direction / slope)
-
-    def along(t):
-        return run(*[x + t * d for x, d in zip(tensors, directions, strict=True)])
-
-    size = max(float(d.abs().max()) for d in directions)
-    zero, one = (
-        torch.zeros((), dtype=torch.float64),
-        torch.ones((), dtype=torch.float64),
-    )
-    actual = central_difference(along, zero, one, 1e-4 / size)
-    expected = torch.tensor(float(len(tensors)), dtype=actual.dtype)
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=0)
 
 
 def functional_problem(prior, y, data, parameters):
