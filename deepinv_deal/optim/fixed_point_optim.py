@@ -132,15 +132,25 @@ class FrozenIteration(OptimIterator):
         with torch.no_grad():
             problem = equation.freeze(x)
             rtol = torch.full_like(problem.residual, self.rtol)
-            z = problem.solve(rtol, torch.ones_like(rtol, dtype=torch.bool)).x
+            result = problem.solve(rtol, torch.ones_like(rtol, dtype=torch.bool))
+        self._report(result)
+        z = result.x
         if torch.is_grad_enabled():
             # z solves a linear system whose matrix depends on x through the mask.
             residual = equation(z, equation.regularizer.mask(x))
             if residual.requires_grad:
-                z = implicit_solution(
-                    z, residual, lambda v: problem.correction(v, rtol).x
-                )
+
+                def solve_adjoint(v: Tensor) -> Tensor:
+                    answer = problem.correction(v, rtol)
+                    self._report(answer)
+                    return answer.x
+
+                z = implicit_solution(z, residual, solve_adjoint)
         return {"est": (z, z), "cost": None}
+
+    def _report(self, result: SolverResult) -> None:
+        advice = "Raise inner_max_iter, or relax rtol."
+        result.report("An inner solve of FrozenIteration", self.rtol, advice)
 
 
 class FixedPointOptim(BaseOptim):
