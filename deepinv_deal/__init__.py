@@ -35,7 +35,7 @@ from deepinv_deal.priors import (
     SAFIPrior,
     SmoothPlusSparsePrior,
 )
-from deepinv_deal.solvers import ConvergenceWarning
+from deepinv_deal.solvers import ConvergenceError, ConvergenceWarning
 from deepinv_deal.tuning import Trial, TuningResult, tune
 
 __version__ = version("deepinv-deal")
@@ -45,6 +45,7 @@ __all__ = [
     "MMR",
     "SAFI",
     "AttentiveL1Info",
+    "ConvergenceError",
     "ConvergenceWarning",
     "DEALPrior",
     "FixedPointOptim",

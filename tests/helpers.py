@@ -78,6 +78,30 @@ def central_difference(
         )
 
 
+def gradients_equal_finite_differences(run, tensors, rng, rtol=1e-5, h=1e-4):
+    """Compares along a random direction in which every tensor contributes alike."""
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    gradients = torch.autograd.grad(run(*tensors), tensors)
+    directions = []
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        direction = random(rng, *tensor.shape)
+        slope = (gradient * direction).sum()
+        assert slope.abs() > 1e-6, "nothing to compare"
+        directions.append(direction / slope)
+
+    def along(t):
+        return run(*[x + t * d for x, d in zip(tensors, directions, strict=True)])
+
+    size = max(float(d.abs().max()) for d in directions)
+    zero, one = (
+        torch.zeros((), dtype=torch.float64),
+        torch.ones((), dtype=torch.float64),
+    )
+    actual = central_difference(along, zero, one, h / size)
+    expected = torch.tensor(float(len(tensors)), dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=0)
+
+
 # -- fixed points --------------------------------------------------------------
 
 

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from deepinv.optim import DEQConfig
+from helpers import random
 from torch import Tensor
 
-from deepinv_deal import DEAL, DEALPrior
+from deepinv_deal import (
+    DEAL,
+    MMR,
+    SAFI,
+    DEALPrior,
+    PatchSynthesis,
+    PatchSynthesisPrior,
+    SmoothPlusSparse,
+    SmoothPlusSparsePrior,
+)
+from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ
 
 DOUBLE = torch.float64
 
@@ -107,3 +119,53 @@ def random_l1_prior(kind: type, num_filters: int = 3, seed: int = 0):
                 c.add_(0.02 * torch.randn(c.shape, generator=g, dtype=DOUBLE))
         prior.lambda_reg.fill_(0.05)
     return prior
+
+
+def random_l1_model(kind, **kwargs):
+    """A SAFI or MMR that smooths visibly, accurate to 1e-8 unless told otherwise."""
+    settings = {"rtol": 1e-8, "forcing": 0.05, "inner_max_iter": 5000, "DEQ": TIGHT}
+    prior = random_l1_prior(kind.prior_type)
+    with torch.no_grad():
+        prior.lambda_reg.fill_(0.2 / float(prior.bind().nu))
+    return kind(prior=prior, **{**settings, **kwargs})
+
+
+def small_model(form, rng, options, **settings):
+    """A dictionary model with small random atoms in float64."""
+    if form is SmoothPlusSparse:
+        penalty = options["penalty"]
+        prior = SmoothPlusSparsePrior(penalty, 8, 3, 3, lambda_reg=0.02)
+    else:
+        settings["mean"] = options["mean"]
+        prior = PatchSynthesisPrior(8, 3, lambda_reg=0.02)
+    prior = prior.double()
+    with torch.no_grad():
+        for p in prior.dictionary.parameters():
+            p.copy_(random(rng, *p.shape))
+    return form(prior=prior, rtol=settings.pop("rtol", 1e-5), **settings)
+
+
+def _fixed_point(form, **fixed):
+    fixed = {"rtol": 1e-2, "DEQ": DEFAULT_DEQ, **fixed}
+    return lambda **settings: form(**{**fixed, **settings})
+
+
+def _dictionary(form, options, **fixed):
+    return lambda **settings: small_model(
+        form, generator(), options, **{**fixed, **settings}
+    )
+
+
+#: One random model of every kind, fast and rough unless told otherwise: functions of
+#: the settings. The weakly convex one has gradients near its minimum only.
+MODELS = {
+    "DEAL": _fixed_point(random_model),
+    "SAFI": _fixed_point(partial(random_l1_model, SAFI), forcing=0.5),
+    "MMR": _fixed_point(partial(random_l1_model, MMR), forcing=0.5),
+    "CPR": _dictionary(SmoothPlusSparse, {"penalty": "group"}, rtol=1e-3),
+    "NCPR": _dictionary(SmoothPlusSparse, {"penalty": "weakly_convex"}, rtol=1e-5),
+    "two-step": _dictionary(PatchSynthesis, {"mean": "free"}),
+    "PatchSynthesis": _dictionary(
+        PatchSynthesis, {"mean": "free"}, solver="fista", rtol=1e-2
+    ),
+}

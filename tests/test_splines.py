@@ -202,6 +202,17 @@ def test_slopes_and_tv2_agree_with_numpy(rng):
     np.testing.assert_allclose(module.tv2().item(), tv2, rtol=1e-12)
 
 
+def test_slopes_are_finite_differences_of_the_values(rng):
+    module, h = spline(rng), 1e-4
+    knots = torch.linspace(-1, 1, module.coefficients.shape[1], dtype=torch.float64)
+    middles = (knots[1:] + knots[:-1]) / 2
+    t = middles.expand(1, len(module.coefficients), -1)
+    slopes = (module(t + h) - module(t - h))[0] / (2 * h)
+    torch.testing.assert_close(module.slopes(), slopes, rtol=1e-8, atol=1e-10)
+    jumps = slopes.diff(dim=1).abs().sum()
+    torch.testing.assert_close(module.tv2(), jumps, rtol=1e-8, atol=1e-10)
+
+
 def test_tv2_of_an_affine_function_is_zero():
     module = LinearSpline(8, -1, 1, init=lambda t: 3 * t - 1).double()
     assert module.tv2() < 1e-5

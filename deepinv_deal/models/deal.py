@@ -32,6 +32,7 @@ from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ, DEFAULT_RTOL
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.priors.deal import AttentiveEquation
 from deepinv_deal.priors.preconditioning import Preconditioner
+from deepinv_deal.solvers import full_precision
 from deepinv_deal.weights import load_prior
 
 #: Noise level of the model for inverse problems, as published.
@@ -137,6 +138,8 @@ class DEAL(FixedPointOptim, Denoiser):
     :param dict custom_metrics: as in :class:`deepinv.optim.BaseOptim`.
     :param bool warn: issue a :class:`deepinv_deal.ConvergenceWarning` if a sample does
         not converge.
+    :param bool strict: raise a :class:`deepinv_deal.ConvergenceError` instead, also in
+        the backward pass.
     :param DEALPrior prior: use this prior instead of ``pretrained``.
     :param str normalization: norm rule of the filters for ``pretrained=None``,
         ``"published"`` if ``None``. Weights decide if given.
@@ -169,6 +172,7 @@ class DEAL(FixedPointOptim, Denoiser):
         custom_init: Callable[..., Any] | str | None = None,
         custom_metrics: dict[str, Any] | None = None,
         warn: bool = True,
+        strict: bool = False,
         prior: DEALPrior | None = None,
         normalization: Normalization | None = None,
         device: str | torch.device = "cpu",
@@ -222,6 +226,7 @@ class DEAL(FixedPointOptim, Denoiser):
             trainable_params=trainable_params,
             custom_metrics=custom_metrics,
             warn=warn,
+            strict=strict,
         )
         self.custom_init = custom_init
         self.estimate_sigma = isinstance(sigma, str)
@@ -230,6 +235,7 @@ class DEAL(FixedPointOptim, Denoiser):
         self.to(device)
         self.eval()
 
+    @full_precision
     def forward(  # type: ignore[override]  # the call conventions of a denoiser too
         self,
         y: Tensor,

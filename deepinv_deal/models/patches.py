@@ -37,7 +37,7 @@ from deepinv_deal.priors.synthesis import (
     ipalm,
     joint_admm,
 )
-from deepinv_deal.solvers import AdjointOptions, SolverResult
+from deepinv_deal.solvers import AdjointOptions, SolverResult, full_precision
 from deepinv_deal.solvers.preconditioner import transfer_function
 from deepinv_deal.weights.patches import load_patch_prior
 
@@ -98,6 +98,8 @@ class SynthesisModel(Reconstructor, Denoiser):
     :param AdjointOptions adjoint: settings of the backward pass.
     :param bool warn: issue a :class:`deepinv_deal.ConvergenceWarning` if a sample does
         not converge.
+    :param bool strict: raise a :class:`deepinv_deal.ConvergenceError` instead, also in
+        the backward pass.
     :param str, torch.device device: where the model lives.
     """
 
@@ -115,6 +117,7 @@ class SynthesisModel(Reconstructor, Denoiser):
         complex_mode: ComplexMode,
         adjoint: AdjointOptions,
         warn: bool,
+        strict: bool,
         device: str | torch.device,
     ):
         super().__init__()
@@ -140,10 +143,12 @@ class SynthesisModel(Reconstructor, Denoiser):
         self.solver, self.bounds = solver, bounds
         self.beta, self.lambda_reg, self.sigma = beta, lambda_reg, sigma
         self.rtol, self.max_iter = rtol, max_iter
-        self.complex_mode, self.adjoint, self.warn = complex_mode, adjoint, warn
+        self.complex_mode, self.warn, self.strict = complex_mode, warn, strict
+        self.adjoint = replace(adjoint, strict=strict or adjoint.strict)
         self.to(device)
         self.eval()
 
+    @full_precision
     def forward(
         self,
         y: Tensor,
@@ -201,12 +206,13 @@ class SynthesisModel(Reconstructor, Denoiser):
         if rtol is None:
             rtol = DEFAULT_RTOL.get(name, DEFAULT_OTHER_RTOL)
         x, result = self._solve(name, problem, x0.detach(), rtol)
-        if self.warn and rtol:
-            result.warn(
+        if self.warn or self.strict:
+            result.report(
                 type(self).__name__,
                 rtol,
                 "The image is the last iterate. Raise max_iter, or relax rtol.",
-                stacklevel=5,  # the caller of the module
+                strict=self.strict,
+                stacklevel=6,  # the caller of the module
             )
         image = operator.embed(x)
         if not return_info:
@@ -380,6 +386,8 @@ class SmoothPlusSparse(SynthesisModel):
     :param AdjointOptions adjoint: settings of the backward pass.
     :param bool warn: issue a :class:`deepinv_deal.ConvergenceWarning` if a sample does
         not converge.
+    :param bool strict: raise a :class:`deepinv_deal.ConvergenceError` instead, also in
+        the backward pass.
     :param SmoothPlusSparsePrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
     :param str pretrained: path of a checkpoint of the authors (``.pth``), or ``None``
@@ -406,6 +414,7 @@ class SmoothPlusSparse(SynthesisModel):
         complex_mode: ComplexMode = "real_imag",
         adjoint: AdjointOptions = DEFAULT_ADJOINT,
         warn: bool = True,
+        strict: bool = False,
         prior: SmoothPlusSparsePrior | None = None,
         device: str | torch.device = "cpu",
         pretrained: str | os.PathLike[str] | None = None,
@@ -429,6 +438,7 @@ class SmoothPlusSparse(SynthesisModel):
             complex_mode=complex_mode,
             adjoint=adjoint,
             warn=warn,
+            strict=strict,
             device=device,
         )
 
@@ -488,6 +498,8 @@ class PatchSynthesis(SynthesisModel):
     :param AdjointOptions adjoint: settings of the backward pass.
     :param bool warn: issue a :class:`deepinv_deal.ConvergenceWarning` if a sample does
         not converge.
+    :param bool strict: raise a :class:`deepinv_deal.ConvergenceError` instead, also in
+        the backward pass.
     :param PatchSynthesisPrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
     :param str pretrained: path of a checkpoint of the authors (``.pth``), or ``None``
@@ -513,6 +525,7 @@ class PatchSynthesis(SynthesisModel):
         complex_mode: ComplexMode = "real_imag",
         adjoint: AdjointOptions = DEFAULT_ADJOINT,
         warn: bool = True,
+        strict: bool = False,
         prior: PatchSynthesisPrior | None = None,
         device: str | torch.device = "cpu",
         pretrained: str | os.PathLike[str] | None = None,
@@ -541,6 +554,7 @@ class PatchSynthesis(SynthesisModel):
             complex_mode=complex_mode,
             adjoint=adjoint,
             warn=warn,
+            strict=strict,
             device=device,
         )
         self.mean = mean

@@ -30,7 +30,7 @@ from deepinv_deal.optim import FixedPointOptim
 from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ, DEFAULT_RTOL
 from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation, InnerSolver
 from deepinv_deal.priors.safi import AttentiveL1Prior, MMRPrior, SAFIPrior
-from deepinv_deal.solvers import ConvergenceWarning
+from deepinv_deal.solvers import ConvergenceWarning, full_precision
 from deepinv_deal.weights.safi import load_l1_prior
 
 
@@ -73,6 +73,7 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         DEQ: DEQConfig = DEFAULT_DEQ,
         trainable_params: list[str] | None = None,
         warn: bool = True,
+        strict: bool = False,
         prior: AttentiveL1Prior | None = None,
         device: str | torch.device = "cpu",
         pretrained: str | os.PathLike[str] | None = None,
@@ -102,12 +103,14 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
             DEQ=DEQ,
             trainable_params=trainable_params,
             warn=warn,
+            strict=strict,
         )
         self.inner_max_iter, self.inner, self.box = inner_max_iter, inner, box
         self.scale, self.complex_mode = scale, complex_mode
         self.to(device)
         self.eval()
 
+    @full_precision
     def forward(  # type: ignore[override]  # the call conventions of a denoiser too
         self,
         y: Tensor,
@@ -249,7 +252,7 @@ def _warn_if_rising(energy: Tensor, rtol: float) -> None:
             f"value, more than {slack:.1e}: an inner solve was too rough. Lower "
             "forcing or raise inner_max_iter.",
             ConvergenceWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -315,6 +318,8 @@ class SAFI(AttentiveL1Model):
     :param list trainable_params: may hold ``"lambda_reg"``.
     :param bool warn: issue a :class:`deepinv_deal.ConvergenceWarning` if a sample does
         not converge.
+    :param bool strict: raise a :class:`deepinv_deal.ConvergenceError` instead, also in
+        the backward pass.
     :param SAFIPrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
     :param str pretrained: path of a ``.pth`` file in the authors' layout, or ``None``
@@ -369,6 +374,7 @@ class MMR(AttentiveL1Model):
         super().__init__(*args, **kwargs)
         self.verify_energy = verify_energy
 
+    @full_precision
     def energy(
         self,
         x: Tensor,

@@ -19,6 +19,7 @@ from deepinv_deal.solvers import (
     AdjointOptions,
     SolverResult,
     attach_gradient,
+    full_precision,
     implicit_solution,
     solve_equation,
 )
@@ -131,15 +132,25 @@ class FrozenIteration(OptimIterator):
         with torch.no_grad():
             problem = equation.freeze(x)
             rtol = torch.full_like(problem.residual, self.rtol)
-            z = problem.solve(rtol, torch.ones_like(rtol, dtype=torch.bool)).x
+            result = problem.solve(rtol, torch.ones_like(rtol, dtype=torch.bool))
+        self._report(result)
+        z = result.x
         if torch.is_grad_enabled():
             # z solves a linear system whose matrix depends on x through the mask.
             residual = equation(z, equation.regularizer.mask(x))
             if residual.requires_grad:
-                z = implicit_solution(
-                    z, residual, lambda v: problem.correction(v, rtol).x
-                )
+
+                def solve_adjoint(v: Tensor) -> Tensor:
+                    answer = problem.correction(v, rtol)
+                    self._report(answer)
+                    return answer.x
+
+                z = implicit_solution(z, residual, solve_adjoint)
         return {"est": (z, z), "cost": None}
+
+    def _report(self, result: SolverResult) -> None:
+        advice = "Raise inner_max_iter, or relax rtol."
+        result.report("An inner solve of FrozenIteration", self.rtol, advice)
 
 
 class FixedPointOptim(BaseOptim):
@@ -183,6 +194,8 @@ class FixedPointOptim(BaseOptim):
         ``None``.
     :param dict custom_metrics: as in :class:`deepinv.optim.BaseOptim`.
     :param bool warn: issue a :class:`ConvergenceWarning` if a sample does not converge.
+    :param bool strict: raise a :class:`ConvergenceError` instead, also in the
+        backward pass.
     """
 
     def __init__(
@@ -203,6 +216,7 @@ class FixedPointOptim(BaseOptim):
         custom_init: Callable[..., Any] | None = None,
         custom_metrics: dict[str, Any] | None = None,
         warn: bool = True,
+        strict: bool = False,
     ):
         if not isinstance(DEQ, DEQConfig):
             raise TypeError(f"DEQ must be a DEQConfig, got {type(DEQ).__name__}.")
@@ -249,7 +263,7 @@ class FixedPointOptim(BaseOptim):
         del self.psnr
         self.psnr: Callable[..., Tensor] = _psnr
         self.rtol, self.forcing, self.anderson = rtol, forcing, anderson
-        self.warn = warn
+        self.warn, self.strict = warn, strict
 
     @property
     def adjoint_options(self) -> AdjointOptions:
@@ -262,6 +276,7 @@ class FixedPointOptim(BaseOptim):
             anderson=config.history_size_backward
             if config.anderson_acceleration_backward
             else 0,
+            strict=self.strict,
         )
 
     def equation(
@@ -304,6 +319,7 @@ class FixedPointOptim(BaseOptim):
             self.equation(y, physics, **kwargs), X["est"][0], self.adjoint_options
         )
 
+    @full_precision
     def forward(
         self,
         y: Tensor,
@@ -396,12 +412,13 @@ class FixedPointOptim(BaseOptim):
             adjoint=self.adjoint_options,
         )
         self.has_converged = bool(result.converged.all())
-        if self.warn and self.rtol:
-            result.warn(
+        if self.warn or self.strict:
+            result.report(
                 type(self).__name__,
                 self.rtol,
                 "The image is the best iterate found. Raise max_iter, or relax rtol.",
-                stacklevel=6,  # the caller of the module
+                strict=self.strict,
+                stacklevel=7,  # the caller of the module
             )
         if metrics is not None:
             metrics["nonlinear_residual"] = result.history.T.tolist()

@@ -15,7 +15,7 @@ from deepinv_deal._batch import expand, inner, norm
 from deepinv_deal.operators import MultiConv, MultiConvOperator
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors.preconditioning import Preconditioner, Preconditioning
-from deepinv_deal.solvers import SolverResult, solve_equation
+from deepinv_deal.solvers import SolverResult, full_precision, solve_equation
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE
 from deepinv_deal.solvers.implicit import LinearSolve
@@ -412,6 +412,7 @@ class DEALPrior(Prior):
         bound = self.bind(sigma, x)
         return bound.normal(x, bound.mask(x).square())
 
+    @full_precision
     def prox(
         self,
         x: Tensor,
@@ -440,7 +441,8 @@ class DEALPrior(Prior):
         z, result = solve_equation(
             equation, torch.zeros_like(x), rtol=rtol, max_iter=max_iter
         )
-        result.warn("DEALPrior.prox", rtol, "Raise max_iter or relax rtol.")
+        advice = "Raise max_iter or relax rtol."
+        result.report("DEALPrior.prox", rtol, advice, stacklevel=4)
         return z
 
 

@@ -25,7 +25,7 @@ from deepinv_deal.priors.synthesis import (
     joint_admm,
     sparse_coding,
 )
-from deepinv_deal.solvers import AdjointOptions, SolverResult
+from deepinv_deal.solvers import AdjointOptions, SolverResult, full_precision
 
 PenaltyName = Literal["group", "l1", "weakly_convex"]
 PENALTIES: tuple[str, ...] = ("group", "l1", "weakly_convex")
@@ -145,6 +145,7 @@ class PatchPrior(Prior):
             lambda_reg=(scale * self.lambda_reg).reshape(-1).expand(len(x)),
         )
 
+    @full_precision
     def code(
         self, x: Tensor, sigma: Any = None, *, rtol: float = 1e-5, max_iter: int = 10000
     ) -> SolverResult:
@@ -162,7 +163,8 @@ class PatchPrior(Prior):
             f = problem.features(x)
             zero = problem.zero_coefficients()
         result = sparse_coding(problem, f, zero, rtol=rtol, max_iter=max_iter)
-        result.warn(type(self).__name__, rtol, "Raise max_iter or relax rtol.")
+        advice = "Raise max_iter or relax rtol."
+        result.report(type(self).__name__, rtol, advice, stacklevel=4)
         return result
 
     def fn(self, x: Tensor, sigma: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -183,6 +185,7 @@ class PatchPrior(Prior):
             a = self.code(x, sigma).x
             return problem.features_adjoint(problem.features(x) - problem.synthesis(a))
 
+    @full_precision
     def prox(
         self,
         x: Tensor,
@@ -210,9 +213,8 @@ class PatchPrior(Prior):
         data = ImageSystem.identity(x, weight.reshape(-1))
         problem = replace(self._at(x, sigma), data=data)
         z, result = solve_jointly(problem, x, rtol=rtol, max_iter=max_iter)
-        result.warn(
-            type(self).__name__ + ".prox", rtol, "Raise max_iter or relax rtol."
-        )
+        what, advice = f"{type(self).__name__}.prox", "Raise max_iter or relax rtol."
+        result.report(what, rtol, advice, stacklevel=4)
         return z
 
 

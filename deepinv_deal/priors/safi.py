@@ -18,7 +18,7 @@ from deepinv_deal.priors.attentive_l1 import (
     InnerSolver,
     MaskFunction,
 )
-from deepinv_deal.solvers import solve_equation
+from deepinv_deal.solvers import full_precision, solve_equation
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.splines import BoundSpline, LinearSpline
 
@@ -235,6 +235,7 @@ class AttentiveL1Prior(Prior):
         Wx = bound.analyse(x)
         return bound.nu * bound.adjoint(bound.mask(x, Wx) * Wx.sign())
 
+    @full_precision
     def prox(
         self,
         x: Tensor,
@@ -262,7 +263,7 @@ class AttentiveL1Prior(Prior):
             start = equation.start(None)
         p, result = solve_equation(equation, start, rtol=rtol, max_iter=max_iter)
         what = f"{type(self).__name__}.prox"
-        result.warn(what, rtol, "Raise max_iter or relax rtol.")
+        result.report(what, rtol, "Raise max_iter or relax rtol.", stacklevel=4)
         return equation.image(p)
 
     def equation(

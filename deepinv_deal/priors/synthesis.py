@@ -255,7 +255,7 @@ class SynthesisProblem:
                 zero = torch.zeros(len(v), dtype=torch.int64, device=v.device)
                 x = _divide(inverse, v)
                 return SolverResult(x, zero.to(torch.int8), zero, zero.to(v.dtype))
-            return conjugate_gradient(
+            result = conjugate_gradient(
                 A,
                 v,
                 init=init,
@@ -264,6 +264,10 @@ class SynthesisProblem:
                 preconditioner=lambda w: _divide(inverse, w),
                 verify=False,
             )
+            # An image that stays because its system broke must not pass for one that
+            # has converged: NaN tells the loop around this solve.
+            broken = result.status >= Status.BREAKDOWN
+            return replace(result, x=result.x.where(~expand(broken, v), torch.nan))
 
         return solve
 

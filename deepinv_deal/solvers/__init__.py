@@ -11,6 +11,7 @@ from deepinv_deal.solvers.implicit import (
     solve_adjoint_system,
     solve_equation,
 )
+from deepinv_deal.solvers.precision import full_precision
 from deepinv_deal.solvers.proximal import (
     ADMMState,
     admm,
@@ -20,11 +21,17 @@ from deepinv_deal.solvers.proximal import (
     relative_change,
     soft_threshold,
 )
-from deepinv_deal.solvers.result import ConvergenceWarning, SolverResult, Status
+from deepinv_deal.solvers.result import (
+    ConvergenceError,
+    ConvergenceWarning,
+    SolverResult,
+    Status,
+)
 
 __all__ = [
     "ADMMState",
     "AdjointOptions",
+    "ConvergenceError",
     "ConvergenceWarning",
     "Equation",
     "FrozenProblem",
@@ -35,6 +42,7 @@ __all__ = [
     "attach_gradient",
     "conjugate_gradient",
     "fixed_point",
+    "full_precision",
     "group_soft_threshold",
     "implicit_solution",
     "project_linf",

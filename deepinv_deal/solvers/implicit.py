@@ -62,6 +62,8 @@ class AdjointOptions:
     :param int max_iter: largest number of outer iterations (exact gradients only).
     :param float forcing: accuracy of the inner solves (exact gradients only).
     :param int anderson: depth of Anderson acceleration (exact gradients only).
+    :param bool strict: raise a :class:`ConvergenceError` if the system is not solved,
+        instead of a warning.
     """
 
     jacobian_free: bool = False
@@ -69,6 +71,7 @@ class AdjointOptions:
     max_iter: int = 100
     forcing: float = 0.1
     anderson: int = 5
+    strict: bool = False
 
 
 def solve_equation(
@@ -148,12 +151,13 @@ def attach_gradient(
             answer = solve(v, torch.full_like(norm(v), options.rtol))
         else:
             answer = solve_adjoint_system(equation, x, v, solve=solve, options=options)
-        answer.warn(
+        answer.report(
             "The adjoint system of the backward pass",
             options.rtol,
             "Gradients are inaccurate. Raise the iteration limits of the adjoint, or "
             "relax "
             "its rtol if this accuracy is not needed.",
+            strict=options.strict,
         )
         return answer.x
 
@@ -208,7 +212,9 @@ class _ImplicitSolution(Function):
     @staticmethod
     @once_differentiable
     def _first_derivative(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.solve_adjoint(v), None, None
+        # The backward pass may have been started inside a region of autocast.
+        with torch.autocast(v.device.type, enabled=False):
+            return ctx.solve_adjoint(v), None, None
 
 
 def solve_adjoint_system(

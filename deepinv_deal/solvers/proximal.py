@@ -95,7 +95,7 @@ def _iterate(
     active = torch.ones_like(like, dtype=torch.bool)
     status = torch.full_like(active, Status.MAX_ITER, dtype=torch.int8)
     n_iter = torch.zeros_like(status, dtype=torch.int64)
-    everyone = True
+    everyone, good = True, state
     for n in range(1, max_iter + 1):
         old, state = state, step(state)
         # Samples stop at checks only, so nothing is asked of the device in between.
@@ -111,7 +111,8 @@ def _iterate(
         status = status.where(~active | ~(residual <= rtol), Status.CONVERGED)
         active = active & finite & (residual > rtol)
         if not finite.all():
-            state = _select(finite, state, old)
+            state = _select(finite, state, good)
+        good = state
         everyone = bool(active.all())
         if not active.any():
             break
@@ -232,8 +233,8 @@ def proximal_gradient(
     :param int check_every: number of iterations between evaluations of the measure,
         each of which waits for the device.
     :return: (:class:`SolverResult`) all blocks in ``state``, the first one in ``x``,
-        the measure in ``residual``. A sample whose measure became NaN or infinite keeps
-        its last iterate before that step.
+        the measure in ``residual``. A sample whose measure became NaN or infinite gets
+        back its iterate of the last evaluation before that.
     :raises ValueError: for an unknown ``inertia``, different numbers of steps and
         blocks, or a negative tolerance or limit.
     """

@@ -15,6 +15,17 @@ class ConvergenceWarning(UserWarning):
     """A solver stopped before its tolerance was met."""
 
 
+class ConvergenceError(RuntimeError):
+    """
+    A solver stopped before its tolerance was met, where this is an error.
+
+    Its ``result`` is the :class:`SolverResult`, with the status of every sample and the
+    iterate that was found.
+    """
+
+    result: SolverResult
+
+
 class Status(IntEnum):
     """Why a sample stopped."""
 
@@ -69,19 +80,40 @@ class SolverResult:
         """Whether each sample met the stopping rule, shape ``(B,)``, boolean."""
         return self.status == Status.CONVERGED
 
-    def warn(self, what: str, rtol: float, advice: str, stacklevel: int = 3) -> None:
-        """Issues one :class:`ConvergenceWarning` if a sample did not converge."""
-        failed = (~self.converged).nonzero().flatten().tolist()
+    def report(
+        self,
+        what: str,
+        rtol: float,
+        advice: str,
+        *,
+        strict: bool = False,
+        stacklevel: int = 3,
+    ) -> None:
+        """
+        Issues one :class:`ConvergenceWarning` if a sample did not converge.
+
+        :param str what: what did not converge.
+        :param float rtol: tolerance that was asked for. With ``0``, to run all
+            iterations is no failure.
+        :param str advice: what to do.
+        :param bool strict: raise :class:`ConvergenceError` instead.
+        :param int stacklevel: as in :func:`warnings.warn`.
+        """
+        broken = self.status >= Status.BREAKDOWN
+        failed = (~self.converged if rtol else broken).nonzero().flatten().tolist()
         if not failed:
             return
         judged = self.weighted_residual
         worst = max(failed, key=lambda i: float(judged[i].nan_to_num(torch.inf)))
-        warnings.warn(
+        message = (
             f"{what} did not converge for {len(failed)} of {len(self.status)} samples "
             f"(index {', '.join(map(str, failed[:8]))}{', ...' * (len(failed) > 8)}). "
             f"Worst: {Status(int(self.status[worst])).name} after "
             f"{int(self.n_iter[worst])} iterations, relative residual "
-            f"{float(judged[worst]):.1e}, asked for {rtol:.1e}. {advice}",
-            ConvergenceWarning,
-            stacklevel=stacklevel,
+            f"{float(judged[worst]):.1e}, asked for {rtol:.1e}. {advice}"
         )
+        if strict:
+            error = ConvergenceError(message)
+            error.result = self
+            raise error
+        warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)

@@ -454,6 +454,7 @@ def test_every_argument_is_tested():
         "trainable_params",  # test_trainable_parameters
         "custom_metrics",  # test_metrics_are_those_of_base_optim
         "warn",  # test_unconverged_sample
+        "strict",  # tests/models/test_status.py
         "device",  # test_device
         "pretrained",  # tests/test_weights.py
     }

@@ -29,6 +29,9 @@ from problems import (
     relative_error,
 )
 
+from deepinv_deal._batch import inner
+from deepinv_deal.models.image_operator import ImageOperator
+
 SIZE = (8, 10)
 
 PRIORS = {channels: random_prior(channels) for channels in (1, 3)}
@@ -134,6 +137,19 @@ def test_every_linear_physics_is_solved_for_every_batch(name, channels):
         assert relative_error(x_hat[i : i + 1], alone) < (1e-7 if exact else 1e-5)
         assert own.n_iter == info.n_iter[i]
         assert own.cg_iter == info.cg_iter[i] or not exact
+
+
+@pytest.mark.parametrize(("name", "channels"), CASES)
+def test_the_normal_operator_is_symmetric_and_not_negative(name, channels):
+    physics = PHYSICS[name](channels)
+    y = physics.A(images(1, channels, *SQUARE.get(name, SIZE)))
+    operator = ImageOperator(physics, y, 3 if channels == 3 else 1, "real_imag")
+    for seed in range(20):
+        u, v = torch.randn(2, *operator.b.shape, generator=generator(seed)).double()
+        Hu, Hv = operator.A_adjoint_A(u), operator.A_adjoint_A(v)
+        size = float(inner(Hu, Hu) * inner(v, v)) ** 0.5
+        assert abs(float(inner(Hu, v) - inner(u, Hv))) <= 1e-6 * size
+        assert inner(Hu, u) >= 0
 
 
 def test_float32_is_solved_too():

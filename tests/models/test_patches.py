@@ -10,7 +10,7 @@ import pytest
 import torch
 from deepinv.physics import GaussianNoise
 from helpers import random
-from problems import images
+from problems import images, small_model
 
 from deepinv_deal import (
     ConvergenceWarning,
@@ -28,21 +28,6 @@ FORMS = [
     pytest.param(PatchSynthesis, {"mean": "free"}, id="synthesis++"),
     pytest.param(PatchSynthesis, {"mean": "fixed"}, id="synthesis"),
 ]
-
-
-def small_model(form, rng, options, **settings):
-    """A model with small random atoms in float64."""
-    if form is SmoothPlusSparse:
-        penalty = options["penalty"]
-        prior = SmoothPlusSparsePrior(penalty, 8, 3, 3, lambda_reg=0.02)
-    else:
-        settings["mean"] = options["mean"]
-        prior = PatchSynthesisPrior(8, 3, lambda_reg=0.02)
-    prior = prior.double()
-    with torch.no_grad():
-        for p in prior.dictionary.parameters():
-            p.copy_(random(rng, *p.shape))
-    return form(prior=prior, rtol=settings.pop("rtol", 1e-5), **settings)
 
 
 @pytest.mark.parametrize(("form", "options"), FORMS)

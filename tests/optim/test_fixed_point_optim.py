@@ -152,3 +152,13 @@ def test_priors_that_are_not_quadratic_run_too(prior_type):
     x, result = optimizer(y, dinv.physics.Denoising(), return_info=True)
     assert result.converged.all() and x.shape == y.shape
     assert (x != y).any()
+
+
+def test_an_inner_solve_that_is_cut_short_is_told(physics):
+    y, config = physics(images(1, 1, 9, 8)), DEQConfig(max_iter_backward=1)
+    optimizer = plain(random_prior(), max_iter=2, DEQ=config)
+    optimizer.fixed_point.iterator.inner_max_iter = 2
+    with pytest.warns(ConvergenceWarning, match="inner solve of FrozenIteration"):
+        loss = optimizer(y, physics).sum()
+    with pytest.warns(ConvergenceWarning, match="inner solve of FrozenIteration"):
+        loss.backward()
