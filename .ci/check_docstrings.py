@@ -34,7 +34,9 @@ def class_signature(node: ast.ClassDef) -> tuple[set[str], set[str]] | None:
     fields = {
         item.target.id
         for item in node.body
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+        if isinstance(item, ast.AnnAssign)
+        and isinstance(item.target, ast.Name)
+        and not ast.unparse(item.annotation).startswith("ClassVar")
     }
     return (fields, set()) if fields else None
 

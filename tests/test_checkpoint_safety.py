@@ -135,7 +135,7 @@ def test_a_failed_write_leaves_the_old_file(file, monkeypatch, tmp_path):
             opened.write(b"half of a fi")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("deepinv_deal.weights.io.save_file", fill_the_disk)
+    monkeypatch.setattr("deepinv_deal.weights.files.save_file", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
         save_prior(random_prior(seed=1, dtype=torch.float32), file)
     assert file.read_bytes() == old

@@ -48,7 +48,8 @@ def _add_model(
     documented = dict(
         re.findall(
             r":param \S+ (\w+): ((?:.|\n)*?)(?=\n\s*:|\Z|\n\s*\n)",
-            "\n".join(base.__doc__ or "" for base in recipe.__mro__),
+            # the most derived class has the last word
+            "\n".join(base.__doc__ or "" for base in reversed(recipe.__mro__)),
         )
     )
     for field in fields(recipe):

@@ -44,8 +44,17 @@ class DictionaryRecipe(Recipe):
     As published (:footcite:t:`ducotterd2024smooth,ducotterd2024convex`), the mean
     absolute error on patches of 40 x 40 pixels is minimised, by implicit
     differentiation; the convex model takes two passes of coordinate descent. Further
-    settings are those of :class:`Recipe`; ``rtol`` is the tolerance of the solver.
+    settings are those of :class:`Recipe`.
 
+    :param int patch_size: side of the patches.
+    :param int batch_size: patches per step.
+    :param float lr: learning rate of the atoms after the warm-up.
+    :param float clip: largest norm of the gradient.
+    :param float rtol: tolerance at which the solver stops; for ``"patch"`` that of the
+        coefficients in each of the two passes.
+    :param int pool: number of batches in rotation; a batch comes back after ``pool``
+        steps.
+    :param int reuse: number of steps that use the same noisy patch.
     :param str model: ``"cpr"``, ``"ncpr"`` or ``"patch"``, the convex model.
     :param float sigma: noise level ([0, 1] units).
     :param int num_atoms: number of atoms; ``None``: as published, 200 or, for
@@ -207,7 +216,9 @@ class DictionaryTrainer(
         problem = self.prior.problem(ImageSystem.identity(problems.y))
         a = problem.zero_coefficients() if start is None else start
         if recipe.model == "patch":
-            result = coordinate_descent(problem, problems.y, a, rtol=0.0, max_iter=2)
+            result = coordinate_descent(
+                problem, problems.y, a, rtol=0.0, max_iter=2, inner_rtol=recipe.rtol
+            )
             x_hat = result.x
         else:
             x_hat, result = solve_jointly(

@@ -28,8 +28,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can make its reader raise anything
+        # Not the rest, which suggests to read the file without protection.
+        reason = str(error).split(". ")[0].splitlines()[0]
         raise ValueError(
-            f"{file} cannot be read as a checkpoint of plain tensors: {error}"
+            f"{file} cannot be read as a checkpoint of plain tensors: {reason}."
         ) from error
 
 

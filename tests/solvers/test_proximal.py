@@ -509,7 +509,7 @@ def test_admm_stops_on_primal_and_dual_residuals(rng):
     problem = Analysis.draw(rng, n_samples=1).replace(rho=(0.5, 2.0))
     before = problem.solve(rtol=0, max_iter=8).state
     result = problem.solve(rtol=0, max_iter=9)
-    x, z, u = result.state
+    x, z, u, _ = result.state
     weights = (0.5, 2.0)
 
     def size(*blocks):
