@@ -60,7 +60,16 @@ def show(
     axis.set_xticks([])
     axis.set_yticks([])
     if colorbar:
-        axis.figure.colorbar(shown, ax=axis, shrink=0.8)
+        # Beside the axis, so that images with and without one have the same size.
+        axis.figure.colorbar(shown, cax=axis.inset_axes((1.04, 0.0, 0.05, 1.0)))
+
+
+def count_axis(axis: Axes, label: str) -> None:
+    """Labels a horizontal axis that counts, with whole numbers as ticks."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel(label)
 
 
 def largest(image: Tensor) -> float:

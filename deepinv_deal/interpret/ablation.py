@@ -40,7 +40,7 @@ def without_mask(model: Any) -> AttentiveModel:
 
     :param object model: :class:`deepinv_deal.DEAL`, :class:`deepinv_deal.SAFI` or
         :class:`deepinv_deal.MMR`. Not changed.
-    :return: a model of the same class.
+    :return: a model of the same class; that of MMR has no energy.
     :raises TypeError: for a model without mask.
     """
     return _with_mask_rule(model, lambda mask: torch.ones_like(mask))

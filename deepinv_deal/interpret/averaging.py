@@ -41,10 +41,8 @@ def averaging_kernels(
     >>> y = torch.rand(1, 1, 16, 17)
     >>> at = linearize(DEAL(pretrained=None, num_filters=8), y, sigma=0.1)
     >>> kernels = averaging_kernels(at, [(8, 8), (3, 10)])
-    >>> (
-    ...     kernels.shape,
-    ...     torch.allclose((kernels[0] * y).sum(), at.image[0, 0, 8, 8], 1e-3),
-    ... )
+    >>> average = (kernels[0] * y).sum()
+    >>> kernels.shape, torch.allclose(average, at.image[0, 0, 8, 8], rtol=1e-3)
     (torch.Size([2, 1, 16, 17]), True)
 
     :param Linearization at: from :func:`linearize`, of :class:`deepinv_deal.DEAL`.
@@ -76,7 +74,8 @@ def plot_averaging_kernels(
     Draws data, reconstruction and kernel around some pixels, one row for each.
 
     Each kernel is shown in shades of red (positive) and blue (negative weights) on its
-    own scale, and as contour over the reconstruction at a tenth of its largest weight.
+    own scale, which ends at the second largest weight, and as contour over the
+    reconstruction where it falls to a tenth of the largest.
 
     :param torch.Tensor kernels: ``(K, C, H, W)``, from :func:`averaging_kernels`.
     :param list pixels: the pairs (row, column).
@@ -85,14 +84,12 @@ def plot_averaging_kernels(
     :param int radius: half the side of the windows, in pixels.
     :return: the figure.
     """
-    figure = new_figure(10.4, 2.75 * len(pixels) + 0.3)
-    grid = figure.subplots(
-        len(pixels), 4, squeeze=False, width_ratios=[1.0, 1.0, 1.0, 1.16]
-    )
+    figure = new_figure(11.0, 2.75 * len(pixels) + 0.3)
+    grid = figure.subplots(len(pixels), 4, squeeze=False, width_ratios=[1, 1, 1, 1])
     titles = [
         "reconstruction",
         "data $A^T y$",
-        "reconstruction",
+        "reconstruction, magnified",
         "weights $B^{-1} e_n$",
     ]
     height, width = data.shape[-2:]
@@ -100,12 +97,15 @@ def plot_averaging_kernels(
         zip(grid, kernels, pixels, strict=True)
     ):
         row, column = pixel
-        top, left = max(row - radius, 0), max(column - radius, 0)
-        bottom, right = min(row + radius + 1, height), min(column + radius + 1, width)
+        # Windows of one size, inside the image.
+        top = max(min(row - radius, height - 2 * radius - 1), 0)
+        left = max(min(column - radius, width - 2 * radius - 1), 0)
+        bottom = min(top + 2 * radius + 1, height)
+        right = min(left + 2 * radius + 1, width)
         window = (..., slice(top, bottom), slice(left, right))
         names = titles if index == 0 else [""] * 4
         weights = kernel.mean(0)
-        peak = float(weights.abs().max())
+        second, peak = weights.abs().flatten().topk(2).values.flip(0).tolist()
         show(axes[0], x_hat[0], names[0])
         axes[0].plot(
             [left, right - 1, right - 1, left, left],
@@ -126,15 +126,16 @@ def plot_averaging_kernels(
             weights[window],
             names[3],
             cmap="RdBu_r",
-            limits=(-peak, peak),
+            limits=(-second, second),
             colorbar=True,
         )
-        for axis in axes[1:]:
+        for axis in axes[1:3]:
             axis.plot(column - left, row - top, "+", color="tab:red", markersize=9)
         number = float(effective_pixels(kernel[None]))
         axes[0].set_ylabel(f"pixel ({row}, {column})", fontsize=TITLE)
         axes[3].set_xlabel(
-            f"sum {float(kernel.sum()):.3f}, averages {number:.0f} pixels"
+            f"sum {float(kernel.sum()):.3f}, centre {peak:.2f}\n"
+            f"averages {number:.0f} pixels"
         )
     return figure
 

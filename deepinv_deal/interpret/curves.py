@@ -36,11 +36,13 @@ class Curve:
 
 #: Names of DEAL's splines as in the paper.
 PAPER_NAMES = {
-    "mask_network.phi1": r"$\varphi_1$",
-    "mask_network.phi2": r"$\varphi_2$",
-    "mask_network.phi3": r"$\varphi_3$",
-    "mask_network.scaling": r"$s_c(\sigma)$, $\sigma$ in gray levels",
-    "kappa": r"$\lambda = \kappa(\sigma)$, $\sigma$ in gray levels",
+    "mask_network.phi1": "$\\varphi_1$\nfirst activation of the mask",
+    "mask_network.phi2": "$\\varphi_2$\nsecond activation of the mask",
+    "mask_network.phi3": "$\\varphi_3$\nthird: strong signals, small mask",
+    "mask_network.scaling": "$s_c(\\sigma)$: log scale of the signal\n"
+    "over $\\sigma$ in gray levels",
+    "kappa": "$\\lambda = \\kappa(\\sigma)$: weight of denoising\n"
+    "over $\\sigma$ in gray levels",
 }
 
 
@@ -71,7 +73,7 @@ def learned_splines(model: Any) -> list[Curve]:
     curves = []
     for name, module in attentive_prior(model).named_modules():
         if isinstance(module, LinearSpline):
-            values = module.constrained_coefficients()
+            values = module.constrained_coefficients().detach()
             t = torch.linspace(module.x_min, module.x_max, values.shape[1])
             curves.append(Curve(PAPER_NAMES.get(name, name), t.to(values), values))
     return curves
@@ -79,7 +81,11 @@ def learned_splines(model: Any) -> list[Curve]:
 
 @torch.no_grad()
 def mask_curves(
-    model: Any, sigmas: Sequence[float], *, t_max: float = 0.3, num_points: int = 601
+    model: Any,
+    sigmas: Sequence[float],
+    *,
+    t_max: float | None = None,
+    num_points: int = 601,
 ) -> list[Curve]:
     r"""
     Returns the last activation of DEAL's mask network for some noise levels.
@@ -103,7 +109,8 @@ def mask_curves(
 
     :param object model: :class:`deepinv_deal.DEAL`.
     :param list sigmas: noise levels in units of the image, [0, 1].
-    :param float t_max: largest argument.
+    :param float t_max: largest argument; ``None``: the end of the knots of most filters
+        at the largest noise level.
     :param int num_points: number of arguments.
     :return: one :class:`Curve` per noise level, one row per filter.
     :raises TypeError: for another model.
@@ -114,12 +121,16 @@ def mask_curves(
             f"mask_curves needs DEAL, got {type(model).__name__}; see learned_splines."
         )
     like = prior.W.weight[0]
+    network = prior.mask_network
+    levels = torch.tensor([GRAY_LEVELS * sigma for sigma in sigmas]).to(like)
+    bound = network.bind(levels)
+    if t_max is None:
+        t_max = network.phi3.x_max / float(bound.alpha[:, :, 0, 0].amin(0).median())
     t = torch.linspace(0, t_max, num_points).to(like)
     curves = []
-    for sigma in sigmas:
-        bound = prior.mask_network.bind(torch.full((1,), GRAY_LEVELS * sigma).to(like))
-        values = bound.phi[2](bound.alpha[..., 0] * t).clamp(MASK_MIN, MASK_MAX)
-        curves.append(Curve(rf"$\sigma$ = {GRAY_LEVELS * sigma:.3g}/255", t, values[0]))
+    for sigma, alpha in zip(sigmas, bound.alpha[..., 0], strict=True):
+        values = bound.phi[2]((alpha * t)[None]).clamp(MASK_MIN, MASK_MAX)[0]
+        curves.append(Curve(rf"$\sigma$ = {GRAY_LEVELS * sigma:.3g}/255", t, values))
     return curves
 
 
@@ -156,8 +167,12 @@ def plot_splines(curves: Sequence[Curve], mask: Sequence[Curve] = ()) -> Figure:
             low, middle, high = values.quantile(torch.tensor([0.1, 0.5, 0.9]).to(t), 0)
             (line,) = axis.plot(t, middle, linewidth=1.8, label=curve.name)
             axis.fill_between(t, low, high, color=line.get_color(), alpha=0.15)
-        axis.set_title(r"mask $\phi_{\sigma,c}(t)$, median and 80 %", fontsize=TITLE)
+        axis.set_title(
+            "mask $\\phi_{\\sigma,c}(t)$\nmedian and 80 % of the filters",
+            fontsize=TITLE,
+        )
         axis.set_ylim(-0.03, 1.05)
+        axis.set_xlabel("t, strength of the signal")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=SMALL)
     return figure

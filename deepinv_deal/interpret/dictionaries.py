@@ -13,6 +13,7 @@ from deepinv_deal.interpret._figures import TITLE, largest, new_figure, show, ti
 from deepinv_deal.interpret._models import dictionary_prior
 from deepinv_deal.models import SynthesisInfo
 from deepinv_deal.operators import PatchConv
+from deepinv_deal.operators.patches import Boundary
 from deepinv_deal.priors.synthesis import ImageSystem, SynthesisProblem, patch_count
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def decompose(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Decomposition:
     count: Tensor | float = float(n * n)
     if not features.circular:
         count = patch_count(x_hat, n)
-    boundary = "circular" if features.circular else "valid"
+    boundary: Boundary = "circular" if features.circular else "valid"
     free = PatchConv(problem.frame.free.unflatten(1, (n, n)), boundary)
     smooth = free.adjoint(free(x_hat)) / count
     penalised = problem.features_adjoint(problem.features(x_hat)) / (beta * count)
@@ -167,7 +168,7 @@ def sparsity_map(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Tensor:
     used = (_coefficients(info).unflatten(1, (-1, len(frame.C))) != 0).sum(2)
     features = frame.features
     n = features.kernels.shape[-1]
-    boundary = "circular" if features.circular else "valid"
+    boundary: Boundary = "circular" if features.circular else "valid"
     spread = PatchConv(x_hat.new_ones(1, n, n), boundary)
     count = spread.adjoint(torch.ones_like(used, dtype=x_hat.dtype))
     return spread.adjoint(used.to(x_hat.dtype)) / count
@@ -220,14 +221,14 @@ def plot_atoms(
     ]
     rows = [-(-len(atoms) // columns) for atoms, _ in shown]
     figure = new_figure(0.62 * columns + 4.2, 0.62 * sum(rows) + 1.6)
-    left, right = figure.subfigures(1, 2, width_ratios=[0.62 * columns, 4.2])
-    axes = left.subplots(2, 1, height_ratios=rows)
+    grid = figure.add_gridspec(2, 2, height_ratios=rows, width_ratios=[1.8, 1])
+    axes = [figure.add_subplot(grid[i, 0]) for i in (0, 1)]
     for axis, (atoms, title) in zip(axes, shown, strict=True):
         peak = atoms.abs().flatten(1).amax(1)
         scaled = atoms / peak.where(peak > 0, 1)[:, None, None]
         show(axis, tile(scaled, columns), title, limits=(-1, 1))
         axis.set_axis_off()
-    axis = right.subplots()
+    axis = figure.add_subplot(grid[:, 1])
     rank = range(1, len(usage.use) + 1)
     axis.plot(rank, 100 * usage.use.cpu(), linewidth=1.8)
     axis.fill_between(rank, 100 * usage.use.cpu(), alpha=0.15)

@@ -74,7 +74,7 @@ def normal_response(model: Any, size: int = 128) -> tuple[Tensor, Tensor]:
     >>> from deepinv_deal import DEAL
     >>> from deepinv_deal.interpret import normal_response
     >>> impulse, spectrum = normal_response(DEAL(pretrained=None, num_filters=8))
-    >>> impulse.shape, spectrum.shape, round(float(spectrum.max()), 2)
+    >>> impulse.shape, spectrum.shape, round(float(spectrum.max()), 1)
     (torch.Size([49, 49]), torch.Size([128, 128]), 1.0)
 
     :param object model: :class:`deepinv_deal.DEAL`, :class:`deepinv_deal.SAFI` or
@@ -150,11 +150,18 @@ def plot_normal_response(impulse: Tensor, spectrum: Tensor) -> Figure:
     """
     figure = new_figure(12.5, 3.9)
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
-    peak = largest(impulse)
+    centre = len(impulse) // 2
+    radius = min(10, centre)
+    window = impulse[centre - radius : centre + radius + 1]
+    window = window[:, centre - radius : centre + radius + 1].clone()
+    middle_value = float(window[radius, radius])
+    window[radius, radius] = 0
+    peak = largest(window)
+    window[radius, radius] = middle_value
     show(
         left,
-        impulse,
-        "impulse response of $W^T W$",
+        window,
+        f"impulse response of $W^T W$\nthe pixel itself: {middle_value:.2f}",
         cmap="RdBu_r",
         limits=(-peak, peak),
         colorbar=True,
@@ -163,7 +170,7 @@ def plot_normal_response(impulse: Tensor, spectrum: Tensor) -> Figure:
     show(
         middle,
         spectrum.clamp_min(1e-5).log10(),
-        "spectrum, log10",
+        "its spectrum, log10\nconstants are free",
         cmap="magma",
         limits=None,
         colorbar=True,

@@ -39,9 +39,9 @@ def linearize(
     r"""
     Solves a problem accurately and returns what is needed to look around the solution.
 
-    The solution :math:`\hat x = T(\hat x)` is found by the model's own engine, with
-    Anderson acceleration and a tighter tolerance than is usual: derivatives of
-    :math:`T` are wanted *at* the fixed point.
+    The solution :math:`\hat x = T(\hat x)` is found by the model's own engine with a
+    tighter tolerance than is usual: derivatives of :math:`T` are wanted *at* the fixed
+    point.
 
     |sep|
 
@@ -77,7 +77,8 @@ def linearize(
             problem.equation.start(problem.init),
             rtol=rtol,
             max_iter=max_iter,
-            anderson=5,
+            forcing=model.forcing,
+            anderson=model.anderson,
         )
     result.warn("linearize", rtol, "Raise max_iter or relax rtol.")
     return Linearization(problem, x, result)

@@ -2,7 +2,6 @@ r"""How fast the iteration converges, and how stable its fixed point is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from deepinv_deal.interpret._figures import BLUE, GRAY, ORANGE, SMALL, TITLE, ne
 from deepinv_deal.interpret.linearization import Linearization
 from deepinv_deal.priors.deal import MASK_MIN, AttentiveEquation
 from deepinv_deal.solvers import conjugate_gradient, fixed_point
+from deepinv_deal.solvers.conjugate_gradient import LinearMap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -417,7 +417,7 @@ def _start(at: Linearization) -> np.ndarray:
     return torch.randn(at.x.numel(), generator=generator).to(at.x.dtype).numpy()
 
 
-def _scipy_operator(at: Linearization, product: Callable[[Tensor], Tensor]) -> Any:
+def _scipy_operator(at: Linearization, product: LinearMap) -> Any:
     from scipy.sparse.linalg import LinearOperator
 
     def matvec(v: np.ndarray) -> np.ndarray:
@@ -428,9 +428,7 @@ def _scipy_operator(at: Linearization, product: Callable[[Tensor], Tensor]) -> A
     return LinearOperator((n, n), matvec=matvec, dtype=start.dtype)
 
 
-def _largest_eigenvalue(
-    at: Linearization, product: Callable[[Tensor], Tensor]
-) -> float:
+def _largest_eigenvalue(at: Linearization, product: LinearMap) -> float:
     """Largest eigenvalue of a symmetric positive semidefinite map, by Lanczos."""
     from scipy.sparse.linalg import eigsh
 

@@ -100,9 +100,10 @@ def plot_masked_responses(
     x: Tensor | None = None,
 ) -> Figure:
     """
-    Draws, for some filters: kernel, squared response, mask, squared masked response.
+    Draws, for some filters: kernel, response, mask, masked response.
 
-    Both squares share one gray scale, so that what the mask hides is seen to vanish.
+    Both responses are moduli and share one gray scale, so that what the mask hides is
+    seen to vanish.
 
     :param MaskedResponses responses: from :func:`masked_responses`; the first sample is
         drawn.
@@ -113,17 +114,16 @@ def plot_masked_responses(
         given.
     :return: the figure.
     """
-    before = responses.response[0].square()
-    after = responses.masked[0].square()
+    before, after = responses.response[0].abs(), responses.masked[0].abs()
     if indices is None:
-        lost = (before - after).sum((-2, -1))
+        lost = (before.square() - after.square()).sum((-2, -1))
         indices = lost.argsort(descending=True)[:4].tolist()
     first = int(x is not None)
     names = ["image"] * first + [
         "filter",
-        "squared response\n$(w_c * x)^2$",
+        "response $|w_c * x|$",
         "mask $m_c(x)$",
-        "squared masked response\n$(m_c \\odot (w_c * x))^2$",
+        "masked response $m_c |w_c * x|$",
     ]
     figure = new_figure(2.45 * len(names) + 0.5, 2.5 * len(indices) + 0.4)
     grid = figure.subplots(len(indices), len(names), squeeze=False)

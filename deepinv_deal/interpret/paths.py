@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from deepinv_deal._batch import norm
-from deepinv_deal.interpret._figures import GRAY, SMALL, TITLE, new_figure, show
+from deepinv_deal.interpret._figures import (
+    GRAY,
+    SMALL,
+    TITLE,
+    count_axis,
+    new_figure,
+    show,
+)
 from deepinv_deal.interpret._models import attentive
 from deepinv_deal.solvers import fixed_point
 
@@ -168,6 +175,7 @@ def plot_path(
     # The first image is often zero, and most happens in the first iterations.
     steps = torch.linspace(0, 1, num_columns).square() * (last - 1) + 1
     chosen = sorted({int(k) for k in steps.round().clamp(0, last)})
+    lowest = int(10 * path.mask[chosen, 0].min()) / 10
     figure = new_figure(2.3 * len(chosen) + 4.2, 4.9)
     grid = figure.subplots(
         2, len(chosen) + 1, squeeze=False, width_ratios=[1] * len(chosen) + [1.7]
@@ -175,22 +183,31 @@ def plot_path(
     for i, k in enumerate(chosen):
         show(grid[0, i], path.x[k, 0], f"k = {k}")
         bar = i == len(chosen) - 1
-        show(grid[1, i], path.mask[k, 0], cmap="magma", colorbar=bar)
+        show(
+            grid[1, i],
+            path.mask[k, 0],
+            cmap="magma",
+            limits=(lowest, 1.0),
+            colorbar=bar,
+        )
     grid[0, 0].set_ylabel("image $x_k$", fontsize=TITLE)
-    grid[1, 0].set_ylabel("mean mask of $x_k$\n1: smoothed, 0: left alone")
+    grid[1, 0].set_ylabel("mean mask of $x_k$", fontsize=TITLE)
+    grid[1, 0].set_xlabel("1: smoothed, 0: left alone")
     top, bottom = grid[:, -1]
-    k = torch.arange(last + 1)
-    top.semilogy(k, path.residual[:, 0].cpu(), "o-", markersize=3)
+    iterations = torch.arange(last + 1)
+    top.semilogy(iterations, path.residual[:, 0].cpu(), "o-", markersize=3)
     top.set_title("relative nonlinear residual", fontsize=TITLE)
     top.grid(alpha=0.3)
     if x_gt is None:
-        bottom.plot(k, path.mask[:, 0].mean((1, 2, 3)).cpu(), "o-", markersize=3)
+        bottom.plot(
+            iterations, path.mask[:, 0].mean((1, 2, 3)).cpu(), "o-", markersize=3
+        )
         bottom.set_title("mean of the mask", fontsize=TITLE)
     else:
         error = (path.x[:, 0] - x_gt[0]).square().flatten(1).mean(1)
-        bottom.plot(k[1:], -10 * error.log10().cpu()[1:], "o-", markersize=3)
+        bottom.plot(iterations[1:], -10 * error.log10().cpu()[1:], "o-", markersize=3)
         bottom.set_title("PSNR in dB", fontsize=TITLE)
-    bottom.set_xlabel("iteration k")
+    count_axis(bottom, "iteration k")
     bottom.grid(alpha=0.3)
     return figure
 
@@ -220,7 +237,7 @@ def plot_initializations(paths: Mapping[str, SolutionPath]) -> Figure:
     distance = spread(paths)[:, 0].cpu()
     bottom.semilogy(distance.clamp_min(1e-16), "o-", markersize=3, color=GRAY)
     bottom.set_title("largest relative distance of two paths", fontsize=TITLE)
-    bottom.set_xlabel("iteration k")
     for axis in (top, bottom):
+        count_axis(axis, "iteration k" if axis is bottom else "")
         axis.grid(alpha=0.3)
     return figure
