@@ -16,6 +16,9 @@ TITLE, SMALL = 11, 9
 #: One colour for each kind of thing in line plots.
 BLUE, ORANGE, GRAY = "#1f6fb4", "#e07b00", "0.45"
 
+#: Between tiles: neither black nor white nor gray.
+FRAME = "#b8cfe6"
+
 
 def new_figure(width: float, height: float) -> Figure:
     """
@@ -41,15 +44,18 @@ def show(
     """
     Draws an image without ticks, colours for ``limits`` (``None``: its own range).
     """
+    from matplotlib import colormaps
+
     picture = image.detach().cpu()
     if limits is not None:
         picture = picture.clamp(*limits)
     if picture.ndim == 3:
         picture = picture.permute(1, 2, 0).squeeze(-1)
     low, high = limits if limits is not None else (None, None)
+    colours = colormaps[cmap].with_extremes(bad=FRAME)  # NaN, between tiles
     shown = axis.imshow(
         picture.numpy(),
-        cmap=cmap,
+        cmap=colours,
         vmin=low,
         vmax=high,
         interpolation="nearest",

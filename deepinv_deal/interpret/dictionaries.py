@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deal._batch import expand
-from deepinv_deal.interpret._figures import TITLE, largest, new_figure, show, tile
+from deepinv_deal.interpret._figures import BLUE, TITLE, largest, new_figure, show, tile
 from deepinv_deal.interpret._models import dictionary_prior
 from deepinv_deal.models import SynthesisInfo
 from deepinv_deal.operators import PatchConv
@@ -26,10 +26,11 @@ class AtomUsage:
     The atoms of a dictionary, the most used first.
 
     :param torch.Tensor atoms: normalised atoms as images ``(p, n, n)``.
-    :param torch.Tensor use: share of the patches that use each atom, ``(p,)``, falling.
+    :param torch.Tensor use: share of each in the sum of all absolute coefficients,
+        ``(p,)``, falling, with sum 1.
     :param torch.Tensor order: index of each in the model, ``(p,)``.
-    :param torch.Tensor free_atoms: orthonormal atoms that cost nothing, lowest
-        frequencies first, ``(r, n, n)``; the first is constant.
+    :param torch.Tensor free_atoms: orthonormal basis of the patches that cost nothing,
+        the smoothest first, ``(r, n, n)``; the first is constant.
     """
 
     atoms: Tensor
@@ -41,9 +42,11 @@ class AtomUsage:
 @torch.no_grad()
 def atom_usage(model: Any, info: SynthesisInfo) -> AtomUsage:
     r"""
-    Returns the atoms sorted by how many patches use them.
+    Returns the atoms sorted by their share in the sum of all :math:`|a_{k,j}|`.
 
-    Patch k uses atom j if :math:`a_{k,j} \neq 0`.
+    The free atoms of a model are any basis of a subspace. Those returned here are its
+    principal axes for the sum of squared differences of neighbouring pixels, so that
+    the smoothest come first.
 
     |sep|
 
@@ -65,15 +68,17 @@ def atom_usage(model: Any, info: SynthesisInfo) -> AtomUsage:
     :raises TypeError: for another model.
     """
     frame = dictionary_prior(model).dictionary.frame()
-    used = (_coefficients(info).unflatten(1, (-1, len(frame.C))) != 0).float()
-    use = used.mean((0, 1, 3, 4))
+    use = _by_atom(info, len(frame.C)).abs().sum((0, 1, 3, 4))
+    use = use / use.sum().clamp_min(torch.finfo(use.dtype).tiny)
     order = use.argsort(descending=True, stable=True)
     atoms = frame.atoms / torch.linalg.matrix_norm(frame.atoms)[:, None, None]
     free = frame.free.unflatten(1, atoms.shape[1:])
-    # The constant is first; the others by their mean squared frequency.
-    roughness = sum(free.diff(dim=d).square().sum((1, 2)) for d in (1, 2))
-    assert isinstance(roughness, Tensor)
-    return AtomUsage(atoms[order], use[order], order, free[roughness.argsort()])
+    differences = torch.cat([free.diff(dim=d).flatten(1) for d in (1, 2)], 1)
+    _, axes = torch.linalg.eigh(differences @ differences.T)  # roughness rises
+    smooth = torch.tensordot(axes.T, free, 1)
+    # Eigenvectors have no sign: the first is to be white.
+    smooth[0] *= smooth[0].sum().sign()
+    return AtomUsage(atoms[order], use[order], order, smooth)
 
 
 @dataclass(frozen=True)
@@ -155,23 +160,41 @@ def sparsity_map(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Tensor:
     r"""
     Returns how many atoms the patches that cover a pixel use, on average.
 
-    Few in flat regions, many where there is texture.
+    .. math::
+        \frac{\big( \sum_j |a_{k,j}| \big)^2}{\sum_j a_{k,j}^2},
+
+    which is :math:`r` for :math:`r` coefficients of equal modulus and needs no
+    threshold: the coefficients of weakly convex models are small rather than zero. Few
+    in flat regions, many where there is texture.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal import PatchSynthesis
+    >>> from deepinv_deal.interpret import sparsity_map
+    >>> model = PatchSynthesis(num_atoms=20, patch_size=4)
+    >>> x_hat, info = model(torch.rand(1, 1, 16, 17), sigma=0.1, return_info=True)
+    >>> sparsity_map(model, x_hat, info).shape
+    torch.Size([1, 1, 16, 17])
 
     :param object model: :class:`deepinv_deal.PatchSynthesis` or
         :class:`deepinv_deal.SmoothPlusSparse`.
     :param torch.Tensor x_hat: reconstruction ``(B, C, H, W)``, for the shape.
     :param SynthesisInfo info: what the model returned with it.
-    :return: atoms per patch, ``(B, C, H, W)``.
+    :return: between 0 and the number of atoms, ``(B, C, H, W)``.
     :raises TypeError: for another model or a complex image.
     """
     frame = _problem(model, x_hat, info).frame
-    used = (_coefficients(info).unflatten(1, (-1, len(frame.C))) != 0).sum(2)
+    a = _by_atom(info, len(frame.C))
+    size = a.square().sum(2)
+    number = a.abs().sum(2).square() / size.where(size > 0, 1)
     features = frame.features
     n = features.kernels.shape[-1]
     boundary: Boundary = "circular" if features.circular else "valid"
-    spread = PatchConv(x_hat.new_ones(1, n, n), boundary)
-    count = spread.adjoint(torch.ones_like(used, dtype=x_hat.dtype))
-    return spread.adjoint(used.to(x_hat.dtype)) / count
+    cover = PatchConv(x_hat.new_ones(1, n, n), boundary)
+    return cover.adjoint(number) / cover.adjoint(torch.ones_like(number))
 
 
 def _coefficients(info: SynthesisInfo) -> Tensor:
@@ -181,6 +204,11 @@ def _coefficients(info: SynthesisInfo) -> Tensor:
             f"{type(info).__name__}."
         )
     return info.coefficients
+
+
+def _by_atom(info: SynthesisInfo, num_atoms: int) -> Tensor:
+    """The coefficients as ``(B, C, p, H', W')``."""
+    return _coefficients(info).unflatten(1, (-1, num_atoms))
 
 
 def _problem(model: Any, x_hat: Tensor, info: SynthesisInfo) -> SynthesisProblem:
@@ -199,11 +227,11 @@ def plot_atoms(
     usage: AtomUsage, num_atoms: int = 60, num_free_atoms: int = 24, columns: int = 12
 ) -> Figure:
     """
-    Draws the most used atoms, some free atoms, and how often each atom is used.
+    Draws the most used atoms, some free atoms, and the share of each atom.
 
     :param AtomUsage usage: from :func:`atom_usage`.
     :param int num_atoms: number of atoms.
-    :param int num_free_atoms: number of free atoms.
+    :param int num_free_atoms: number of free atoms; the constant alone is not drawn.
     :param int columns: atoms per row.
     :return: the figure.
     """
@@ -219,10 +247,11 @@ def plot_atoms(
             f"{min(num_free_atoms, len(usage.free_atoms))} of {len(usage.free_atoms)}",
         ),
     ]
+    shown = [(atoms, title) for atoms, title in shown if len(atoms) > 1]
     rows = [-(-len(atoms) // columns) for atoms, _ in shown]
     figure = new_figure(0.62 * columns + 4.2, 0.62 * sum(rows) + 1.6)
-    grid = figure.add_gridspec(2, 2, height_ratios=rows, width_ratios=[1.8, 1])
-    axes = [figure.add_subplot(grid[i, 0]) for i in (0, 1)]
+    grid = figure.add_gridspec(len(rows), 2, height_ratios=rows, width_ratios=[1.8, 1])
+    axes = [figure.add_subplot(grid[i, 0]) for i in range(len(rows))]
     for axis, (atoms, title) in zip(axes, shown, strict=True):
         peak = atoms.abs().flatten(1).amax(1)
         scaled = atoms / peak.where(peak > 0, 1)[:, None, None]
@@ -230,12 +259,13 @@ def plot_atoms(
         axis.set_axis_off()
     axis = figure.add_subplot(grid[:, 1])
     rank = range(1, len(usage.use) + 1)
-    axis.plot(rank, 100 * usage.use.cpu(), linewidth=1.8)
-    axis.fill_between(rank, 100 * usage.use.cpu(), alpha=0.15)
+    axis.plot(rank, 100 * usage.use.cpu(), linewidth=1.8, color=BLUE)
+    axis.fill_between(rank, 100 * usage.use.cpu(), alpha=0.15, color=BLUE)
     axis.set_xlabel("rank of the atom")
-    axis.set_ylabel("patches that use it, in %")
+    axis.set_ylabel("share in all coefficients, in %")
+    half = int((usage.use.cumsum(0) < 0.5).sum()) + 1
     axis.set_title(
-        f"a patch uses {float(usage.use.sum()):.1f} atoms on average", fontsize=TITLE
+        f"{half} of {len(usage.use)} atoms carry half of all", fontsize=TITLE
     )
     axis.set_ylim(0, None)
     axis.grid(alpha=0.3)
@@ -246,7 +276,7 @@ def plot_decomposition(parts: Decomposition, sparsity: Tensor | None = None) -> 
     """
     Draws reconstruction, smooth part, sparse part, remainder and sparsity map.
 
-    Sparse part and remainder share one symmetric gray scale.
+    Gray is zero in sparse part and remainder, each on its own scale.
 
     :param Decomposition parts: from :func:`decompose`; the first sample is drawn.
     :param torch.Tensor sparsity: from :func:`sparsity_map`.
@@ -257,13 +287,12 @@ def plot_decomposition(parts: Decomposition, sparsity: Tensor | None = None) -> 
     axes = figure.subplots(1, columns)
     show(axes[0], parts.image[0], "reconstruction  =")
     show(axes[1], parts.smooth[0], "smooth part  +")
-    peak = 0.7 * largest(parts.sparse[0])
-    limits = (-peak, peak)
-    scale = f"gray: 0, white: {peak:.2f}"
-    show(axes[2], parts.sparse[0].mean(0), "sparse part  +", limits=limits)
-    show(axes[3], parts.remainder[0].mean(0), "remainder", limits=limits)
-    axes[2].set_xlabel(scale)
-    axes[3].set_xlabel(scale)
+    signed = (parts.sparse, "sparse part  +"), (parts.remainder, "remainder")
+    for axis, (part, title) in zip(axes[2:4], signed, strict=True):
+        picture = part[0].mean(0)
+        peak = 0.7 * largest(picture)
+        show(axis, picture, title, limits=(-peak, peak))
+        axis.set_xlabel(f"gray: 0, white: {peak:.1g}")
     if sparsity is not None:
         show(
             axes[4],

@@ -208,6 +208,7 @@ def plot_path(
         bottom.plot(iterations[1:], -10 * error.log10().cpu()[1:], "o-", markersize=3)
         bottom.set_title("PSNR in dB", fontsize=TITLE)
     count_axis(bottom, "iteration k")
+    bottom.set_xlim(top.get_xlim())
     bottom.grid(alpha=0.3)
     return figure
 

@@ -33,8 +33,8 @@ def posterior_variance(
     at: Linearization,
     noise: float,
     *,
-    spacing: int = 4,
-    num_probes: int = 4,
+    spacing: int = 8,
+    num_probes: int = 1,
     batch_size: int = 8,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -295,9 +295,9 @@ def plot_uncertainty(
     std = calibration.factor * variance.sqrt()[0].mean(0)
     absolute = error[0].abs().mean(0)
     top = float(absolute.flatten().quantile(0.99))
-    figure = new_figure(15.0, 3.9)
-    axes = figure.subplots(1, 4, width_ratios=[1, 1.14, 1.14, 1.25])
-    show(axes[0], x_hat[0], "reconstruction")
+    figure = new_figure(15.0, 4.5)
+    axes = figure.subplots(1, 4)
+    show(axes[0], x_hat[0], "reconstruction\n")
     show(
         axes[1],
         std,
@@ -350,6 +350,6 @@ def _draw_calibration(axis: Any, calibrations: dict[str, Calibration]) -> None:
     axis.set_aspect("equal")
     axis.set_xlabel("predicted standard deviation")
     axis.set_ylabel("observed root mean square error")
-    axis.set_title("calibration, pixels by prediction", fontsize=TITLE)
+    axis.set_title("calibration\npixels sorted by prediction", fontsize=TITLE)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=SMALL)
