@@ -356,6 +356,7 @@ def plot_eigenvalues(eigenvalues: Tensor) -> Figure:
     angle = np.linspace(0, 2 * np.pi, 361)
     axis.plot(np.cos(angle), np.sin(angle), color=GRAY, linewidth=1)
     axis.fill(radius * np.cos(angle), radius * np.sin(angle), color=BLUE, alpha=0.12)
+    eigenvalues = eigenvalues.detach().cpu()
     axis.plot(eigenvalues.real, eigenvalues.imag, "o", color=BLUE, markersize=5)
     axis.axhline(0, color=GRAY, linewidth=0.5)
     axis.axvline(0, color=GRAY, linewidth=0.5)
