@@ -25,11 +25,7 @@ def physics_of(name: str) -> Any:
         return dinv.physics.Inpainting(SHAPE, mask=mask)
     kernel = torch.tensor([[1.0, 2, 1], [2, 9, 2], [1, 2, 3]], dtype=DOUBLE)
     kernel = (kernel / kernel.sum())[None, None]
-    if name == "blur":
-        return dinv.physics.BlurFFT(SHAPE, filter=kernel)
-    return dinv.physics.Downsampling(
-        img_size=SHAPE, filter=kernel, factor=2, padding="circular"
-    )
+    return dinv.physics.BlurFFT(SHAPE, filter=kernel)
 
 
 @dataclass
@@ -59,17 +55,25 @@ class DenseProblem:
         self.sensitivity = torch.linalg.solve(-self.F, A.T)
 
 
-def small_problem(
-    name: str, seed: int = 0, gain: float = 5.0, lambda_reg: float = 0.5
-) -> DenseProblem:
+#: Seed and gain of the weights, and lambda, of problems with a stable fixed point whose
+#: largest eigenvalues are no larger than 0.6.
+PROBLEMS = {
+    "denoising": ("denoising", 3, 7.0, None),
+    "denoising, strong mask": ("denoising", 3, 9.0, None),
+    "inpainting": ("inpainting", 3, 9.0, 1.0),
+    "inpainting, large weight": ("inpainting", 3, 9.0, 3.0),
+    "blur": ("blur", 3, 6.0, 0.1),
+}
+
+
+def small_problem(name: str) -> DenseProblem:
+    kind, seed, gain, lambda_reg = PROBLEMS[name]
     model = random_model(random_prior(seed=seed, gain=gain))
     x = images(1, *SHAPE, seed=seed)
-    physics = physics_of(name)
+    physics = physics_of(kind)
     y = x if physics is None else physics.A(x)
     noise = torch.randn(y.shape, generator=generator(seed + 7), dtype=DOUBLE)
     y = y + 0.05 * noise
-    settings: dict[str, Any] = {"sigma": 0.05}
-    if physics is not None:
-        settings["lambda_reg"] = lambda_reg
+    settings = {"sigma": 0.05, "lambda_reg": lambda_reg}
     at = linearize(model, y, physics, rtol=1e-10, max_iter=300, **settings)
     return DenseProblem(at, model, physics, y, settings)

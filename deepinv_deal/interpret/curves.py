@@ -74,7 +74,9 @@ def learned_splines(model: Any) -> list[Curve]:
     for name, module in attentive_prior(model).named_modules():
         if isinstance(module, LinearSpline):
             values = module.constrained_coefficients().detach()
-            t = torch.linspace(module.x_min, module.x_max, values.shape[1])
+            t = torch.linspace(
+                module.x_min, module.x_max, values.shape[1], dtype=values.dtype
+            )
             curves.append(Curve(PAPER_NAMES.get(name, name), t.to(values), values))
     return curves
 
@@ -126,7 +128,7 @@ def mask_curves(
     bound = network.bind(levels)
     if t_max is None:
         t_max = network.phi3.x_max / float(bound.alpha[:, :, 0, 0].amin(0).median())
-    t = torch.linspace(0, t_max, num_points).to(like)
+    t = torch.linspace(0, t_max, num_points, dtype=like.dtype, device=like.device)
     curves = []
     for sigma, alpha in zip(sigmas, bound.alpha[..., 0], strict=True):
         values = bound.phi[2]((alpha * t)[None]).clamp(MASK_MIN, MASK_MAX)[0]
