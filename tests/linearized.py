@@ -42,7 +42,7 @@ class DenseProblem:
         equation, x = self.at.problem.equation, self.at.x
         squared = equation.mask(x).square()
         H, G = equation.H, equation.force
-        self.B = dense(lambda v: H(v) + G(v, squared), SHAPE)
+        self.B = dense(lambda v: H(v) + G(v, squared), SHAPE).detach()
         self.H = dense(H, SHAPE)
         jacobian = torch.autograd.functional.jacobian(equation, x)
         self.F = jacobian.detach().reshape(SIZE**2, SIZE**2)

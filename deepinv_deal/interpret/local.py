@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: Relative accuracy of eigenvalues and singular values.
 EIGEN_RTOL = 1e-3
 
+#: Factor by which inner solves reduce the residual where the iterates of T are wanted.
+ITERATION_FORCING = 1e-4
+
 #: Residuals below this many units of rounding say nothing about the rate.
 ROUNDING = 300
 
@@ -298,7 +301,7 @@ def iteration_residuals(
             start,
             rtol=0.0,
             max_iter=num_iter,
-            forcing=max(at.inner_rtol, 1e-8),
+            forcing=ITERATION_FORCING,
             damped=False,
         )
     return result.history[:, 0]

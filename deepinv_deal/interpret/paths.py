@@ -54,11 +54,11 @@ def solution_path(
     inner_rtol: float = 1e-3,
 ) -> SolutionPath:
     r"""
-    Returns all iterates and their masks (:footcite:t:`pourya2025dealing`, Figs. 4, 11).
+    Returns all iterates and their masks.
 
-    A mask computed from noisy data is noisy; it improves with the image. The inner
-    problems are solved more accurately than the models need, so that the iterates are
-    those of :math:`T`.
+    A mask computed from noisy data is noisy; it improves with the image
+    (:footcite:t:`pourya2025dealing`, Figs. 4 and 11). The inner problems are solved
+    more accurately than the models need, so that the iterates are those of :math:`T`.
 
     |sep|
 

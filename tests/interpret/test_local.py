@@ -37,7 +37,7 @@ def test_products_are_those_of_the_matrices(problem):
 
     def check(product, matrix):
         expected = (matrix @ flat).T.reshape(v.shape)
-        assert relative_error(product(v), expected) < 1e-8
+        assert relative_error(product(v), expected) < 1e-6
 
     check(at.normal, problem.B)
     check(at.solve, torch.linalg.inv(problem.B))
@@ -72,7 +72,7 @@ def test_the_stability_constant_is_that_of_the_matrix(problem):
 
 def test_the_divergence_is_the_trace_of_the_matrix(problem):
     expected = float(torch.trace(problem.A @ problem.sensitivity))
-    assert divergence(problem.at, batch_size=72) == pytest.approx(expected, rel=1e-7)
+    assert divergence(problem.at, batch_size=72) == pytest.approx(expected, rel=1e-5)
 
 
 def test_random_probes_estimate_the_divergence():
@@ -178,7 +178,7 @@ def test_real_and_imaginary_part_are_linearised_together():
     for part in (0, 1):
         alone = linearize(model, y[:, part : part + 1], sigma=0.05, rtol=1e-10)
         product = alone.jacobian(v[:, part : part + 1])
-        assert relative_error(both[:, part : part + 1], product) < 1e-6
+        assert relative_error(both[:, part : part + 1], product) < 1e-5
 
 
 def test_bad_arguments_are_named():
