@@ -53,7 +53,7 @@ interpret.plot_normal_response(*interpret.normal_response(model))
 # to examine the solution. Along edges the filters respond strongly; there the mask is
 # small, and hardly anything of the response is left to be penalised.
 
-at = interpret.linearize(model, y, sigma=sigma)
+at = interpret.linearize(model, y, sigma=sigma, inner_rtol=1e-4)
 responses = interpret.masked_responses(model, at.image, sigma)
 best = responses.saved[0].argsort(descending=True)[:2].tolist()
 interpret.plot_masked_responses(responses, filters, best, at.image)
@@ -92,7 +92,7 @@ interpret.plot_averaging_kernels(kernels, pixels, y, at.image, radius=8)
 # although the iteration converges.
 
 radius = interpret.spectral_radius(at)
-residuals = interpret.iteration_residuals(at, 40)
+residuals = interpret.iteration_residuals(at, 30)
 rate = interpret.asymptotic_rate(residuals)
 norm = interpret.jacobian_norm(at)
 print(f"predicted rate {radius:.3f}, observed {rate:.3f}; norm of J {norm:.2f}")

@@ -37,6 +37,7 @@ def linearize(
     init: Any = None,
     rtol: float = 1e-4,
     max_iter: int = 500,
+    inner_rtol: float | None = None,
 ) -> Linearization:
     r"""
     Solves a problem accurately and returns what is needed to look around the solution.
@@ -66,6 +67,8 @@ def linearize(
     :param object init: first image, as for the model.
     :param float rtol: tolerance on the imbalance of forces.
     :param int max_iter: largest number of outer iterations.
+    :param float inner_rtol: relative accuracy of the linear solves with the result;
+        ``None``: 1e-8 in double precision, 1e-5 in single precision and for SAFI, MMR.
     :return: (:class:`Linearization`)
     :raises TypeError: for a model without mask.
     :raises ValueError: for more than one sample.
@@ -83,7 +86,10 @@ def linearize(
             anderson=model.anderson,
         )
     result.warn("linearize", rtol, "Raise max_iter or relax rtol.")
-    return Linearization(problem, x, result)
+    if inner_rtol is None:
+        quadratic = isinstance(problem.equation, AttentiveEquation)
+        inner_rtol = INNER_RTOL[x.dtype] if quadratic else ADMM_RTOL
+    return Linearization(problem, x, result, inner_rtol)
 
 
 @dataclass(frozen=True)
@@ -112,11 +118,13 @@ class Linearization:
     :param torch.Tensor x: the fixed point, ``(1, C, H, W)`` (or ``(1, C + C N, H, W)``,
         the pair of SAFI and MMR).
     :param SolverResult result: how it was found.
+    :param float inner_rtol: relative accuracy of the linear solves.
     """
 
     problem: Problem[Any]
     x: Tensor
     result: SolverResult
+    inner_rtol: float
 
     @property
     def image(self) -> Tensor:
@@ -128,13 +136,6 @@ class Linearization:
         """The masks at the solution, ``(1, N, H, W)``; ``(2, ...)`` if complex."""
         with torch.no_grad():
             return self.problem.equation.mask(self.x)
-
-    @property
-    def inner_rtol(self) -> float:
-        """Relative accuracy of the linear solves."""
-        if isinstance(self.problem.equation, AttentiveL1Equation):
-            return ADMM_RTOL
-        return INNER_RTOL[self.x.dtype]
 
     # -- products, K vectors at once ---------------------------------------------
 

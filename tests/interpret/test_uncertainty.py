@@ -60,25 +60,24 @@ def test_the_estimate_of_the_variance_improves_with_spacing_and_probes(at, inver
 
 
 def test_samples_have_the_covariance_of_the_posterior(at, inverse):
-    samples = posterior_samples(at, 0.1, 600, batch_size=200, generator=generator(2))
-    assert samples.shape == (600, 1, N, N)
+    samples = posterior_samples(at, 0.1, 300, batch_size=150, generator=generator(2))
+    assert samples.shape == (300, 1, N, N)
     mean_error = (samples.mean(0) - at.image[0]).square().mean().sqrt()
     std = 0.1 * inverse.diagonal().mean().sqrt()
-    assert float(mean_error) < 3 * float(std) / 600**0.5
+    assert float(mean_error) < 3 * float(std) / 300**0.5
     found = torch.cov(samples.flatten(1).T)
-    assert relative_error(found.diagonal(), 0.01 * inverse.diagonal()) < 0.1
+    assert relative_error(found.diagonal(), 0.01 * inverse.diagonal()) < 0.12
     neighbours = found.diagonal(1).mean() / found.diagonal().mean()
     expected = inverse.diagonal(1).mean() / inverse.diagonal().mean()
-    assert float(neighbours) == pytest.approx(float(expected), abs=0.02)
+    assert float(neighbours) == pytest.approx(float(expected), abs=0.03)
 
 
-@pytest.mark.parametrize("name", ["inpainting", "blur"])
-def test_samples_of_other_physics_have_the_right_variance(name):
-    problem = small_problem(name)
-    samples = posterior_samples(problem.at, 0.1, 400, batch_size=200)
+def test_samples_of_other_physics_have_the_right_variance():
+    problem = small_problem("inpainting")
+    samples = posterior_samples(problem.at, 0.1, 200, batch_size=200)
     variance = 0.01 * torch.linalg.inv(problem.B).diagonal()
     found = samples.flatten(1).var(0)
-    assert float(found.mean()) == pytest.approx(float(variance.mean()), rel=0.05)
+    assert float(found.mean()) == pytest.approx(float(variance.mean()), rel=0.08)
 
 
 def test_samples_exist_for_stacked_physics_and_complex_images():
