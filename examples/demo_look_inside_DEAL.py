@@ -24,7 +24,7 @@ from skimage.data import camera
 
 from deepinv_deal import DEAL, interpret
 
-x = torch.from_numpy(camera()[62:102, 246:286] / 255)[None, None]
+x = torch.from_numpy(camera()[62:98, 246:282] / 255)[None, None]
 sigma = 25 / 255
 rng = torch.Generator().manual_seed(0)
 y = x + sigma * torch.randn(x.shape, generator=rng, dtype=x.dtype)
@@ -65,7 +65,7 @@ interpret.plot_masked_responses(responses, filters, best, at.image)
 # The first image is what the model does without knowing any structure. Its mask already
 # shows the edges, and both sharpen from one iteration to the next.
 
-path = interpret.solution_path(model, y, sigma=sigma, num_iter=20)
+path = interpret.solution_path(model, y, sigma=sigma, num_iter=12)
 interpret.plot_path(path, x)
 
 # %%
@@ -76,7 +76,7 @@ interpret.plot_path(path, x)
 # the noisy image. They stay on one side of an edge and spread out where the image is
 # flat. The number to check: they sum to 1.
 
-pixels = [(28, 12), (8, 30)]
+pixels = [(28, 12), (8, 27)]
 kernels = interpret.averaging_kernels(at, pixels)
 print("sums of the weights:", [round(float(kernel.sum()), 3) for kernel in kernels])
 interpret.plot_averaging_kernels(kernels, pixels, y, at.image, radius=8)
