@@ -10,6 +10,8 @@ Learned, interpretable, convergent image reconstruction for deepinv.
 * :mod:`deepinv_deal.operators`, :mod:`deepinv_deal.splines`: the learned building
   blocks
 * :mod:`deepinv_deal.tuning`: choosing lambda and sigma on a few images, :func:`tune`
+* :mod:`deepinv_deal.interpret`: looking inside: filters, masks, convergence, stability,
+  uncertainty
 * :mod:`deepinv_deal.evaluation`: the published protocols
 * :mod:`deepinv_deal.training`: data, losses, recipes
 * :mod:`deepinv_deal.weights`: bundled weights, checkpoints, converters

@@ -86,9 +86,10 @@ nitpick_ignore_regex = [
     if not _answers[name]
 ] + [
     # Short names in `:param Callable A:` and in annotations, absent from inventories.
-    (r"py:.*", r".*\.weights\.\w+\.Prior"),  # a type variable
+    # Type variables.
+    (r"py:.*", r".*\.weights\.\w+\.Prior|.*\.problem\.AnyEquation"),
     # Annotations with internal classes.
-    (r"py:.*", r"AttentiveQuadratic|AttentiveL1|ImageSystem"),
+    (r"py:.*", r"AttentiveQuadratic|AttentiveL1|ImageSystem|ImageOperator"),
     (r"py:.*", r"Callable|Iterable|Iterator|Mapping|Sequence|Path|Tensor|Generator"),
     (r"py:.*", r"Dataset|DataLoader|Figure|matplotlib\..*"),
     # Aliases of types that have no page of their own.

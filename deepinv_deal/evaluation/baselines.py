@@ -27,7 +27,9 @@ class Adjoint(Reconstructor):
 
 class TotalVariation(Reconstructor):
     r"""
-    Total variation, by deepinv's FISTA (:footcite:t:`beck2009fast`) and its isotropic
+    Total variation, by deepinv's FISTA and its isotropic prior.
+
+    The algorithm is that of :footcite:t:`beck2009fast`, the prior
     :class:`deepinv.optim.TVPrior`.
 
     .. math::

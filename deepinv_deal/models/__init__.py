@@ -8,6 +8,7 @@ from deepinv_deal.models.patches import (
     SynthesisInfo,
     SynthesisModel,
 )
+from deepinv_deal.models.problem import Problem
 from deepinv_deal.models.safi import MMR, SAFI, AttentiveL1Info, AttentiveL1Model
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "AttentiveL1Info",
     "AttentiveL1Model",
     "PatchSynthesis",
+    "Problem",
     "ReconstructionInfo",
     "SmoothPlusSparse",
     "SynthesisInfo",

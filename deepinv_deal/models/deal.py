@@ -18,7 +18,6 @@ from deepinv_deal.models.image_operator import (
     ComplexMode,
     ImageOperator,
     check_complex_mode,
-    check_image,
     check_init,
     check_measurements,
     intensity,
@@ -26,6 +25,7 @@ from deepinv_deal.models.image_operator import (
     per_sample,
 )
 from deepinv_deal.models.info import ReconstructionInfo
+from deepinv_deal.models.problem import Problem
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.optim import FixedPointOptim
 from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ, DEFAULT_RTOL
@@ -274,6 +274,45 @@ class DEAL(FixedPointOptim, Denoiser):
         """
         if kwargs:
             raise TypeError(f"Unknown arguments: {', '.join(sorted(kwargs))}.")
+        problem = self.pose(y, physics, sigma, lambda_reg=lambda_reg, init=init)
+        equation = problem.equation
+        if x_gt is not None:
+            x_gt = problem.unknown("x_gt", x_gt)
+        x, result, metrics = self.solve(equation, problem.init, x_gt, compute_metrics)
+        image = problem.image(x)
+        if not compute_metrics and not return_info:
+            return image
+        solution, regularizer = x.detach(), equation.regularizer
+        info = ReconstructionInfo.of(
+            result,
+            sigma=torch.as_tensor(problem.sigma).detach(),
+            lambda_reg=equation.lambda_reg.detach(),
+            rtol=self.rtol,
+            scale=problem.scale,
+            notes=problem.operator.notes,
+            compute_mask=lambda: regularizer.mask(solution),
+        )
+        answer = [metrics] if compute_metrics else []
+        return (image, *answer, info) if return_info else (image, *answer)
+
+    def pose(
+        self,
+        y: Tensor,
+        physics: Any = None,
+        sigma: float | Tensor | str | None = None,
+        *,
+        lambda_reg: float | Tensor | None = None,
+        init: Any = None,
+    ) -> Problem[AttentiveEquation]:
+        """
+        Returns what :meth:`forward` would solve, without solving it.
+
+        :param torch.Tensor y: see :meth:`forward`, as for all arguments.
+        :param deepinv.physics.LinearPhysics physics: forward operator.
+        :param float, torch.Tensor, str sigma: noise level.
+        :param float, torch.Tensor lambda_reg: weight.
+        :param str, Callable, torch.Tensor, tuple, dict init: first image.
+        """
         if sigma is None and is_noise_level(physics):
             physics, sigma = None, physics
         reference = next(self.prior.parameters())
@@ -282,32 +321,13 @@ class DEAL(FixedPointOptim, Denoiser):
             physics, y, self.prior[0].in_channels, self.complex_mode
         )
         b = operator.b
-        notes = operator.notes
         scale = intensity(self.scale, operator)
-        level = self._sigma(sigma, physics, operator, scale, notes)
+        level = self._sigma(sigma, physics, operator, scale, operator.notes)
         weight = self._lambda(lambda_reg, operator)
         x0 = self._first_image(init, y, physics, operator) / expand(scale, b)
         operator.b = b / expand(scale, b)
         equation = self.equation(y, operator, sigma=level, lambda_reg=weight)
-        if x_gt is not None:
-            x_gt = operator.extract(check_image("x_gt", x_gt, operator))
-            x_gt = x_gt / expand(scale, b)
-        x, result, metrics = self.solve(equation, x0, x_gt, compute_metrics)
-        image = operator.embed(x * expand(scale, b))
-        if not compute_metrics and not return_info:
-            return image
-        solution, regularizer = x.detach(), equation.regularizer
-        info = ReconstructionInfo.of(
-            result,
-            sigma=torch.as_tensor(level).detach(),
-            lambda_reg=equation.lambda_reg.detach(),
-            rtol=self.rtol,
-            scale=scale,
-            notes=notes,
-            compute_mask=lambda: regularizer.mask(solution),
-        )
-        answer = [metrics] if compute_metrics else []
-        return (image, *answer, info) if return_info else (image, *answer)
+        return Problem(operator, scale, equation, x0, level)
 
     def equation(
         self,

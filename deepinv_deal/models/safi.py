@@ -26,6 +26,7 @@ from deepinv_deal.models.image_operator import (
     per_sample,
 )
 from deepinv_deal.models.info import ReconstructionInfo
+from deepinv_deal.models.problem import Problem
 from deepinv_deal.optim import FixedPointOptim
 from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ, DEFAULT_RTOL
 from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation, InnerSolver
@@ -144,18 +145,10 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         :raises ValueError: for wrong shapes, channels or signs, an empty batch, or NaN
             or infinity.
         """
-        if sigma is None and is_noise_level(physics):
-            physics, sigma = None, physics
-        operator, scale = self._operator(y, physics)
-        notes = operator.notes
-        if sigma is not None:
-            notes.append("sigma was ignored: the weights serve one noise level.")
-        equation = self._equation(operator, scale, lambda_reg)
-        b, unit = operator.b, expand(scale, operator.b)
-        if init is not None:
-            init = check_init(init, operator) / unit
+        problem = self.pose(y, physics, sigma, lambda_reg=lambda_reg, init=init)
+        operator, scale, equation = problem.operator, problem.scale, problem.equation
         if x_gt is not None:
-            x_gt = operator.extract(check_image("x_gt", x_gt, operator)) / unit
+            x_gt = problem.unknown("x_gt", x_gt)
         energies: list[Tensor] = []
 
         @torch.no_grad()
@@ -164,7 +157,7 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
 
         x, result, metrics = self.solve(
             equation,
-            init,
+            problem.init,
             x_gt,
             compute_metrics,
             callback=record if self.verify_energy else None,
@@ -172,7 +165,7 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         energy = torch.stack(energies) if energies else None
         if energy is not None and self.warn:
             _warn_if_rising(energy, self.rtol)
-        image = operator.embed(x * expand(scale, b))
+        image = problem.image(x)
         answer = [metrics] if compute_metrics else []
         if not return_info:
             return (image, *answer) if answer else image
@@ -182,13 +175,43 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
             lambda_reg=equation.lambda_reg.detach(),
             rtol=self.rtol,
             scale=scale,
-            notes=notes,
+            notes=operator.notes,
             energy=energy,
             compute_mask=lambda: regularizer.mask(
                 solution, regularizer.analyse(solution)
             ),
         )
         return image, *answer, info
+
+    def pose(
+        self,
+        y: Tensor,
+        physics: Any = None,
+        sigma: Any = None,
+        *,
+        lambda_reg: float | Tensor | None = None,
+        init: Tensor | None = None,
+    ) -> Problem[AttentiveL1Equation]:
+        """
+        Returns what :meth:`forward` would solve, without solving it.
+
+        :param torch.Tensor y: see :meth:`forward`, as for all arguments.
+        :param deepinv.physics.LinearPhysics physics: forward operator.
+        :param float sigma: ignored.
+        :param float, torch.Tensor lambda_reg: weight.
+        :param torch.Tensor init: first image.
+        """
+        if sigma is None and is_noise_level(physics):
+            physics, sigma = None, physics
+        operator, scale = self._operator(y, physics)
+        if sigma is not None:
+            operator.notes.append(
+                "sigma was ignored: the weights serve one noise level."
+            )
+        equation = self._equation(operator, scale, lambda_reg)
+        if init is not None:
+            init = check_init(init, operator) / expand(scale, operator.b)
+        return Problem(operator, scale, equation, init)
 
     def _energy(
         self,

@@ -214,6 +214,11 @@ class AttentiveL1Equation:
         force = self.regularizer.adjoint(w)
         return self.pair(*self.residuals(x, w, Wx, force, self.bound(mask)))
 
+    def mask(self, p: Tensor) -> Tensor:
+        """Returns the masks of the image of a pair, to be given to a call."""
+        x = self.image(p)
+        return self.regularizer.mask(x, self.regularizer.analyse(x))
+
     def freeze(self, p: Tensor) -> FrozenL1:
         """Returns the convex problem with the mask frozen at the image of ``p``."""
         return FrozenL1(self, p)

@@ -118,14 +118,22 @@ class AttentiveQuadratic:
         """Returns the masks of ``x (B, C, H, W)``, shape ``(B * parts, N, H, W)``."""
         return self.mask_network(self._split(x))
 
+    def analyse(self, x: Tensor) -> Tensor:
+        """Returns the filter responses :math:`W x`, ``(B * parts, N, H, W)``."""
+        return self.W(self._split(x))
+
+    def adjoint(self, w: Tensor, like: Tensor) -> Tensor:
+        r"""Applies :math:`W^{\top}`, the adjoint of :meth:`analyse` on ``like``."""
+        return self.W.adjoint(w).view_as(like)
+
     def value(self, x: Tensor, mask: Tensor) -> Tensor:
         r"""Returns :math:`\tfrac{1}{2} \|m \odot W x\|^2` of every sample, ``(B,)``."""
-        u = mask * self.W(self._split(x))
+        u = mask * self.analyse(x)
         return 0.5 * inner(u, u).view(len(x), -1).sum(1)
 
     def normal(self, x: Tensor, squared_mask: Tensor) -> Tensor:
         r"""Returns :math:`W^{\top} (m^2 \odot W x)`, the gradient at a frozen mask."""
-        return self.W.adjoint(squared_mask * self.W(self._split(x))).view_as(x)
+        return self.adjoint(squared_mask * self.analyse(x), x)
 
 
 @dataclass(frozen=True)
@@ -171,8 +179,12 @@ class AttentiveEquation:
         Returns F(x), shape of ``x``; with the given mask instead of that of ``x``.
         """
         if mask is None:
-            mask = self.regularizer.mask(x)
+            mask = self.mask(x)
         return self.b - self.H(x) - self.force(x, mask.square())
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Returns the masks of an iterate, to be given to a call."""
+        return self.regularizer.mask(x)
 
     def start(self, x: Tensor | None) -> Tensor:
         """Returns the first iterate: the given image, zero if ``None``."""

@@ -10,6 +10,7 @@ from deepinv_deal.solvers.implicit import (
     implicit_solution,
     solve_adjoint_system,
     solve_equation,
+    solve_linearized_system,
 )
 from deepinv_deal.solvers.precision import full_precision
 from deepinv_deal.solvers.proximal import (
@@ -51,4 +52,5 @@ __all__ = [
     "soft_threshold",
     "solve_adjoint_system",
     "solve_equation",
+    "solve_linearized_system",
 ]

@@ -226,31 +226,53 @@ def solve_adjoint_system(
     options: AdjointOptions,
 ) -> SolverResult:
     r"""
-    Solves :math:`-F_x^{\top} w = v` with the fixed-point engine.
-
-    With :math:`P` the symmetric part of :math:`-F_x` that ``solve`` can invert (for
-    frozen weights: the normal operator), the iteration is
-    :math:`w \leftarrow w + P^{-1}(v + F_x^{\top} w)`. It starts at zero, so its first
-    step is the Jacobian-free answer.
+    Solves :math:`-F_x^{\top} w = v` by :func:`solve_linearized_system`.
 
     :param Callable F: the residual as a function of the image alone.
     :param torch.Tensor x: solution of :math:`F(x) = 0`.
     :param torch.Tensor v: cotangent.
-    :param Callable solve: ``solve(r, rtol)`` approximates :math:`P^{-1} r` to the
-        per-sample relative tolerance ``rtol (B,)``.
-    :param AdjointOptions options: tolerance on :math:`\|v + F_x^{\top} w\| / \|v\|`,
-        limits.
+    :param Callable solve: approximate inverse, as there; its operator is the symmetric
+        part of :math:`-F_x` that can be inverted (for frozen weights: the normal
+        operator).
+    :param AdjointOptions options: tolerance, limits.
     :return: (:class:`SolverResult`) with :math:`w` in ``x``.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = F(x)
+
+    def pullback(w: Tensor) -> Tensor:
+        return torch.autograd.grad(value, x, w, retain_graph=True)[0]
+
+    return solve_linearized_system(pullback, v, solve=solve, options=options)
+
+
+def solve_linearized_system(
+    product: Callable[[Tensor], Tensor],  # (B, ...) -> (B, ...)
+    v: Tensor,  # (B, ...)
+    *,
+    solve: LinearSolve,
+    options: AdjointOptions,
+) -> SolverResult:
+    r"""
+    Solves :math:`-L w = v` with the fixed-point engine.
+
+    :math:`L` is the Jacobian of an equation or its transpose. With :math:`P` the part
+    of :math:`-L` that ``solve`` can invert, the iteration is :math:`w \leftarrow w +
+    P^{-1}(v + L w)`. It starts at zero, so its first step is the Jacobian-free answer.
+
+    :param Callable product: applies :math:`L`.
+    :param torch.Tensor v: right-hand side.
+    :param Callable solve: ``solve(r, rtol)`` approximates :math:`P^{-1} r` to the
+        per-sample relative tolerance ``rtol (B,)``.
+    :param AdjointOptions options: tolerance on :math:`\|v + L w\| / \|v\|`, limits.
+    :return: (:class:`SolverResult`) with :math:`w` in ``x``.
+    """
     v_norm = norm(v)
     v_norm = v_norm.where(v_norm != 0, 1)
 
-    def freeze(w: Tensor) -> _AdjointStep:
-        (pullback,) = torch.autograd.grad(value, x, w, retain_graph=True)
-        return _AdjointStep(w, v + pullback, v_norm, solve)
+    def freeze(w: Tensor) -> _LinearizedStep:
+        return _LinearizedStep(w, v + product(w), v_norm, solve)
 
     return fixed_point(
         freeze,
@@ -262,8 +284,8 @@ def solve_adjoint_system(
     )
 
 
-class _AdjointStep:
-    """One step of the adjoint iteration: the part :math:`F_x` beyond P is frozen."""
+class _LinearizedStep:
+    """One step of that iteration: the part of :math:`L` beyond P is frozen."""
 
     def __init__(
         self,

@@ -29,9 +29,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can make its reader raise anything
         # Not the rest, which suggests to read the file without protection.
-        reason = str(error).split(". ")[0].splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).split(". ")[0]
         raise ValueError(
-            f"{file} cannot be read as a checkpoint of plain tensors: {reason}."
+            f"{file} cannot be read as a checkpoint of plain tensors: {reason.splitlines()[0]}."
         ) from error
 
 

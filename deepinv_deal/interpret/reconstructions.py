@@ -1,4 +1,4 @@
-"""Looking inside a reconstruction."""
+"""Reconstructions at a glance."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from deepinv_deal.interpret._figures import TITLE, new_figure, show
 from deepinv_deal.models import ReconstructionInfo
 
 if TYPE_CHECKING:
@@ -49,13 +50,8 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
     :param list panels: one :class:`Panel` per row.
     :return: the figure; ``figure.savefig(path)`` writes it.
     """
-    # A Figure of its own needs no display and leaves pyplot's state alone.
-    from matplotlib.figure import Figure
-
     truth = int(any(panel.x is not None for panel in panels))  # a column for it?
-    figure = Figure(
-        figsize=(12.5 + 3.5 * truth, 3.6 * len(panels)), layout="constrained"
-    )
+    figure = new_figure(12.5 + 3.5 * truth, 3.6 * len(panels))
     grid = figure.subplots(
         len(panels),
         4 + truth,
@@ -72,21 +68,15 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
             if image is None:
                 axis.set_axis_off()
                 continue
-            picture = image[0].detach().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(-1)
-            axis.imshow(
-                picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-            )
-            axis.set_title(title, fontsize=11)
-        mask = panel.info.mask.mean((0, 1)).cpu().numpy()
-        shown = axes[-2].imshow(
-            mask, cmap="magma", vmin=0, vmax=1, interpolation="nearest"
+            show(axis, image[0], title)
+        show(
+            axes[-2],
+            panel.info.mask.mean((0, 1)),
+            "mean mask\n1: smoothed, 0: left alone",
+            cmap="magma",
+            colorbar=True,
         )
-        axes[-2].set_title("mean mask\n1: smoothed, 0: left alone", fontsize=11)
-        figure.colorbar(shown, ax=axes[-2], shrink=0.85)
-        for axis in axes[:-1]:
-            axis.set_xticks([])
-            axis.set_yticks([])
-        axes[0].set_ylabel(panel.title, fontsize=12)
+        axes[0].set_ylabel(panel.title, fontsize=TITLE)
         history = panel.info.history.amax(1).cpu().numpy()
         axes[-1].semilogy(range(len(history)), history, "o-", markersize=3)
         # The tolerance refers to the force of the regularizer on the last images.
@@ -104,7 +94,7 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
         axes[-1].set_xlabel("outer iteration")
         axes[-1].set_title(
             f"relative nonlinear residual\n{steps} CG iterations",
-            fontsize=11,
+            fontsize=TITLE,
         )
         axes[-1].grid(alpha=0.3)
     return figure

@@ -1,0 +1,305 @@
+r"""What the dictionaries make images of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deepinv_deal._batch import expand
+from deepinv_deal.interpret._figures import BLUE, TITLE, largest, new_figure, show, tile
+from deepinv_deal.interpret._models import dictionary_prior
+from deepinv_deal.models import SynthesisInfo
+from deepinv_deal.operators import PatchConv
+from deepinv_deal.operators.patches import Boundary
+from deepinv_deal.priors.synthesis import ImageSystem, SynthesisProblem, patch_count
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class AtomUsage:
+    r"""
+    The atoms of a dictionary, the most used first.
+
+    :param torch.Tensor atoms: normalised atoms as images ``(p, n, n)``.
+    :param torch.Tensor use: share of each in the sum of all absolute coefficients,
+        ``(p,)``, falling, with sum 1.
+    :param torch.Tensor order: index of each in the model, ``(p,)``.
+    :param torch.Tensor free_atoms: orthonormal basis of the patches that cost nothing,
+        the smoothest first, ``(r, n, n)``; the first is constant.
+    """
+
+    atoms: Tensor
+    use: Tensor
+    order: Tensor
+    free_atoms: Tensor
+
+
+@torch.no_grad()
+def atom_usage(model: Any, info: SynthesisInfo) -> AtomUsage:
+    r"""
+    Returns the atoms sorted by their share in the sum of all :math:`|a_{k,j}|`.
+
+    The free atoms of a model are any basis of a subspace. Those returned here are its
+    principal axes for the sum of squared differences of neighbouring pixels, so that
+    the smoothest come first.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal import SmoothPlusSparse
+    >>> from deepinv_deal.interpret import atom_usage
+    >>> model = SmoothPlusSparse(num_atoms=20, patch_size=5, num_free_atoms=10)
+    >>> _, info = model(torch.rand(1, 1, 16, 17), sigma=0.1, return_info=True)
+    >>> found = atom_usage(model, info)
+    >>> found.atoms.shape, found.free_atoms.shape
+    (torch.Size([20, 5, 5]), torch.Size([11, 5, 5]))
+
+    :param object model: :class:`deepinv_deal.PatchSynthesis` or
+        :class:`deepinv_deal.SmoothPlusSparse`.
+    :param SynthesisInfo info: from ``model(y, ..., return_info=True)``.
+    :return: (:class:`AtomUsage`)
+    :raises TypeError: for another model.
+    """
+    frame = dictionary_prior(model).dictionary.frame()
+    use = _by_atom(info, len(frame.C)).abs().sum((0, 1, 3, 4))
+    use = use / use.sum().clamp_min(torch.finfo(use.dtype).tiny)
+    order = use.argsort(descending=True, stable=True)
+    atoms = frame.atoms / torch.linalg.matrix_norm(frame.atoms)[:, None, None]
+    free = frame.free.unflatten(1, atoms.shape[1:])
+    differences = torch.cat([free.diff(dim=d).flatten(1) for d in (1, 2)], 1)
+    _, axes = torch.linalg.eigh(differences @ differences.T)  # roughness rises
+    smooth = torch.tensordot(axes.T, free, 1)
+    # Eigenvectors have no sign: the first is to be white.
+    smooth[0] *= smooth[0].sum().sign()
+    return AtomUsage(atoms[order], use[order], order, smooth)
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    r"""
+    A reconstruction as a sum of three images, ``(B, C, H, W)`` each.
+
+    :param torch.Tensor smooth: what the free atoms explain.
+    :param torch.Tensor sparse: what the sparse combinations of atoms explain.
+    :param torch.Tensor remainder: the rest, which the coupling :math:`\beta` allows.
+    """
+
+    smooth: Tensor
+    sparse: Tensor
+    remainder: Tensor
+
+    @property
+    def image(self) -> Tensor:
+        """The sum of the three, the reconstruction."""
+        return self.smooth + self.sparse + self.remainder
+
+
+@torch.no_grad()
+def decompose(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Decomposition:
+    r"""
+    Splits a reconstruction into smooth part, sparse part and remainder.
+
+    Every patch is split, and overlapping patches are averaged: with the number
+    :math:`N = \sum_k P_k^{\top} P_k \mathbf{1}` of patches that cover each pixel, the
+    orthonormal free atoms :math:`Q` (constants included) and :math:`E_k = (I - Q
+    Q^{\top}) P_k`,
+
+    .. math::
+        \hat x = \underbrace{\tfrac1N \sum_k P_k^{\top} Q Q^{\top} P_k \hat
+        x}_{\text{smooth}} + \underbrace{\tfrac1N \sum_k P_k^{\top} D
+        a_k}_{\text{sparse}} + \underbrace{\tfrac1N \sum_k P_k^{\top} (E_k \hat x - D
+        a_k)}_{\text{remainder}},
+
+    which is exact since :math:`\sum_k P_k^{\top} P_k \hat x = N \hat x`. For
+    :class:`deepinv_deal.PatchSynthesis`, the smooth part is the average of the patch
+    means.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal import SmoothPlusSparse
+    >>> from deepinv_deal.interpret import decompose
+    >>> model = SmoothPlusSparse(num_atoms=20, patch_size=5, num_free_atoms=10)
+    >>> x_hat, info = model(torch.rand(1, 1, 16, 17), sigma=0.1, return_info=True)
+    >>> torch.allclose(decompose(model, x_hat, info).image, x_hat, atol=1e-5)
+    True
+
+    :param object model: :class:`deepinv_deal.PatchSynthesis` or
+        :class:`deepinv_deal.SmoothPlusSparse`.
+    :param torch.Tensor x_hat: reconstruction, real, ``(B, C, H, W)``.
+    :param SynthesisInfo info: what the model returned with it.
+    :return: (:class:`Decomposition`)
+    :raises TypeError: for another model or a complex image.
+    """
+    problem = _problem(model, x_hat, info)
+    features, beta = problem.frame.features, expand(info.beta, x_hat)
+    n = features.kernels.shape[-1]
+    count: Tensor | float = float(n * n)
+    if not features.circular:
+        count = patch_count(x_hat, n)
+    boundary: Boundary = "circular" if features.circular else "valid"
+    free = PatchConv(problem.frame.free.unflatten(1, (n, n)), boundary)
+    smooth = free.adjoint(free(x_hat)) / count
+    penalised = problem.features_adjoint(problem.features(x_hat)) / (beta * count)
+    synthesis = problem.synthesis(_coefficients(info))
+    sparse = problem.features_adjoint(synthesis) / (beta * count)
+    return Decomposition(smooth, sparse, penalised - sparse)
+
+
+@torch.no_grad()
+def sparsity_map(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Tensor:
+    r"""
+    Returns how many atoms the patches that cover a pixel use, on average.
+
+    .. math::
+        \frac{\big( \sum_j |a_{k,j}| \big)^2}{\sum_j a_{k,j}^2},
+
+    which is :math:`r` for :math:`r` coefficients of equal modulus and needs no
+    threshold: the coefficients of weakly convex models are small rather than zero. Few
+    in flat regions, many where there is texture.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal import PatchSynthesis
+    >>> from deepinv_deal.interpret import sparsity_map
+    >>> model = PatchSynthesis(num_atoms=20, patch_size=4)
+    >>> x_hat, info = model(torch.rand(1, 1, 16, 17), sigma=0.1, return_info=True)
+    >>> sparsity_map(model, x_hat, info).shape
+    torch.Size([1, 1, 16, 17])
+
+    :param object model: :class:`deepinv_deal.PatchSynthesis` or
+        :class:`deepinv_deal.SmoothPlusSparse`.
+    :param torch.Tensor x_hat: reconstruction ``(B, C, H, W)``, for the shape.
+    :param SynthesisInfo info: what the model returned with it.
+    :return: between 0 and the number of atoms, ``(B, C, H, W)``.
+    :raises TypeError: for another model or a complex image.
+    """
+    frame = _problem(model, x_hat, info).frame
+    a = _by_atom(info, len(frame.C))
+    size = a.square().sum(2)
+    number = a.abs().sum(2).square() / size.where(size > 0, 1)
+    features = frame.features
+    n = features.kernels.shape[-1]
+    boundary: Boundary = "circular" if features.circular else "valid"
+    cover = PatchConv(x_hat.new_ones(1, n, n), boundary)
+    return cover.adjoint(number) / cover.adjoint(torch.ones_like(number))
+
+
+def _coefficients(info: SynthesisInfo) -> Tensor:
+    if not isinstance(info, SynthesisInfo):
+        raise TypeError(
+            "info must be what a dictionary model returns with return_info=True, got "
+            f"{type(info).__name__}."
+        )
+    return info.coefficients
+
+
+def _by_atom(info: SynthesisInfo, num_atoms: int) -> Tensor:
+    """The coefficients as ``(B, C, p, H', W')``."""
+    return _coefficients(info).unflatten(1, (-1, num_atoms))
+
+
+def _problem(model: Any, x_hat: Tensor, info: SynthesisInfo) -> SynthesisProblem:
+    if x_hat.is_complex():
+        raise TypeError(
+            "x_hat must be real: give complex images as two channels, "
+            "torch.cat([x_hat.real, x_hat.imag], 1)."
+        )
+    _coefficients(info)
+    return dictionary_prior(model).problem(
+        ImageSystem.identity(x_hat), beta=info.beta, lambda_reg=info.lambda_reg
+    )
+
+
+def plot_atoms(
+    usage: AtomUsage, num_atoms: int = 60, num_free_atoms: int = 24, columns: int = 12
+) -> Figure:
+    """
+    Draws the most used atoms, some free atoms, and the share of each atom.
+
+    :param AtomUsage usage: from :func:`atom_usage`.
+    :param int num_atoms: number of atoms.
+    :param int num_free_atoms: number of free atoms; the constant alone is not drawn.
+    :param int columns: atoms per row.
+    :return: the figure.
+    """
+    shown = [
+        (
+            usage.atoms[:num_atoms],
+            f"atoms, the most used first\n{min(num_atoms, len(usage.atoms))} of "
+            f"{len(usage.atoms)}",
+        ),
+        (
+            usage.free_atoms[:num_free_atoms],
+            f"free atoms, smooth first\n"
+            f"{min(num_free_atoms, len(usage.free_atoms))} of {len(usage.free_atoms)}",
+        ),
+    ]
+    shown = [(atoms, title) for atoms, title in shown if len(atoms) > 1]
+    rows = [-(-len(atoms) // columns) for atoms, _ in shown]
+    figure = new_figure(0.62 * columns + 4.2, 0.62 * sum(rows) + 1.6)
+    grid = figure.add_gridspec(len(rows), 2, height_ratios=rows, width_ratios=[1.8, 1])
+    axes = [figure.add_subplot(grid[i, 0]) for i in range(len(rows))]
+    for axis, (atoms, title) in zip(axes, shown, strict=True):
+        peak = atoms.abs().flatten(1).amax(1)
+        scaled = atoms / peak.where(peak > 0, 1)[:, None, None]
+        show(axis, tile(scaled, columns), title, limits=(-1, 1))
+        axis.set_axis_off()
+    axis = figure.add_subplot(grid[:, 1])
+    rank = range(1, len(usage.use) + 1)
+    axis.plot(rank, 100 * usage.use.cpu(), linewidth=1.8, color=BLUE)
+    axis.fill_between(rank, 100 * usage.use.cpu(), alpha=0.15, color=BLUE)
+    axis.set_xlabel("rank of the atom")
+    axis.set_ylabel("share in all coefficients, in %")
+    half = int((usage.use.cumsum(0) < 0.5).sum()) + 1
+    axis.set_title(
+        f"{half} of {len(usage.use)} atoms carry half of all", fontsize=TITLE
+    )
+    axis.set_ylim(0, None)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def plot_decomposition(parts: Decomposition, sparsity: Tensor | None = None) -> Figure:
+    """
+    Draws reconstruction, smooth part, sparse part, remainder and sparsity map.
+
+    Gray is zero in sparse part and remainder, each on its own scale.
+
+    :param Decomposition parts: from :func:`decompose`; the first sample is drawn.
+    :param torch.Tensor sparsity: from :func:`sparsity_map`.
+    :return: the figure.
+    """
+    columns = 4 + (sparsity is not None)
+    figure = new_figure(3.1 * columns, 3.5)
+    axes = figure.subplots(1, columns)
+    show(axes[0], parts.image[0], "reconstruction  =")
+    show(axes[1], parts.smooth[0], "smooth part  +")
+    signed = (parts.sparse, "sparse part  +"), (parts.remainder, "remainder")
+    for axis, (part, title) in zip(axes[2:4], signed, strict=True):
+        picture = part[0].mean(0)
+        peak = 0.7 * largest(picture)
+        show(axis, picture, title, limits=(-peak, peak))
+        axis.set_xlabel(f"gray: 0, white: {peak:.1g}")
+    if sparsity is not None:
+        show(
+            axes[4],
+            sparsity[0].mean(0),
+            "atoms per patch",
+            cmap="magma",
+            limits=(0, float(sparsity.max()) or 1.0),
+            colorbar=True,
+        )
+    return figure

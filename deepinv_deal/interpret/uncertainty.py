@@ -1,0 +1,355 @@
+r"""How sure the model is of each pixel, and whether it is right about that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepinv.utils import TensorList
+from torch import Tensor
+
+from deepinv_deal._batch import expand
+from deepinv_deal.interpret._figures import (
+    BLUE,
+    GRAY,
+    ORANGE,
+    SMALL,
+    TITLE,
+    new_figure,
+    show,
+)
+from deepinv_deal.interpret.linearization import Linearization
+from deepinv_deal.interpret.local import random_signs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Nominal probability of the interval whose coverage is reported, and its half width.
+NOMINAL, HALF_WIDTH = 0.9, 1.6449
+
+
+def posterior_variance(
+    at: Linearization,
+    noise: float,
+    *,
+    spacing: int = 8,
+    num_probes: int = 1,
+    batch_size: int = 8,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""
+    Returns the pixel-wise variance of the reconstruction, the mask frozen.
+
+    With the mask frozen, the regularizer is a Gaussian prior. If the measurements carry
+    white noise of standard deviation :math:`s` and the prior has the precision
+    :math:`\lambda W^{\top} M^2 W / s^2`, the image given the data is Gaussian with mean
+    :math:`\hat x` and covariance :math:`s^2 B^{-1}`, of which this is the diagonal.
+
+    It is estimated by probing: with random signs :math:`v` on every ``spacing``-th
+    pixel and zeros elsewhere,
+
+    .. math::
+        (B^{-1})_{nn} \approx v_n \, (B^{-1} v)_n \quad \text{where } v_n \neq 0.
+
+    The error comes from entries of :math:`B^{-1}` between pixels that are ``spacing``
+    apart, and averages out over ``num_probes``; it vanishes for a ``spacing`` as large
+    as the image. The cost is ``C * spacing**2 * num_probes`` solves.
+
+    .. note::
+        The mask is taken for known, and :math:`\lambda` is tuned for quality, not
+        derived from the noise: compare with true errors by :func:`calibrate`.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal import DEAL
+    >>> from deepinv_deal.interpret import linearize, posterior_variance
+    >>> model = DEAL(pretrained=None, num_filters=8)
+    >>> at = linearize(model, torch.rand(1, 1, 12, 12), sigma=0.1)
+    >>> variance = posterior_variance(at, 0.1, spacing=2)
+    >>> variance.shape, bool(variance.max() < 0.1**2)
+    (torch.Size([1, 1, 12, 12]), True)
+
+    :param Linearization at: from :func:`linearize`, of :class:`deepinv_deal.DEAL`.
+    :param float noise: standard deviation of the noise in the measurements.
+    :param int spacing: distance of the pixels of one probe.
+    :param int num_probes: number of random signs.
+    :param int batch_size: solves that run together.
+    :param torch.Generator generator: of the signs; a fresh one if ``None``.
+    :return: in squared units of the image, ``(1, C, H, W)``. Not negative: estimates
+        below 0 are set to 0.
+    :raises ValueError: if a number is not positive.
+    """
+    _check_positive(noise=noise, spacing=spacing, num_probes=num_probes)
+    generator = generator or torch.Generator().manual_seed(0)
+    channels, height, width = at.x.shape[1:]
+    offsets = [
+        (c, i, j)
+        for c in range(channels)
+        for i in range(min(spacing, height))
+        for j in range(min(spacing, width))
+    ]
+    total = torch.zeros_like(at.x)
+    for signs in random_signs(at.x, num_probes, generator):
+        probes = torch.zeros(len(offsets), *signs.shape, dtype=signs.dtype)
+        probes = probes.to(signs.device)
+        for probe, (c, i, j) in zip(probes, offsets, strict=True):
+            grid = (c, slice(i, None, spacing), slice(j, None, spacing))
+            probe[grid] = signs[grid]
+        for v in probes.split(batch_size):
+            total += (v * at.solve(v)).sum(0)
+    return noise**2 * (total / num_probes).clamp_min(0)
+
+
+def posterior_samples(
+    at: Linearization,
+    noise: float,
+    num_samples: int = 8,
+    *,
+    batch_size: int = 8,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""
+    Draws images from the Gaussian of :func:`posterior_variance` by perturb and solve.
+
+    .. math::
+        x^{(i)} = \hat x + s \, B^{-1} \big( A^{\top} n_1 + \sqrt{\lambda}\, W^{\top}
+        (M \odot n_2) \big), \qquad n_1, n_2 \sim \mathcal{N}(0, I)
+
+    The perturbation has the covariance :math:`s^2 B`, so the samples have
+    :math:`s^2 B^{-1}`, exactly. One solve each.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal import DEAL
+    >>> from deepinv_deal.interpret import linearize, posterior_samples
+    >>> model = DEAL(pretrained=None, num_filters=8)
+    >>> at = linearize(model, torch.rand(1, 1, 12, 12), sigma=0.1)
+    >>> posterior_samples(at, 0.1, 3).shape
+    torch.Size([3, 1, 12, 12])
+
+    :param Linearization at: from :func:`linearize`, of :class:`deepinv_deal.DEAL`.
+    :param float noise: standard deviation of the noise in the measurements.
+    :param int num_samples: number of samples.
+    :param int batch_size: solves that run together.
+    :param torch.Generator generator: of the perturbations; a fresh one if ``None``.
+    :return: images of the physics, ``(num_samples, C, H, W)``.
+    :raises ValueError: if a number is not positive.
+    """
+    _check_positive(noise=noise, num_samples=num_samples)
+    generator = generator or torch.Generator().manual_seed(0)
+    regularizer, mask = at.problem.equation.regularizer, at.mask
+    weight = expand(at.problem.equation.lambda_reg.sqrt(), at.x)
+    right = []
+    with torch.no_grad():
+        for _ in range(num_samples):
+            n2 = _normal(mask, generator)
+            prior = weight * regularizer.adjoint(mask * n2, at.x)
+            right.append(_back_projected_noise(at, generator) + prior)
+    changes = [at.solve(v) for v in torch.cat(right).split(batch_size)]
+    # The noise is in the units of the data, changes of x in those of the model.
+    scale = expand(at.problem.scale, at.x)
+    return at.problem.image(at.x + noise / scale * torch.cat(changes))
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def _back_projected_noise(at: Linearization, generator: torch.Generator) -> Tensor:
+    r"""Returns :math:`A^{\top} n` for white noise of variance 1, shape of ``at.x``."""
+    operator = at.problem.operator
+    if operator.denoising:
+        return _normal(at.x, generator)
+    y = operator.physics.A(operator.embed(torch.zeros_like(at.x)))
+    noise: Any
+    if isinstance(y, TensorList):
+        noise = TensorList([_white(part, generator) for part in y])
+    else:
+        noise = _white(y, generator)
+    return operator.extract(operator.physics.A_adjoint(noise))
+
+
+def _white(like: Tensor, generator: torch.Generator) -> Tensor:
+    if not like.is_complex():
+        return _normal(like, generator)
+    return torch.complex(_normal(like.real, generator), _normal(like.imag, generator))
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}.")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    r"""
+    How predicted standard deviations compare with true errors.
+
+    :param float factor: what the standard deviations have to be multiplied with.
+    :param float correlation: of predicted standard deviation and absolute error, over
+        all pixels. Even with perfect predictions it is far from 1, since the error of a
+        single pixel is random.
+    :param float coverage: share of pixels whose error is within the calibrated interval
+        of nominally 90 %.
+    :param torch.Tensor predicted: calibrated standard deviation, root mean square of
+        each bin, ``(n,)``.
+    :param torch.Tensor observed: root mean square error of each bin, ``(n,)``.
+    """
+
+    factor: float
+    correlation: float
+    coverage: float
+    predicted: Tensor
+    observed: Tensor
+
+
+def calibrate(
+    variance: Tensor, error: Tensor, num_bins: int = 12, factor: float | None = None
+) -> Calibration:
+    r"""
+    Fits one factor to predicted variances and compares them with true errors.
+
+    .. math::
+        c^2 = \frac1n \sum_i \frac{e_i^2}{\sigma_i^2},
+
+    the maximum likelihood estimate if the errors are Gaussian with standard deviation
+    :math:`c \sigma_i`. Pixels are then sorted by :math:`\sigma_i` into bins of equal
+    size, in which the root mean square error should equal the prediction.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.interpret import calibrate
+    >>> variance = torch.linspace(0.5, 2.0, 4000).square()
+    >>> error = 3 * variance.sqrt() * torch.randn(4000, generator=torch.manual_seed(0))
+    >>> round(calibrate(variance, error).factor, 1)
+    3.0
+
+    :param torch.Tensor variance: predicted, positive, any shape.
+    :param torch.Tensor error: reconstruction minus ground truth, same shape.
+    :param int num_bins: number of bins.
+    :param float factor: use this factor, fitted on other images, instead of fitting.
+    :return: (:class:`Calibration`)
+    :raises ValueError: for different shapes or a variance that is not positive.
+    """
+    if variance.shape != error.shape:
+        raise ValueError(
+            f"variance and error must have one shape, got {tuple(variance.shape)} and "
+            f"{tuple(error.shape)}."
+        )
+    if not bool((variance > 0).all()):
+        raise ValueError(
+            f"variance must be positive, got {float(variance.min()):.1e}. Raise "
+            "num_probes or spacing of its estimate."
+        )
+    variance, error = variance.flatten().double(), error.flatten().double()
+    std = variance.sqrt()
+    if factor is None:
+        factor = float((error.square() / variance).mean().sqrt())
+    order = std.argsort()
+    predicted, observed = [], []
+    for index in order.tensor_split(num_bins):
+        predicted.append(factor * variance[index].mean().sqrt())
+        observed.append(error[index].square().mean().sqrt())
+    correlation = torch.corrcoef(torch.stack([std, error.abs()]))[0, 1]
+    inside = error.abs() <= HALF_WIDTH * factor * std
+    return Calibration(
+        factor,
+        float(correlation),
+        float(inside.double().mean()),
+        torch.stack(predicted),
+        torch.stack(observed),
+    )
+
+
+def plot_uncertainty(
+    x_hat: Tensor,
+    variance: Tensor,
+    x_gt: Tensor,
+    calibration: Calibration | None = None,
+) -> Figure:
+    """
+    Draws reconstruction, calibrated standard deviation, true error and calibration.
+
+    Standard deviation and error share one colour scale.
+
+    :param torch.Tensor x_hat: reconstruction ``(1, C, H, W)``.
+    :param torch.Tensor variance: from :func:`posterior_variance`, ``(1, C, H, W)``.
+    :param torch.Tensor x_gt: ground truth ``(1, C, H, W)``.
+    :param Calibration calibration: fitted elsewhere; ``None``: fitted to this image.
+    :return: the figure.
+    """
+    error = x_hat - x_gt
+    if calibration is None:
+        calibration = calibrate(variance, error)
+    std = calibration.factor * variance.sqrt()[0].mean(0)
+    absolute = error[0].abs().mean(0)
+    top = float(absolute.flatten().quantile(0.99))
+    figure = new_figure(15.0, 4.5)
+    axes = figure.subplots(1, 4)
+    show(axes[0], x_hat[0], "reconstruction\n")
+    show(
+        axes[1],
+        std,
+        f"predicted standard deviation\nfactor {calibration.factor:.2f} fitted",
+        cmap="magma",
+        limits=(0, top),
+        colorbar=True,
+    )
+    show(
+        axes[2],
+        absolute,
+        f"true error\ncorrelation {calibration.correlation:.2f}",
+        cmap="magma",
+        limits=(0, top),
+        colorbar=True,
+    )
+    _draw_calibration(axes[3], {"": calibration})
+    return figure
+
+
+def plot_calibration(calibrations: dict[str, Calibration]) -> Figure:
+    """
+    Draws observed errors over predicted ones: on the diagonal, predictions are right.
+
+    :param dict calibrations: names and results of :func:`calibrate`.
+    :return: the figure.
+    """
+    figure = new_figure(5.2, 4.6)
+    _draw_calibration(figure.subplots(), calibrations)
+    return figure
+
+
+def _draw_calibration(axis: Any, calibrations: dict[str, Calibration]) -> None:
+    top = 0.0
+    colors = [BLUE, ORANGE, "tab:green", "tab:red", "tab:purple"]
+    for i, (name, found) in enumerate(calibrations.items()):
+        label = f"{name}{', ' if name else ''}90 % interval holds {found.coverage:.0%}"
+        axis.plot(
+            found.predicted,
+            found.observed,
+            "o-",
+            markersize=4,
+            color=colors[i % len(colors)],
+            label=label,
+        )
+        top = max(top, float(found.predicted.max()), float(found.observed.max()))
+    axis.plot([0, 1.05 * top], [0, 1.05 * top], "--", color=GRAY, linewidth=1)
+    axis.set_xlim(0, 1.05 * top)
+    axis.set_ylim(0, 1.05 * top)
+    axis.set_aspect("equal")
+    axis.set_xlabel("predicted standard deviation")
+    axis.set_ylabel("observed root mean square error")
+    axis.set_title("calibration\npixels sorted by prediction", fontsize=TITLE)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=SMALL)

@@ -1,0 +1,207 @@
+"""Local behaviour of the reconstruction map against dense linear algebra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linearized import PROBLEMS, SIZE, small_problem
+from matplotlib.figure import Figure
+from problems import DOUBLE, generator, images, random_l1_prior, relative_error
+
+from deepinv_deal import DEAL, MMR, SAFI, MMRPrior, PatchSynthesis, SAFIPrior
+from deepinv_deal.interpret import (
+    asymptotic_rate,
+    conservative_bounds,
+    divergence,
+    iteration_residuals,
+    jacobian_eigenvalues,
+    jacobian_norm,
+    linearize,
+    plot_convergence,
+    plot_eigenvalues,
+    spectral_radius,
+    stability_constant,
+)
+
+NAMES = ("denoising", "inpainting", "blur")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def problem(request):
+    return small_problem(request.param)
+
+
+def test_products_are_those_of_the_matrices(problem):
+    v = torch.randn(3, 1, SIZE, SIZE, generator=generator(1), dtype=DOUBLE)
+    at, flat = problem.at, v.flatten(1).T
+
+    def check(product, matrix):
+        expected = (matrix @ flat).T.reshape(v.shape)
+        assert relative_error(product(v), expected) < 1e-6
+
+    check(at.normal, problem.B)
+    check(at.solve, torch.linalg.inv(problem.B))
+    check(at.jacobian, problem.J)
+    check(at.jacobian_adjoint, problem.J.T)
+    check(at.sensitivity, torch.linalg.inv(-problem.F))
+    check(at.sensitivity_adjoint, torch.linalg.inv(-problem.F).T)
+    check(at.data_normal, problem.H)
+
+
+def test_the_spectral_radius_is_that_of_the_matrix(problem):
+    expected = torch.linalg.eigvals(problem.J).abs().max()
+    assert spectral_radius(problem.at) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_several_eigenvalues_are_those_of_the_matrix():
+    problem = small_problem("denoising")
+    expected = torch.linalg.eigvals(problem.J).abs().sort(descending=True).values[:4]
+    found = jacobian_eigenvalues(problem.at, 4).abs()
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=0)
+
+
+def test_the_norm_of_the_jacobian_is_that_of_the_matrix(problem):
+    expected = float(torch.linalg.matrix_norm(problem.J, 2))
+    assert jacobian_norm(problem.at) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_stability_constant_is_that_of_the_matrix(problem):
+    expected = float(torch.linalg.matrix_norm(problem.sensitivity, 2))
+    assert stability_constant(problem.at) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_divergence_is_the_trace_of_the_matrix(problem):
+    expected = float(torch.trace(problem.A @ problem.sensitivity))
+    assert divergence(problem.at, batch_size=72) == pytest.approx(expected, rel=1e-5)
+
+
+def test_random_probes_estimate_the_divergence():
+    problem = small_problem("denoising")
+    exact = float(torch.trace(problem.A @ problem.sensitivity))
+    one = divergence(problem.at, 64, batch_size=64, generator=generator(1))
+    two = divergence(problem.at, 64, batch_size=64, generator=generator(2))
+    assert one != two
+    assert one == pytest.approx(exact, rel=0.1)
+    assert two == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["denoising", "blur"])
+def test_the_stability_constant_is_reached_by_finite_perturbations(name):
+    problem = small_problem(name)
+    _, _, V = torch.linalg.svd(problem.sensitivity)
+    constant, y = stability_constant(problem.at), problem.y
+    size = 1e-5
+    ratios = []
+    random = torch.randn(1, V.shape[1], generator=generator(3), dtype=DOUBLE)
+    for direction in (V[:1], random):
+        delta = size * (direction / direction.norm()).view_as(y)
+        moved = linearize(
+            problem.model, y + delta, problem.physics, rtol=1e-10, **problem.settings
+        )
+        change = torch.linalg.vector_norm(moved.x - problem.at.x)
+        ratios.append(float(change) / size)
+    assert ratios[0] == pytest.approx(constant, rel=1e-2)
+    assert ratios[1] < constant
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_spectral_radius_predicts_the_observed_rate(name):
+    at = small_problem(name).at
+    residuals = iteration_residuals(at, 40)
+    assert asymptotic_rate(residuals) == pytest.approx(spectral_radius(at), rel=0.05)
+
+
+def test_the_bounds_of_the_paper_hold(problem):
+    at = problem.at
+    bounds = conservative_bounds(at)
+    equation = at.problem.equation
+    W = equation.regularizer.W
+    eye = torch.eye(SIZE**2, dtype=DOUBLE).view(-1, 1, SIZE, SIZE)
+    WW = W.normal(eye).flatten(1)
+    least = problem.H + 1e-4 * float(equation.lambda_reg) * WW
+    smallest = float(torch.linalg.eigvalsh(least)[0])
+    assert bounds.smallest_eigenvalue == pytest.approx(smallest, rel=1e-2)
+    assert bounds.contraction > jacobian_norm(at)
+    assert bounds.stability > stability_constant(at)
+    frozen = torch.linalg.solve(problem.B, problem.A.T)
+    assert bounds.lipschitz_update > float(torch.linalg.matrix_norm(frozen, 2))
+    # How much the squared mask changes is below its Lipschitz bound.
+    z = at.x + 0.01 * torch.randn(at.x.shape, generator=generator(2), dtype=DOUBLE)
+    with torch.no_grad():
+        difference = equation.mask(z).square() - at.mask.square()
+    change = torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(z - at.x)
+    assert float(change) < bounds.lipschitz_mask
+
+
+def test_the_bound_of_stability_is_finite_for_a_small_weight():
+    model = small_problem("denoising").model
+    y = images(1, 1, SIZE, SIZE)
+    at = linearize(model, y, sigma=0.05, lambda_reg=1e-6)
+    bounds = conservative_bounds(at)
+    assert bounds.contraction < 1
+    assert bounds.stability == pytest.approx(
+        bounds.lipschitz_update / (1 - bounds.contraction)
+    )
+
+
+def test_the_rate_of_a_geometric_sequence_is_found_above_rounding():
+    k = torch.arange(200, dtype=DOUBLE)
+    residuals = 0.7**k + 1e-15
+    assert asymptotic_rate(residuals) == pytest.approx(0.7, rel=2e-3)
+    assert asymptotic_rate(residuals, last=3) == pytest.approx(0.7, rel=1e-2)
+    with pytest.raises(ValueError, match="two or more"):
+        asymptotic_rate(residuals[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "kind"), [(SAFI, SAFIPrior), (MMR, MMRPrior)], ids=["safi", "mmr"]
+)
+def test_the_rate_of_attentive_l1_models_is_predicted_too(form, kind):
+    model = form(prior=random_l1_prior(kind), max_iter=300, inner_max_iter=5000)
+    at = linearize(model, images(1, 1, SIZE, SIZE), rtol=1e-5)
+    radius = spectral_radius(at)
+    assert 0 < radius < 1
+    rate = asymptotic_rate(iteration_residuals(at, 12), last=4)
+    assert rate == pytest.approx(radius, abs=0.15)
+    with pytest.raises(TypeError, match="linear systems of DEAL"):
+        at.jacobian(at.x)
+    with pytest.raises(TypeError, match="DEAL"):
+        conservative_bounds(at)
+
+
+def test_real_and_imaginary_part_are_linearised_together():
+    model = small_problem("denoising").model
+    y = images(1, 2, SIZE, SIZE)
+    at = linearize(model, y, sigma=0.05, rtol=1e-10)
+    v = torch.randn(2, 2, SIZE, SIZE, generator=generator(1), dtype=DOUBLE)
+    both = at.jacobian(v)
+    for part in (0, 1):
+        alone = linearize(model, y[:, part : part + 1], sigma=0.05, rtol=1e-10)
+        product = alone.jacobian(v[:, part : part + 1])
+        assert relative_error(both[:, part : part + 1], product) < 1e-5
+
+
+def test_bad_arguments_are_named():
+    model = small_problem("denoising").model
+    y = images(2, 1, SIZE, SIZE)
+    with pytest.raises(ValueError, match="y must hold one sample, got 2"):
+        linearize(model, y, sigma=0.05)
+    with pytest.raises(TypeError, match="PatchSynthesis, which has no mask"):
+        linearize(PatchSynthesis(num_atoms=4, patch_size=3), y)
+    at = linearize(model, y[:1], sigma=0.05)
+    with pytest.raises(ValueError, match="v must be a batch"):
+        at.solve(y[..., 1:])
+    with pytest.raises(ValueError, match="num_eigenvalues"):
+        jacobian_eigenvalues(at, SIZE**2)
+    assert isinstance(model, DEAL)
+
+
+def test_figures_of_eigenvalues_and_convergence():
+    problem = small_problem("denoising")
+    figure = plot_eigenvalues(torch.linalg.eigvals(problem.J))
+    assert isinstance(figure, Figure)
+    assert "spectral radius" in figure.axes[0].get_title()
+    figure = plot_convergence(iteration_residuals(problem.at, 20), 0.5)
+    assert "0.500" in figure.axes[0].get_legend().get_texts()[1].get_text()
+    assert len(figure.axes) == 1

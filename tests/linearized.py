@@ -1,0 +1,79 @@
+"""Reconstruction problems small enough for dense linear algebra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepinv as dinv
+import torch
+from problems import DOUBLE, dense, generator, images, random_model, random_prior
+from torch import Tensor
+
+from deepinv_deal.interpret import Linearization, linearize
+
+SIZE = 12
+SHAPE = (1, SIZE, SIZE)
+
+
+def physics_of(name: str) -> Any:
+    if name == "denoising":
+        return None
+    if name == "inpainting":
+        mask = torch.rand(1, *SHAPE, generator=generator(5), dtype=DOUBLE)
+        mask = 0.4 + 0.6 * mask.round()
+        return dinv.physics.Inpainting(SHAPE, mask=mask)
+    kernel = torch.tensor([[1.0, 2, 1], [2, 9, 2], [1, 2, 3]], dtype=DOUBLE)
+    kernel = (kernel / kernel.sum())[None, None]
+    return dinv.physics.BlurFFT(SHAPE, filter=kernel)
+
+
+@dataclass
+class DenseProblem:
+    """A linearised problem, and its matrices by other means."""
+
+    at: Linearization
+    model: Any
+    physics: Any
+    y: Tensor
+    settings: dict[str, Any]
+
+    def __post_init__(self):
+        equation, x = self.at.problem.equation, self.at.x
+        squared = equation.mask(x).square()
+        H, G = equation.H, equation.force
+        self.B = dense(lambda v: H(v) + G(v, squared), SHAPE).detach()
+        self.H = dense(H, SHAPE)
+        jacobian = torch.autograd.functional.jacobian(equation, x)
+        self.F = jacobian.detach().reshape(SIZE**2, SIZE**2)
+        eye = torch.eye(SIZE**2, dtype=DOUBLE)
+        self.J = eye + torch.linalg.solve(self.B, self.F)
+        A = eye
+        if self.physics is not None:
+            A = dense(self.physics.A, SHAPE)
+        self.A = A
+        self.sensitivity = torch.linalg.solve(-self.F, A.T)
+
+
+#: Seed and gain of the weights, and lambda, of problems with a stable fixed point whose
+#: largest eigenvalues are no larger than 0.6.
+PROBLEMS = {
+    "denoising": ("denoising", 3, 7.0, None),
+    "denoising, strong mask": ("denoising", 3, 9.0, None),
+    "inpainting": ("inpainting", 3, 9.0, 1.0),
+    "inpainting, large weight": ("inpainting", 3, 9.0, 3.0),
+    "blur": ("blur", 3, 6.0, 0.1),
+}
+
+
+def small_problem(name: str) -> DenseProblem:
+    kind, seed, gain, lambda_reg = PROBLEMS[name]
+    model = random_model(random_prior(seed=seed, gain=gain))
+    x = images(1, *SHAPE, seed=seed)
+    physics = physics_of(kind)
+    y = x if physics is None else physics.A(x)
+    noise = torch.randn(y.shape, generator=generator(seed + 7), dtype=DOUBLE)
+    y = y + 0.05 * noise
+    settings = {"sigma": 0.05, "lambda_reg": lambda_reg}
+    at = linearize(model, y, physics, rtol=1e-10, max_iter=300, **settings)
+    return DenseProblem(at, model, physics, y, settings)
