@@ -85,7 +85,7 @@ def linearize(
             forcing=model.forcing,
             anderson=model.anderson,
         )
-    result.warn("linearize", rtol, "Raise max_iter or relax rtol.")
+    result.report("linearize", rtol, "Raise max_iter or relax rtol.")
     if inner_rtol is None:
         quadratic = isinstance(problem.equation, AttentiveEquation)
         inner_rtol = INNER_RTOL[x.dtype] if quadratic else ADMM_RTOL
@@ -262,7 +262,7 @@ class _Copies:
             "The figure it enters is less accurate. Raise inner_max_iter of the model, "
             "or use double precision."
         )
-        result.warn(what, self.rtol, advice)
+        result.report(what, self.rtol, advice)
         return result.x.detach()
 
 

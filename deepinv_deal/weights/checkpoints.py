@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,9 +30,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can make its reader raise anything
         # Not the rest, which suggests to read the file without protection.
-        reason = (str(error).strip() or type(error).__name__).split(". ")[0]
+        reason = re.split(r"\. |\n", str(error).strip() or type(error).__name__)[0]
         raise ValueError(
-            f"{file} cannot be read as a checkpoint of plain tensors: {reason.splitlines()[0]}."
+            f"{file} cannot be read as a checkpoint of plain tensors: {reason}."
         ) from error
 
 
