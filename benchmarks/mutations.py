@@ -67,7 +67,7 @@ FAULTS = (
     ),
     Fault(
         "no warm start of the image",
-        "priors/synthesis.py",
+        "priors/synthesis_solvers.py",
         "_pack(new, problem.image(new, init=v_x))",
         "_pack(new, problem.image(new))",
         ("priors/test_synthesis.py::test_image_solves_start_at_the_last_image",),

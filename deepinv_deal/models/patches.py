@@ -29,9 +29,8 @@ from deepinv_deal.priors.patches import (
     PatchPrior,
     PenaltyName,
 )
-from deepinv_deal.priors.synthesis import (
-    ImageSystem,
-    SynthesisProblem,
+from deepinv_deal.priors.synthesis import ImageSystem, SynthesisProblem
+from deepinv_deal.priors.synthesis_solvers import (
     coordinate_descent,
     eliminated_fista,
     ipalm,

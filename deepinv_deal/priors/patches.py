@@ -18,9 +18,8 @@ from deepinv_deal.priors.penalties import (
     Penalty,
     WeaklyConvexPenalty,
 )
-from deepinv_deal.priors.synthesis import (
-    ImageSystem,
-    SynthesisProblem,
+from deepinv_deal.priors.synthesis import ImageSystem, SynthesisProblem
+from deepinv_deal.priors.synthesis_solvers import (
     eliminated_fista,
     joint_admm,
     sparse_coding,

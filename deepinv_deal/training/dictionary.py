@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from deepinv_deal.models.patches import PatchSynthesis, SmoothPlusSparse
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
 from deepinv_deal.priors.patches import PenaltyName, solve_jointly
-from deepinv_deal.priors.synthesis import ImageSystem, coordinate_descent
+from deepinv_deal.priors.synthesis import ImageSystem
+from deepinv_deal.priors.synthesis_solvers import coordinate_descent
 from deepinv_deal.solvers import AdjointOptions
 from deepinv_deal.training.data import DenoisingSampler, Problems
 from deepinv_deal.training.engine import Recipe, Trainer

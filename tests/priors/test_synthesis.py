@@ -18,14 +18,12 @@ from deepinv_deal._batch import inner
 from deepinv_deal.operators import PatchConv
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
 from deepinv_deal.priors.penalties import L1Penalty
-from deepinv_deal.priors.synthesis import (
-    CoefficientEquation,
-    ImageSystem,
+from deepinv_deal.priors.synthesis import CoefficientEquation, ImageSystem, patch_count
+from deepinv_deal.priors.synthesis_solvers import (
     coordinate_descent,
     eliminated_fista,
     ipalm,
     joint_admm,
-    patch_count,
     sparse_coding,
 )
 from deepinv_deal.solvers import AdjointOptions, implicit
