@@ -1,0 +1,372 @@
+"""Solvers of the joint problem of image and coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepinv_deal._batch import expand, norm
+from deepinv_deal.operators.patches import channel_map
+from deepinv_deal.priors.synthesis import (
+    LINEAR,
+    CoefficientEquation,
+    SynthesisProblem,
+)
+from deepinv_deal.solvers import SolverResult, Status, attach_gradient
+from deepinv_deal.solvers.proximal import (
+    ADMMState,
+    admm,
+    proximal_gradient,
+    relative_change,
+)
+
+#: Published margins of the steps of iPALM.
+PALM_MARGIN = 1.01
+
+#: Over-relaxation of ADMM, and its penalty parameter for the coefficients of a given
+#: image.
+RELAXATION, CODING_PENALTY = 1.6, 0.03
+
+
+@torch.no_grad()
+def ipalm(
+    problem: SynthesisProblem,
+    x: Tensor,
+    a: Tensor,
+    *,
+    rtol: float = 1e-4,
+    max_iter: int = 10000,
+    bounds: tuple[float, float] | None = None,
+) -> SolverResult:
+    r"""
+    Minimises J by the inertial proximal alternating linearised minimisation.
+
+    As published (:footcite:t:`ducotterd2024smooth`): inertia :math:`(k - 1) / (k + 2)`,
+    steps 1 in the coefficients and :math:`1 / L`, :math:`L = 1.01\, (\|H\| + \beta
+    \|B\|)` in the image; stops when the image changes by at most ``rtol``, relatively.
+
+    :param SynthesisProblem problem: the problem.
+    :param torch.Tensor x: first image.
+    :param torch.Tensor a: first coefficients.
+    :param float rtol: tolerance on the relative change of the image per iteration.
+    :param int max_iter: largest number of iterations.
+    :param tuple bounds: smallest and largest value of the image.
+    :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
+        ``state``.
+    """
+    L = PALM_MARGIN * (problem.data.sqnorm + problem.beta * problem.aggregation_norm)
+
+    def step_coefficients(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
+        return problem.threshold(v, problem.features(blocks[1]))
+
+    def step_image(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
+        synthesis = problem.features_adjoint(problem.synthesis(blocks[0]))
+        g = problem.data.H(v) + problem.aggregate(v) - problem.data.b - synthesis
+        x = v - g / expand(L, v)
+        return x if bounds is None else x.clamp(*bounds)
+
+    result = proximal_gradient(
+        [step_coefficients, step_image],
+        [a, x],
+        inertia="palm",
+        rtol=rtol,
+        max_iter=max_iter,
+        measure=lambda new, old: relative_change(new[1:], old[1:]),
+    )
+    return replace(result, x=result.state[1])
+
+
+def _pack(a: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([a.flatten(1), x.flatten(1)], 1)
+
+
+def _unpack(packed: Tensor, a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    split = a[0].numel()
+    return packed[:, :split].view_as(a), packed[:, split:].view_as(x)
+
+
+@torch.no_grad()
+def eliminated_fista(
+    problem: SynthesisProblem,
+    x: Tensor,
+    a: Tensor,
+    *,
+    rtol: float = 1e-4,
+    max_iter: int = 10000,
+) -> SolverResult:
+    """
+    Minimises J by FISTA on the coefficients, image eliminated, with restarts.
+
+    Every iteration replaces the image by the best one for the coefficients, one linear
+    system. The step in the coefficients is 1, whatever H and beta. Stops when the image
+    changes by at most ``rtol``, relatively.
+
+    :param SynthesisProblem problem: the problem.
+    :param torch.Tensor x: first image.
+    :param torch.Tensor a: first coefficients.
+    :param float rtol: tolerance on the relative change of the image per iteration.
+    :param int max_iter: largest number of iterations.
+    :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
+        ``state``.
+    """
+
+    # The image is affine in the coefficients, so extrapolating both together gives the
+    # best image of the extrapolated coefficients: no second solve.
+    def step(v: Tensor, _blocks: tuple[Tensor, ...]) -> Tensor:
+        v_a, v_x = _unpack(v, a, x)
+        new = problem.threshold(v_a, problem.features(v_x))
+        return _pack(new, problem.image(new, init=v_x))
+
+    def change(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> Tensor:
+        pair = (_unpack(new[0], a, x)[1], _unpack(old[0], a, x)[1])
+        return relative_change(pair[:1], pair[1:])
+
+    result = proximal_gradient(
+        [step],
+        [_pack(a, problem.image(a, init=x))],
+        inertia="fista",
+        restart=True,
+        rtol=rtol,
+        max_iter=max_iter,
+        measure=change,
+    )
+    a, x = _unpack(result.x, a, x)
+    return replace(result, x=x, state=(a, x))
+
+
+def _violation(
+    scale: Callable[[ADMMState], Tensor],
+) -> Callable[[ADMMState, ADMMState], Tensor]:
+    """
+    Returns a stopping rule for ADMM that also ends where all coefficients are zero.
+
+    The violation of the splitting and the last change of the split variables, relative
+    to the norm of these and a ``scale`` of the unknown.
+    """
+
+    def measure(new: ADMMState, old: ADMMState) -> Tensor:
+        assert new.Kx is not None
+        worst = torch.maximum(distance(new.Kx, new.z), distance(new.z, old.z))
+        size = torch.hypot(total(new.z), scale(new))
+        return worst / size.where(size != 0, 1)
+
+    def total(parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack([norm(v) for v in parts]).square().sum(0).sqrt()
+
+    def distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
+        return total(tuple(v - w for v, w in zip(a, b, strict=True)))
+
+    return measure
+
+
+@torch.no_grad()
+def joint_admm(
+    problem: SynthesisProblem,
+    x: Tensor,
+    a: Tensor,
+    *,
+    r: float,
+    relaxation: float = RELAXATION,
+    rtol: float = 1e-4,
+    max_iter: int = 10000,
+    bounds: tuple[float, float] | None = None,
+) -> SolverResult:
+    r"""
+    Minimises J by ADMM with the exact joint quadratic solve.
+
+    Sample :math:`i` stops as soon as, relative to :math:`(\|x\|^2 + \|z\|^2)^{1/2}`,
+    neither the distance of the coefficients from their split z nor the last change of z
+    exceeds ``rtol``: a rule that also ends where all coefficients are zero.
+
+    The coefficients are split, :math:`a = z`, with penalty ``r``. For a target v the
+    quadratic part is minimised over image and coefficients at once: with
+    :math:`K = r (G^{\top} G + r I)^{-1}`, an m x m matrix,
+
+    .. math::
+        \big(H + \beta \sum_k P_k^{\top} U^{\top} K U P_k\big) x
+        &= b + \sqrt{\beta} \sum_k P_k^{\top} U^{\top} K G^{\top} v_k, \\
+        a_k &= v_k + \tfrac1r G K (\sqrt{\beta}\, U P_k x - G^{\top} v_k).
+
+    With ``bounds`` the image is split too, :math:`x = w`.
+
+    :param SynthesisProblem problem: the problem.
+    :param torch.Tensor x: first image.
+    :param torch.Tensor a: first coefficients.
+    :param float r: penalty parameter, larger than the weak convexity of R.
+    :param float relaxation: over-relaxation, in (0, 2).
+    :param float rtol: tolerance, see above.
+    :param int max_iter: largest number of iterations.
+    :param tuple bounds: smallest and largest value of the image.
+    :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
+        ``state``.
+    :raises ValueError: if ``r`` is not larger than the weak convexity of R.
+    """
+    if not r > problem.penalty.weak_convexity:
+        raise ValueError(
+            f"r must be larger than {problem.penalty.weak_convexity:.3g}, the modulus "
+            f"of weak convexity of the penalty, got {r}."
+        )
+    eye = torch.eye(len(problem._gram), dtype=x.dtype, device=x.device)
+    K = r * torch.linalg.inv(problem._gram + r * eye)
+    correct = problem.frame.C @ K / r
+    # The split of the image weighs as much as the data term.
+    rho = problem.data.sqnorm.expand(len(x)) if bounds is not None else None
+    solve = problem.image_solver(K, rho)
+
+    def solve_x(
+        targets: tuple[Tensor, ...], previous: Tensor, _: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        v = targets[0]
+        Gv = problem.synthesis(v)
+        rhs = problem.data.b + problem.features_adjoint(channel_map(K, Gv))
+        if rho is not None:
+            rhs = rhs + expand(rho, x) * targets[1]
+        image = solve(rhs, previous).x
+        a = v.add_(channel_map(correct, problem.features(image) - Gv))
+        return image, (a, image)[: len(targets)]
+
+    def prox(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        z = (problem.penalty.prox(v[0], r),)
+        return z if bounds is None else (*z, v[1].clamp(*bounds))
+
+    z = (a,) if bounds is None else (a, x)
+    result = admm(
+        solve_x,
+        lambda _: z,  # never asked: the coefficients do not follow from the image
+        prox,
+        ADMMState(x, z, tuple(torch.zeros_like(v) for v in z), z),
+        rho=(r,) if rho is None else (r, rho),
+        relaxation=relaxation,
+        rtol=rtol,
+        max_iter=max_iter,
+        measure=_violation(lambda state: norm(state.x)),
+    )
+    state = result.state
+    if bounds is not None:
+        return replace(result, x=state.z[1], state=state.z)
+    # The split coefficients are sparse; the image that belongs to them is the result.
+    image = problem.image(state.z[0], init=state.x)
+    return replace(result, x=image, state=(*state.z, image))
+
+
+@torch.no_grad()
+def sparse_coding(
+    problem: SynthesisProblem,
+    features: Tensor,
+    a: Tensor,
+    *,
+    rtol: float = 1e-4,
+    max_iter: int = 10000,
+    r: float = CODING_PENALTY,
+) -> SolverResult:
+    r"""
+    Finds the coefficients of given features, :math:`\min_a \tfrac12 \|f - G^{\top}
+    a\|^2 + R(a)`.
+
+    By ADMM for convex penalties, whose only linear system is m x m; the dictionaries
+    are so badly conditioned that gradient steps need hundreds of iterations. By FISTA
+    with restarts for others. The tolerance of ADMM is relative to the features and the
+    coefficients together.
+
+    :param SynthesisProblem problem: the problem; its data term does not matter.
+    :param torch.Tensor features: shape ``(B, C m, H', W')``.
+    :param torch.Tensor a: first coefficients.
+    :param float rtol: tolerance, see the solvers.
+    :param int max_iter: largest number of iterations.
+    :param float r: penalty parameter of ADMM.
+    :return: (:class:`SolverResult`) the coefficients in ``x``.
+    """
+    if problem.penalty.weak_convexity > 0:
+        return proximal_gradient(
+            [lambda v, _: problem.threshold(v, features)],
+            [a],
+            restart=True,
+            rtol=rtol,
+            max_iter=max_iter,
+        )
+    eye = torch.eye(len(problem._gram), dtype=a.dtype, device=a.device)
+    inverse = torch.linalg.inv(problem._gram + r * eye)
+
+    def solve_x(
+        targets: tuple[Tensor, ...], *_: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        difference = features - problem.synthesis(targets[0])
+        x = targets[0] + problem.analysis(channel_map(inverse, difference))
+        return x, (x,)
+
+    # The multipliers of the optimality condition: a start at the solution stays there.
+    u = problem.analysis(features - problem.synthesis(a)) / r
+    result = admm(
+        solve_x,
+        lambda x: (x,),
+        lambda v: (problem.penalty.prox(v[0], r),),
+        ADMMState(a, (a,), (u,)),
+        rho=(r,),
+        relaxation=RELAXATION,
+        rtol=rtol,
+        max_iter=max_iter,
+        measure=_violation(lambda _: norm(features)),
+    )
+    return replace(result, x=result.state.z[0])
+
+
+def coordinate_descent(
+    problem: SynthesisProblem,
+    x: Tensor,
+    a: Tensor,
+    *,
+    rtol: float = 1e-4,
+    max_iter: int = 2,
+    inner_rtol: float = 1e-4,
+    bounds: tuple[float, float] | None = None,
+) -> SolverResult:
+    r"""
+    Minimises J over coefficients and image in turn, starting with the coefficients.
+
+    The first model of :footcite:t:`ducotterd2024convex` is trained with two passes;
+    stopping early gives better images than the minimiser. Sample :math:`i` stops when
+    :math:`(\|\Delta x\|^2 + \|\Delta a\|^2)^{1/2} \leq \mathrm{rtol}\, (\|x\|^2 +
+    \|a\|^2)^{1/2}`. Differentiable if run with gradients enabled: every coefficient
+    problem and every image problem by implicit differentiation.
+
+    :param SynthesisProblem problem: the problem.
+    :param torch.Tensor x: first image.
+    :param torch.Tensor a: first coefficients.
+    :param float rtol: tolerance; with ``0``, ``max_iter`` passes are run.
+    :param int max_iter: largest number of passes.
+    :param float inner_rtol: tolerance of the coefficient problems.
+    :param tuple bounds: smallest and largest value of the image, imposed by clipping.
+    :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
+        ``state``.
+    """
+    inner_iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+    def step_coefficients(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
+        nonlocal inner_iterations
+        f = problem.features(blocks[1])
+        with torch.no_grad():
+            result = sparse_coding(problem, f, v, rtol=inner_rtol)
+        inner_iterations = inner_iterations + result.n_iter
+        return attach_gradient(CoefficientEquation(problem, f), result.x, LINEAR)
+
+    def step_image(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
+        x = problem.image(blocks[0], init=v)
+        return x if bounds is None else x.clamp(*bounds)
+
+    result = proximal_gradient(
+        [step_coefficients, step_image],
+        [a, x],
+        inertia="none",
+        rtol=rtol,
+        max_iter=max_iter,
+        measure=relative_change,
+    )
+    status = result.status
+    if not rtol:  # a fixed number of passes is what was asked for
+        done = status == Status.MAX_ITER
+        status = status.where(~done, Status.CONVERGED)
+    return replace(result, x=result.state[1], status=status, n_inner=inner_iterations)
