@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     from deepinv_deal.training import (
+        AttentiveL1Recipe,
+        AttentiveL1Trainer,
         DEALRecipe,
         DEALTrainer,
         DictionaryRecipe,
@@ -25,6 +27,13 @@ def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     train = commands.add_parser("train", help="train a model on a folder of images")
     models = train.add_subparsers(required=True, metavar="MODEL")
     _add_model(models, DEALRecipe, DEALTrainer, "deal", "DEAL, on noisy patches")
+    for name, text in (
+        ("safi", "SAFI, for one noise level"),
+        ("mmr", "MMR, its special case with an energy, for one noise level"),
+    ):
+        _add_model(
+            models, AttentiveL1Recipe, AttentiveL1Trainer, name, text, model=name
+        )
     for name, text in (
         ("cpr", "CPR, convex smooth-plus-sparse patches, for one noise level"),
         ("ncpr", "NCPR, its weakly convex version, for one noise level"),

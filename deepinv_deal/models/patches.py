@@ -389,8 +389,8 @@ class SmoothPlusSparse(SynthesisModel):
         the backward pass.
     :param SmoothPlusSparsePrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
-    :param str pretrained: path of a checkpoint of the authors (``.pth``), or ``None``
-        for random weights.
+    :param str pretrained: path of a ``.safetensors`` file of this package or of a
+        ``.pth`` file of the authors, or ``None`` for random weights.
     :raises ValueError: for bad settings or a checkpoint of another model.
     :raises FileNotFoundError: for a missing checkpoint.
     """
@@ -501,8 +501,8 @@ class PatchSynthesis(SynthesisModel):
         the backward pass.
     :param PatchSynthesisPrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
-    :param str pretrained: path of a checkpoint of the authors (``.pth``), or ``None``
-        for random weights.
+    :param str pretrained: path of a ``.safetensors`` file of this package or of a
+        ``.pth`` file of the authors, or ``None`` for random weights.
     :raises ValueError: for bad settings or a checkpoint of another model.
     :raises FileNotFoundError: for a missing checkpoint.
     """

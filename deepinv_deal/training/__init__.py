@@ -1,5 +1,6 @@
 """Training: data, loss and the recipes that reproduce the bundled weights."""
 
+from deepinv_deal.training.attentive_l1 import AttentiveL1Recipe, AttentiveL1Trainer
 from deepinv_deal.training.data import (
     DenoisingSampler,
     Problems,
@@ -13,6 +14,8 @@ from deepinv_deal.training.engine import Recipe, Trainer
 from deepinv_deal.training.losses import deal_loss
 
 __all__ = [
+    "AttentiveL1Recipe",
+    "AttentiveL1Trainer",
     "DEALRecipe",
     "DEALTrainer",
     "DenoisingSampler",

@@ -12,10 +12,16 @@ from deepinv_deal.weights.patches import (
     load_patch_prior,
     save_patch_prior,
 )
-from deepinv_deal.weights.safi import convert_l1_state_dict, load_l1_prior
+from deepinv_deal.weights.safi import (
+    BUNDLED_L1,
+    convert_l1_state_dict,
+    load_l1_prior,
+    save_l1_prior,
+)
 
 __all__ = [
     "BUNDLED",
+    "BUNDLED_L1",
     "BUNDLED_PATCHES",
     "convert_l1_state_dict",
     "convert_patch_checkpoint",
@@ -23,6 +29,7 @@ __all__ = [
     "load_l1_prior",
     "load_patch_prior",
     "load_prior",
+    "save_l1_prior",
     "save_patch_prior",
     "save_prior",
 ]

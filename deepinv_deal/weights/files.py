@@ -86,10 +86,11 @@ def checked(module: Module, state: Mapping[str, Any], source: str) -> Module:
             f"{source}: missing entries {missing}, unknown entries {extra}."
         )
     for key, value in expected.items():
-        if state[key].shape != value.shape:
+        found = getattr(state[key], "shape", type(state[key]).__name__)
+        if found != value.shape:
+            found = tuple(found) if isinstance(found, torch.Size) else found
             raise ValueError(
-                f"{source}: {key} must have shape {tuple(value.shape)}, got "
-                f"{tuple(state[key].shape)}."
+                f"{source}: {key} must have shape {tuple(value.shape)}, got {found}."
             )
         if not torch.isfinite(state[key]).all():
             raise ValueError(

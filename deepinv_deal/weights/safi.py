@@ -1,16 +1,24 @@
-"""Weights of SAFI and MMR in the layout of their authors."""
+"""The weights of SAFI and MMR: reading, checking, converting and writing."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from deepinv_deal.priors.safi import AttentiveL1Prior, MMRPrior, SAFIPrior
 from deepinv_deal.weights.checkpoints import read_state_dict
+from deepinv_deal.weights.files import (
+    checked,
+    find_weights,
+    read_weights,
+    write_weights,
+)
+
+Prior = TypeVar("Prior", bound=AttentiveL1Prior)
 
 #: Authors' parameter names, by ours. Transposed copies and ``cs`` of SAFI are unused.
 _AUTHORS_KEYS: dict[type[AttentiveL1Prior], dict[str, str]] = {
@@ -67,29 +75,47 @@ def convert_l1_state_dict(
     return converted
 
 
-def load_l1_prior(
-    path: str | os.PathLike[str], kind: type[AttentiveL1Prior]
-) -> AttentiveL1Prior:
-    """
-    Loads a SAFI or MMR prior from a ``.pth`` file, without executing code.
+#: Names of the weights in this package, by the file that holds them.
+BUNDLED_L1: dict[type[AttentiveL1Prior], dict[str, str]] = {SAFIPrior: {}, MMRPrior: {}}
 
-    :param str path: a checkpoint of the authors, or the state dict of one of our
+
+def load_l1_prior(pretrained: str | os.PathLike[str], kind: type[Prior]) -> Prior:
+    """
+    Loads a SAFI or MMR prior by bundled name or file.
+
+    :param str pretrained: a name in ``BUNDLED_L1[kind]``, or the path of a
+        ``.safetensors`` file of this package or of a ``.pth`` file, read without
+        executing code: a checkpoint of the authors, or the state dict of one of our
         priors.
     :param type kind: :class:`SAFIPrior` or :class:`MMRPrior`.
     :raises ValueError: for a damaged or foreign file.
     :raises FileNotFoundError: if the file does not exist.
     """
-    state = read_state_dict(path)
-    if "W.weight.0" not in state:
-        state = convert_l1_state_dict(state, kind)
-    filters = state["W.weight.0"]
+    path = find_weights(pretrained, BUNDLED_L1[kind])
+    if path.suffix == ".safetensors":
+        state, _ = read_weights(path, kind)
+    else:
+        state = dict(read_state_dict(path))
+        if "W.weight.0" not in state:
+            state = convert_l1_state_dict(state, kind)
+    filters = state.get("W.weight.0")
+    if not isinstance(filters, Tensor) or filters.ndim != 4:
+        raise ValueError(f"{path} does not fit {kind.__name__}: no filters W.weight.0.")
     with torch.random.fork_rng(devices=[]):  # the random initial weights are replaced
         prior = kind(len(filters))
-    try:
-        prior.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {kind.__name__}: {error}") from error
-    for name, value in prior.named_parameters():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity.")
-    return prior
+    return checked(prior, state, f"{path} does not fit {kind.__name__}")
+
+
+def save_l1_prior(
+    prior: AttentiveL1Prior,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """
+    Writes a SAFI or MMR prior as ``.safetensors``, atomically.
+
+    :param AttentiveL1Prior prior: the prior.
+    :param str path: file to write.
+    :param dict metadata: strings to store with the weights.
+    """
+    write_weights(prior, path, metadata or {})

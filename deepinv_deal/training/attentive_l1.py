@@ -1,0 +1,156 @@
+"""The recipe that trains SAFI and MMR."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deepinv_deal.models.safi import MMR, SAFI
+from deepinv_deal.priors import AttentiveL1Prior, MMRPrior, SAFIPrior
+from deepinv_deal.solvers import AdjointOptions, attach_gradient, fixed_point
+from deepinv_deal.training.data import DenoisingSampler, Problems
+from deepinv_deal.training.engine import Recipe, Trainer
+from deepinv_deal.weights import load_l1_prior, save_l1_prior
+
+#: Priors and models by their names in the recipe.
+PRIORS: dict[str, type[AttentiveL1Prior]] = {"safi": SAFIPrior, "mmr": MMRPrior}
+MODELS: dict[str, type[SAFI] | type[MMR]] = {"safi": SAFI, "mmr": MMR}
+
+
+@dataclass
+class AttentiveL1Recipe(Recipe):
+    r"""
+    All settings of a training of :class:`deepinv_deal.SAFI` or
+    :class:`deepinv_deal.MMR` as a denoiser at one noise level.
+
+    As published (:footcite:t:`pourya2024iteratively`), the squared error on patches of
+    40 x 40 pixels is minimised. Instead of unrolling all iterations, the fixed point is
+    differentiated implicitly. Further settings are those of :class:`Recipe`. The weight
+    :math:`\lambda` is trained too, and is best chosen anew at the end, by
+    :func:`deepinv_deal.tune`.
+
+    :param int patch_size: side of the patches.
+    :param int batch_size: patches per step.
+    :param float lr: learning rate after the warm-up; a hundredth of it for
+        :math:`\lambda`, which is of order 0.001.
+    :param float rtol: tolerance (imbalance of forces) at which the iteration stops.
+    :param int pool: number of batches in rotation; a batch comes back after ``pool``
+        steps.
+    :param str model: ``"safi"`` or ``"mmr"``.
+    :param int num_filters: number of filters.
+    :param float sigma: noise level ([0, 1] units).
+    :param int depth: most outer iterations on a new batch.
+    :param int warm_depth: most outer iterations on a batch used before.
+    :param int inner_max_iter: most inner iterations in each of them.
+    :param bool jacobian_free: Jacobian-free or exact gradients.
+    """
+
+    patch_size: int = 40
+    batch_size: int = 4
+    lr: float = 1e-3
+    rtol: float = 2e-2
+    pool: int = 64
+
+    model: Literal["safi", "mmr"] = "safi"
+    num_filters: int = 64
+    sigma: float = 25 / 255
+    depth: int = 6
+    warm_depth: int = 2
+    inner_max_iter: int = 60
+    jacobian_free: bool = True
+
+    positive: ClassVar[tuple[str, ...]] = (
+        *Recipe.positive,
+        "num_filters",
+        "sigma",
+        "depth",
+        "warm_depth",
+        "inner_max_iter",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model not in PRIORS:
+            raise ValueError(f"model must be 'safi' or 'mmr', got {self.model!r}.")
+
+    @property
+    def validation_sigmas(self) -> Sequence[float]:
+        """Noise levels at which validation is reported, in [0, 1] units."""
+        return (self.sigma,)
+
+
+class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
+    """
+    Trains a :class:`deepinv_deal.priors.SAFIPrior` or
+    :class:`deepinv_deal.priors.MMRPrior`; see :class:`Trainer`.
+
+    :param AttentiveL1Recipe recipe: settings.
+    :param bool resume: go on from ``state.pt`` if there is one.
+    """
+
+    def new_prior(self) -> AttentiveL1Prior:
+        """Returns a prior with random weights."""
+        return PRIORS[self.recipe.model](self.recipe.num_filters)
+
+    def load_prior(self, pretrained: str) -> AttentiveL1Prior:
+        """Returns the prior with the weights of ``recipe.init``."""
+        return load_l1_prior(pretrained, PRIORS[self.recipe.model])
+
+    def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
+        """Writes the weights of the prior in training, atomically."""
+        save_l1_prior(self.prior, path, metadata)
+
+    def describe(self, prior: AttentiveL1Prior) -> dict[str, Any]:
+        """Returns what the recipe says about a prior, by the names it uses."""
+        return {"num_filters": prior.num_filters}
+
+    def new_sampler(self, images: list[Tensor]) -> DenoisingSampler:
+        """Returns the source of noisy patches."""
+        recipe = self.recipe
+        return DenoisingSampler(
+            images, recipe.patch_size, recipe.sigma, recipe.seed, skew=0.0
+        )
+
+    def new_model(self) -> SAFI | MMR:
+        """Returns the model that validation calls, around the prior in training."""
+        return MODELS[self.recipe.model](prior=self.prior, warn=False)
+
+    def parameter_groups(self) -> Sequence[tuple[float, Sequence[nn.Parameter]]]:
+        """Returns factors on the learning rate, with the parameters they are for."""
+        weight = self.prior.lambda_reg
+        others = [p for p in self.prior.parameters() if p is not weight]
+        return [(1.0, others), (0.01, [weight])]
+
+    def after_step(self) -> None:
+        """Keeps the weight positive: at zero it would have no gradient."""
+        with torch.no_grad():
+            self.prior.lambda_reg.clamp_(min=1e-8)
+
+    def loss(self, problems: Problems, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """
+        Returns the loss, and what the solver can start from when the batch returns.
+
+        :param Problems problems: the batch.
+        :param torch.Tensor start: the last pairs of image and dual; ``None`` for a new
+            batch.
+        """
+        recipe = self.recipe
+        equation = self.prior.equation(
+            None, problems.y, inner_max_iter=recipe.inner_max_iter
+        )
+        with torch.no_grad():
+            result = fixed_point(
+                equation.freeze,
+                equation.start(None) if start is None else start,
+                rtol=recipe.rtol,
+                max_iter=recipe.depth if start is None else recipe.warm_depth,
+            )
+        options = AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol)
+        x_hat = equation.image(attach_gradient(equation, result.x, options))
+        loss = (x_hat - problems.x).square().sum() / len(x_hat)
+        return loss, result.x

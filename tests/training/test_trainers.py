@@ -1,0 +1,121 @@
+"""What all trainings share: exact resume, a loss that falls, files, the command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from deepinv_deal import DEAL, MMR, SAFI, PatchSynthesis, SmoothPlusSparse
+from deepinv_deal.cli import main
+from deepinv_deal.training import (
+    AttentiveL1Recipe,
+    AttentiveL1Trainer,
+    DEALRecipe,
+    DEALTrainer,
+    DictionaryRecipe,
+    DictionaryTrainer,
+)
+
+SMALL = {
+    "patch_size": 10,
+    "batch_size": 2,
+    "steps": 6,
+    "warmup": 1,
+    "pool": 2,
+    "reuse": 2,
+    "val_every": 3,
+    "val_images": 1,
+    "val_size": 16,
+}
+
+
+@dataclass
+class Kind:
+    """A model with its recipe, in a small size."""
+
+    model: Any
+    recipe: Any
+    trainer: Any
+    settings: dict[str, Any]
+
+    def start(self, folder, out, *, resume=False, **changes):
+        settings = SMALL | self.settings | changes
+        recipe = self.recipe(data=str(folder), out=str(out), **settings)
+        return self.trainer(recipe, resume=resume)
+
+
+l1 = AttentiveL1Recipe, AttentiveL1Trainer
+dictionary = DictionaryRecipe, DictionaryTrainer
+size = {"num_atoms": 6, "atom_size": 4, "num_free_atoms": 5}
+KINDS = {
+    "deal": Kind(DEAL, DEALRecipe, DEALTrainer, {"num_filters": 4}),
+    "safi": Kind(SAFI, *l1, {"num_filters": 3, "model": "safi"}),
+    "mmr": Kind(MMR, *l1, {"num_filters": 3, "model": "mmr"}),
+    "cpr": Kind(SmoothPlusSparse, *dictionary, size | {"model": "cpr"}),
+    "ncpr": Kind(SmoothPlusSparse, *dictionary, size | {"model": "ncpr"}),
+    "patch": Kind(PatchSynthesis, *dictionary, size | {"model": "patch"}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def name(request):
+    return request.param
+
+
+def take(trainer, steps):
+    losses = []
+    for _ in range(steps):
+        losses.append(trainer.train_step())
+        trainer.step += 1
+    return losses
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run_bit_for_bit(
+    folder, tmp_path, name
+):
+    kind = KINDS[name]
+    whole = kind.start(folder, tmp_path / "whole")
+    whole.train()
+    interrupted = kind.start(folder, tmp_path / "parts")
+    take(interrupted, 4)
+    interrupted.save()
+    resumed = kind.start(folder, tmp_path / "parts", resume=True)
+    assert resumed.step == 4
+    resumed.train()
+    for key, value in whole.prior.state_dict().items():
+        assert torch.equal(value, resumed.prior.state_dict()[key]), key
+
+
+def test_a_few_steps_lower_the_loss_on_the_same_patches(folder, tmp_path, name):
+    same = {"steps": 1000, "pool": 1, "reuse": 1000, "lr": 0.02}
+    losses = take(KINDS[name].start(folder, tmp_path, **same), 10)
+    assert min(losses[-3:]) < 0.99 * losses[0]
+
+
+def test_weights_files_give_the_model_that_was_trained(folder, tmp_path, name):
+    kind = KINDS[name]
+    trainer = kind.start(folder, tmp_path)
+    take(trainer, 2)
+    trainer.save_prior(tmp_path / "weights.safetensors", {})
+    y = torch.rand(1, 1, 16, 17, generator=torch.Generator().manual_seed(0))
+    loaded = kind.model(pretrained=tmp_path / "weights.safetensors", warn=False)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(y, sigma=0.1), trainer.new_model()(y, sigma=0.1), rtol=0, atol=0
+        )
+    other = next(k for k in KINDS.values() if k.model is not kind.model)
+    with pytest.raises(ValueError, match="is not a weights file of"):
+        other.model(pretrained=tmp_path / "weights.safetensors")
+
+
+def test_the_command_trains(folder, tmp_path, capsys, name):
+    settings = SMALL | KINDS[name].settings | {"steps": 2}
+    settings.pop("model", None)
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
+    arguments += [f"--data={folder}", f"--out={tmp_path}"]
+    assert main(["train", name, *arguments]) == 0
+    assert "2 steps" in capsys.readouterr().out
+    KINDS[name].model(pretrained=tmp_path / "best.safetensors")
