@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep_freed_memory()
     try:
         return int(args.run(args))
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"deepinv-deal: {error}", file=sys.stderr)
         return 2
 

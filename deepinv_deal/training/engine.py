@@ -353,7 +353,11 @@ class Trainer(ABC, Generic[R, P]):
     # -- checkpoints ---------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes ``state.pt``, atomically."""
+        """
+        Writes ``state.pt``, atomically.
+
+        :raises OSError: if it cannot be written; the last checkpoint is kept.
+        """
         state = {
             "recipe": _comparable(self.recipe),
             "prior": self.prior.state_dict(),
@@ -367,8 +371,16 @@ class Trainer(ABC, Generic[R, P]):
             },
         }
         temporary = self.state_path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.state_path)
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self.state_path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            temporary.unlink(missing_ok=True)
+            raise OSError(
+                f"The checkpoint {self.state_path} could not be written: {error}. The "
+                "last one is kept: make room or mend the folder, and repeat the "
+                "command to go on from it."
+            ) from error
 
     def _load(self) -> None:
         state = torch.load(self.state_path, map_location=self.device, weights_only=True)

@@ -193,9 +193,11 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_killed_training_resumes_bit_for_bit(folder, tmp_path):
+def test_a_training_killed_again_and_again_resumes_bit_for_bit(folder, tmp_path):
+    steps = 150
+
     def command(out):
-        options = {**SMALL, "steps": 60, "checkpoint_every": 0.0}
+        options = {**SMALL, "steps": steps, "checkpoint_every": 0.0}
         arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
         return [
             sys.executable,
@@ -205,15 +207,22 @@ def test_a_killed_training_resumes_bit_for_bit(folder, tmp_path):
             *arguments,
         ]
 
-    process = subprocess.Popen(command(tmp_path / "killed"))
-    while not (tmp_path / "killed" / "state.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    def done(out):
+        file = tmp_path / out / "state.pt"
+        return torch.load(file, weights_only=True)["step"] if file.exists() else 0
+
+    moments = np.random.default_rng(0).uniform(0, 0.5, 20)
+    for moment in moments:
+        before = done("killed")
+        process = subprocess.Popen(command(tmp_path / "killed"))
+        while done("killed") == before and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     for out in ("killed", "whole"):
         subprocess.run(command(tmp_path / out), check=True)
+        assert done(out) == steps
     states = [
         torch.load(tmp_path / out / "state.pt", weights_only=True)["prior"]
         for out in ("killed", "whole")

@@ -119,3 +119,33 @@ def test_the_command_trains(folder, tmp_path, capsys, name):
     assert main(["train", name, *arguments]) == 0
     assert "2 steps" in capsys.readouterr().out
     KINDS[name].model(pretrained=tmp_path / "best.safetensors")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch, capsys):
+    kind = KINDS["deal"]
+    trainer = kind.start(folder, tmp_path, checkpoint_every=0.0)
+    take(trainer, 2)
+    trainer.save()
+    before = trainer.state_path.read_bytes()
+
+    def fill_the_disk(state, path):
+        path.write_bytes(b"the first half")
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match=r"state\.pt could not be written: No space left"):
+        trainer.train()
+    assert trainer.state_path.read_bytes() == before
+    assert not trainer.state_path.with_suffix(".tmp").exists()
+    settings = SMALL | kind.settings
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
+    command = ["train", "deal", f"--data={folder}", f"--out={tmp_path}", *arguments]
+    assert main([*command, "--checkpoint-every=0"]) == 2
+    assert "make room" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_named(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    command = ["train", "deal", f"--data={folder}", f"--out={tmp_path / 'file'}"]
+    assert main([*command, "--steps=1"]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
