@@ -1,0 +1,135 @@
+"""
+Iterations and time of the solvers of CPR and NCPR, to the same distance from the end.
+
+    python benchmarks/dictionaries.py --weights FILE          # a trained checkpoint
+
+A crop of scikit-image's ``camera`` with the noise of the weights is denoised. The image
+to reach is that of the best solver, run on for ``--reference`` iterations: the
+minimiser for convex models, otherwise the stationary point that this solver finds.
+After each iteration, the image that belongs to the coefficients is compared with it,
+which is not timed. The published solver ``"ipalm"`` works in the penalised subspace
+like the others, so the ratio is that of the methods alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepinv_deal import SmoothPlusSparse
+from deepinv_deal.priors.patches import ADMM_CONVEX, ADMM_WEAKLY_CONVEX
+from deepinv_deal.priors.synthesis import ImageSystem, SynthesisProblem
+from deepinv_deal.priors.synthesis_solvers import (
+    eliminated_fista,
+    ipalm,
+    joint_admm,
+)
+
+
+class Reached(Exception):  # noqa: N818 - control flow, not an error
+    """The distance asked for is reached."""
+
+
+@dataclass
+class Watched:
+    """A penalty that looks at the coefficients of every iteration."""
+
+    penalty: Any
+    problem: SynthesisProblem
+    target: Tensor | None
+    distances: list[float]
+    n_iter: int = 0
+    seconds: float = 0.0
+    reached: dict[float, tuple[int, float]] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def weak_convexity(self) -> float:
+        return self.penalty.weak_convexity
+
+    def prox(self, v: Tensor, r: float = 1.0) -> Tensor:
+        a = self.penalty.prox(v, r)
+        self.n_iter += 1
+        if self.target is None:
+            return a
+        self.seconds += time.perf_counter() - self.start
+        x = self.problem.image(a)
+        distance = float((x - self.target).norm() / self.target.norm())
+        for wanted in self.distances:
+            if distance <= wanted and wanted not in self.reached:
+                self.reached[wanted] = self.n_iter, self.seconds
+        if len(self.reached) == len(self.distances):
+            raise Reached
+        self.start = time.perf_counter()
+        return a
+
+
+def run(solver, problem, y, watched, **options) -> Tensor:
+    """Runs a solver until the watched distances are reached or its limit."""
+    watched.start = time.perf_counter()
+    watching = replace(problem, penalty=watched)
+    try:
+        with torch.no_grad():
+            zero = problem.zero_coefficients()
+            return solver(watching, y, zero, rtol=0.0, **options).x
+    except Reached:
+        return y
+
+
+def main() -> None:
+    """Prints one line for each solver and distance."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--weights", required=True, help="checkpoint of CPR or NCPR")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--reference", type=int, default=3000, help="iterations")
+    parser.add_argument("--max-iter", type=int, default=3000)
+    parser.add_argument("--distance", type=float, nargs="+", default=[1e-2, 3e-3, 1e-3])
+    args = parser.parse_args()
+    from skimage.data import camera
+
+    prior = SmoothPlusSparse(pretrained=args.weights).prior
+    n = args.size
+    x = torch.from_numpy(camera()[60 : 60 + n, 200 : 200 + n] / 255.0)[None, None]
+    x = x.float()
+    rng = torch.Generator().manual_seed(0)
+    y = x + prior.sigma * torch.randn(x.shape, generator=rng)
+    problem = prior.problem(ImageSystem.identity(y))
+    convex = problem.penalty.weak_convexity == 0
+    r = ADMM_CONVEX if convex else ADMM_WEAKLY_CONVEX
+    solvers = {
+        "ipalm": (ipalm, {}),
+        "fista": (eliminated_fista, {}),
+        "admm": (joint_admm, {"r": r}),
+    }
+    best = "admm" if convex else "fista"
+    watched = Watched(problem.penalty, problem, None, args.distance)
+    function, options = solvers[best]
+    target = run(function, problem, y, watched, max_iter=args.reference, **options)
+    psnr = -10 * float((target - x).square().mean().log10())
+    print(f"{prior.penalty_name}, {n} x {n}, PSNR of the target {psnr:.2f} dB")
+    print(f"{'solver':<8}{'distance':>10}{'iterations':>12}{'seconds':>10}{'ratio':>8}")
+    base: dict[float, float] = {}
+    for name, (function, options) in solvers.items():
+        watched = Watched(problem.penalty, problem, target, args.distance)
+        run(function, problem, y, watched, max_iter=args.max_iter, **options)
+        for wanted in args.distance:
+            found = watched.reached.get(wanted)
+            if found is None:
+                print(f"{name:<8}{wanted:>10.0e}{'not reached':>12}", flush=True)
+                continue
+            n_iter, seconds = found
+            base.setdefault(wanted, seconds)
+            ratio = base[wanted] / seconds
+            print(
+                f"{name:<8}{wanted:>10.0e}{n_iter:>12}{seconds:>10.2f}{ratio:>8.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
