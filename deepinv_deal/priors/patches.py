@@ -29,9 +29,9 @@ from deepinv_deal.solvers import AdjointOptions, SolverResult, full_precision
 PenaltyName = Literal["group", "l1", "weakly_convex"]
 PENALTIES: tuple[str, ...] = ("group", "l1", "weakly_convex")
 
-#: Penalty parameters of ADMM. For convex penalties the one that reaches a relative error
-#: of 1e-3 first (benchmarks/dictionaries.py); for others it has to exceed their weak
-#: convexity.
+#: Penalty parameters of ADMM. For convex penalties the one that reaches a relative
+#: error of 1e-3 first (benchmarks/dictionaries.py); for others it has to exceed their
+#: weak convexity.
 ADMM_CONVEX, ADMM_WEAKLY_CONVEX = 0.015, 0.2
 
 #: Steps of size 1 in the coefficients need a dictionary of norm below 1, as published.
