@@ -87,10 +87,13 @@ nitpick_ignore_regex = [
 ] + [
     # Short names in `:param Callable A:` and in annotations, absent from inventories.
     # Type variables.
-    (r"py:.*", r".*\.weights\.\w+\.Prior|.*\.problem\.AnyEquation"),
+    (r"py:.*", r".*\.weights\.\w+\.Prior|.*\.problem\.AnyEquation|.*\.engine\.[RP]"),
     # Annotations with internal classes.
     (r"py:.*", r"AttentiveQuadratic|AttentiveL1|ImageSystem|ImageOperator"),
-    (r"py:.*", r"Callable|Iterable|Iterator|Mapping|Sequence|Path|Tensor|Generator"),
+    (
+        r"py:.*",
+        r"Callable|Iterable|Iterator|Mapping|Sequence|Path|Tensor|Generator|abc\.ABC",
+    ),
     (r"py:.*", r"Dataset|DataLoader|Figure|matplotlib\..*"),
     # Aliases of types that have no page of their own.
     (r"py:.*", r"(.*\.)?LinearMap"),

@@ -97,7 +97,7 @@ class SolverResult:
             iterations is no failure.
         :param str advice: what to do.
         :param bool strict: raise :class:`ConvergenceError` instead.
-        :param int stacklevel: as in :func:`warnings.warn`.
+        :param int stacklevel: as in ``warnings.warn``.
         """
         broken = self.status >= Status.BREAKDOWN
         failed = (~self.converged if rtol else broken).nonzero().flatten().tolist()
