@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
@@ -15,6 +18,22 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 def norm(a: Tensor) -> Tensor:
     """Returns the Euclidean norm of every sample, shape ``(B,)``."""
     return vector_norm(a, dim=_all_but_first(a))
+
+
+def joint_norm(
+    parts: Iterable[Tensor], weights: Iterable[float | Tensor] | None = None
+) -> Tensor:
+    r"""
+    Returns the norm of several tensors together, ``(B,)``.
+
+    :param list parts: tensors :math:`v_i` of shape ``(B, ...)``.
+    :param list weights: numbers or ``(B,)`` tensors :math:`w_i` of
+        :math:`(\sum_i w_i \|v_i\|_2^2)^{1/2}`; ones if ``None``.
+    """
+    squares = [norm(v).square() for v in parts]
+    if weights is not None:
+        squares = [w * s for w, s in zip(weights, squares, strict=True)]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def _all_but_first(a: Tensor) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import expand, inner, norm, select
+from deepinv_deal._batch import expand, inner, joint_norm, norm, select
 from deepinv_deal.operators import MultiConvOperator
 from deepinv_deal.solvers import (
     ADMMState,
@@ -199,8 +199,7 @@ class AttentiveL1Equation:
     def relative(self, *parts: Tensor) -> Tensor:
         """Returns the joint norm of some tensors relative to that of b, ``(B,)``."""
         b_norm = norm(self.b.detach())
-        total = torch.stack([norm(part) for part in parts]).norm(dim=0)
-        return total / b_norm.where(b_norm != 0, 1)
+        return joint_norm(parts) / b_norm.where(b_norm != 0, 1)
 
     def __call__(self, p: Tensor, mask: Tensor | None = None) -> Tensor:
         """
@@ -360,7 +359,7 @@ class FrozenL1:
             W = equation.regularizer
             return self._measure(x, w, W.analyse(x), W.adjoint(w))
 
-        start = ADMMState(self.x, z, u)
+        start = ADMMState(self.x, z, u, Kx=(self.Wx, self.x)[: len(z)])
         result = self._split(equation.b, prox, start, measure, target)
         result.x = equation.pair(*pair(result.state))
         return result
@@ -433,7 +432,6 @@ class FrozenL1:
 
         return admm(
             solve_x,
-            lambda x: (W.analyse(x), x)[:n_splits],
             prox,
             start,
             rho=self.rho[:n_splits],
@@ -506,7 +504,7 @@ class FrozenL1:
 
         zero_x, zero_w = torch.zeros_like(v_x), torch.zeros_like(v_w)
         splits = (zero_w, zero_x)[: 1 if equation.box is None else 2]
-        start = ADMMState(zero_x, prox(splits), splits)
+        start = ADMMState(zero_x, prox(splits), splits, Kx=splits)
         result = self._split(v_x, prox, start, measure, rtol, accurate=True)
         p, multiplier, rest, gap = forces(result.state)
         p = torch.where(free, p, t * rest)

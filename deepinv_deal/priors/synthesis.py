@@ -199,9 +199,8 @@ class SynthesisProblem:
                 self._aggregation * to_fourier(x, False), x, False
             )
         # What is free is usually smaller than what is penalised.
-        n = features.kernels.shape[-1]
-        free = PatchConv(self.frame.free.unflatten(1, (n, n)), "valid")
-        return beta * (patch_count(x, n) * x - free.adjoint(free(x)))
+        free = self.frame.free_features
+        return beta * (patch_count(x, free.patch_size) * x - free.adjoint(free(x)))
 
     def image_solver(
         self, K: Tensor | None = None, shift: Tensor | None = None

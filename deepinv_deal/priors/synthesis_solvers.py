@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import expand, norm
+from deepinv_deal._batch import expand, joint_norm, norm
 from deepinv_deal.operators.patches import channel_map
 from deepinv_deal.priors.synthesis import (
     LINEAR,
@@ -149,16 +149,12 @@ def _violation(
     """
 
     def measure(new: ADMMState, old: ADMMState) -> Tensor:
-        assert new.Kx is not None
         worst = torch.maximum(distance(new.Kx, new.z), distance(new.z, old.z))
-        size = torch.hypot(total(new.z), scale(new))
+        size = torch.hypot(joint_norm(new.z), scale(new))
         return worst / size.where(size != 0, 1)
 
-    def total(parts: tuple[Tensor, ...]) -> Tensor:
-        return torch.stack([norm(v) for v in parts]).square().sum(0).sqrt()
-
     def distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
-        return total(tuple(v - w for v, w in zip(a, b, strict=True)))
+        return joint_norm(v - w for v, w in zip(a, b, strict=True))
 
     return measure
 
@@ -236,7 +232,6 @@ def joint_admm(
     z = (a,) if bounds is None else (a, x)
     result = admm(
         solve_x,
-        lambda _: z,  # never asked: the coefficients do not follow from the image
         prox,
         ADMMState(x, z, tuple(torch.zeros_like(v) for v in z), z),
         rho=(r,) if rho is None else (r, rho),
@@ -302,9 +297,8 @@ def sparse_coding(
     u = problem.analysis(features - problem.synthesis(a)) / r
     result = admm(
         solve_x,
-        lambda x: (x,),
         lambda v: (problem.penalty.prox(v[0], r),),
-        ADMMState(a, (a,), (u,)),
+        ADMMState(a, z=(a,), u=(u,), Kx=(a,)),
         rho=(r,),
         relaxation=RELAXATION,
         rtol=rtol,

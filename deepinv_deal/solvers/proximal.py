@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import expand, inner, norm, select
+from deepinv_deal._batch import expand, inner, joint_norm, norm, select
 from deepinv_deal.solvers.result import SolverResult, Status
 
 #: Several unknowns of one batch, each ``(B, ...)``.
@@ -124,11 +124,6 @@ def _select(condition: Tensor, a: Blocks, b: Blocks) -> Blocks:
     return tuple(select(condition, new, old) for new, old in pairs)
 
 
-def _norm(blocks: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
-    squares = [w * norm(v).square() for v, w in zip(blocks, weights, strict=True)]
-    return torch.stack(squares).sum(0).sqrt()
-
-
 def relative_change(new: Blocks, old: Blocks) -> Tensor:
     r"""
     Returns :math:`\|x^{new} - x^{old}\| / \max(\|x^{new}\|, \|x^{old}\|)` per sample.
@@ -138,9 +133,8 @@ def relative_change(new: Blocks, old: Blocks) -> Tensor:
     :param tuple new: blocks ``(B, ...)``.
     :param tuple old: the blocks before the step.
     """
-    ones = [1.0] * len(new)
-    change = _norm([a - b for a, b in zip(new, old, strict=True)], ones)
-    size = torch.maximum(_norm(new, ones), _norm(old, ones))
+    change = joint_norm(a - b for a, b in zip(new, old, strict=True))
+    size = torch.maximum(joint_norm(new), joint_norm(old))
     return change / size.where(size != 0, 1)
 
 
@@ -283,18 +277,17 @@ class ADMMState(NamedTuple):
     :param torch.Tensor x: the unknown, ``(B, ...)``.
     :param tuple z: the split variables, :math:`z_i = K_i x` at the solution.
     :param tuple u: the multipliers divided by :math:`\rho_i`.
-    :param tuple Kx: the :math:`K_i x`; ``None`` in a start that does not know them.
+    :param tuple Kx: the :math:`K_i x`.
     """
 
     x: Tensor
     z: Blocks
     u: Blocks
-    Kx: Blocks | None = None
+    Kx: Blocks
 
 
 def admm(
     solve_x: Callable[[Blocks, Tensor, Blocks], tuple[Tensor, Blocks]],
-    K: Callable[[Tensor], Blocks],
     prox: Callable[[Blocks], Blocks],
     init: ADMMState,
     *,
@@ -336,15 +329,14 @@ def admm(
 
     >>> import torch
     >>> from deepinv_deal.solvers.proximal import ADMMState, admm, soft_threshold
-    >>> b, zero = torch.tensor([[3.0, 0.5]]), (torch.zeros(1, 2),)
+    >>> b, x = torch.tensor([[3.0, 0.5]]), torch.zeros(1, 2)
     >>> def solve_x(target, x, Kx):
     ...     x = (b + target[0]) / 2
     ...     return x, (x,)
     >>> result = admm(
     ...     solve_x,
-    ...     lambda x: (x,),
     ...     lambda v: (soft_threshold(v[0], 1.0),),
-    ...     ADMMState(zero[0], zero, zero),
+    ...     ADMMState(x, z=(x,), u=(x,), Kx=(x,)),
     ... )
     >>> result.x.round(decimals=2)
     tensor([[2., 0.]])
@@ -353,8 +345,6 @@ def admm(
         first line for the targets :math:`z_i - u_i`, which it may overwrite, and the
         tuple of its :math:`K_i x`. An iterative solver may start at the last ``x``,
         where ``Kx`` is known, and often has the new one at hand.
-    :param Callable K: maps ``x`` to the tuple of all :math:`K_i x`, for a start without
-        ``Kx``.
     :param Callable prox: maps a tuple of arguments to the tuple of all
         :math:`\mathrm{prox}_{g_i / \rho_i}`.
     :param ADMMState init: where to start; the ``state`` of an earlier result continues
@@ -373,10 +363,11 @@ def admm(
         differ, or a tolerance or limit is negative.
     """
     m = len(rho)
-    if not (len(init.z) == len(init.u) == m) or m == 0:
+    lengths = [len(init.z), len(init.u), len(init.Kx)]
+    if lengths != [m] * 3 or m == 0:
         raise ValueError(
-            "rho, init.z and init.u must have one entry per split, got "
-            f"{m}, {len(init.z)} and {len(init.u)}."
+            "rho, init.z, init.u and init.Kx must have one entry per split, got "
+            f"{m} and {lengths}."
         )
     if not 0 < relaxation < 2:
         raise ValueError(f"relaxation must lie in (0, 2), got {relaxation}.")
@@ -387,7 +378,6 @@ def admm(
 
     def iteration(state: Blocks) -> Blocks:
         x, z, u, Kx = unpack(state)
-        assert Kx is not None
         targets = tuple(zi - ui for zi, ui in zip(z, u, strict=True))
         x, Kx = solve_x(targets, x, Kx)
         # In place where the tensor is new: fresh memory costs more than the sum.
@@ -399,22 +389,22 @@ def admm(
         return x, *z, *(vi - zi for vi, zi in zip(v, z, strict=True)), *Kx
 
     def residuals(new: ADMMState, old: ADMMState) -> Tensor:
-        assert new.Kx is not None
-        size = torch.maximum(_norm(new.Kx, rho), _norm(new.z, rho))
+        size = torch.maximum(joint_norm(new.Kx, rho), joint_norm(new.z, rho))
         size = size.where(size != 0, 1)
         gap = [a - b for a, b in zip(new.Kx, new.z, strict=True)]
         change = [a - b for a, b in zip(new.z, old.z, strict=True)]
         # If no term is active the multipliers vanish: changes by rounding are none.
-        moved, force = _norm(change, rho), _norm(new.u, rho)
+        moved, force = joint_norm(change, rho), joint_norm(new.u, rho)
         moved = moved.where(moved > torch.finfo(size.dtype).eps * size, 0)
-        return torch.maximum(_norm(gap, rho) / size, moved / force.where(force != 0, 1))
+        return torch.maximum(
+            joint_norm(gap, rho) / size, moved / force.where(force != 0, 1)
+        )
 
     stop = measure or residuals
-    Kx = K(init.x) if init.Kx is None else init.Kx
     state, status, n_iter, residual = _iterate(
         iteration,
         lambda new, old: stop(unpack(new), unpack(old)),
-        (init.x, *init.z, *init.u, *Kx),
+        (init.x, *init.z, *init.u, *init.Kx),
         rtol=rtol,
         max_iter=max_iter,
         check_every=check_every,

@@ -412,12 +412,11 @@ class Analysis:
     def start(self) -> ADMMState:
         x = torch.zeros_like(self.y)
         splits = (torch.zeros_like(self.m), x)
-        return ADMMState(x, splits, splits)
+        return ADMMState(x, splits, splits, splits)
 
     def solve(self, init=None, **kwargs) -> SolverResult:
         return admm(
             self.solve_x,
-            lambda x: (self.apply(x), x),
             self.prox,
             init or self.start(),
             rho=self.rho,
@@ -549,4 +548,4 @@ def test_admm_refuses_bad_settings(rng):
         with pytest.raises(ValueError, match="relaxation"):
             problem.solve(relaxation=relaxation)
     with pytest.raises(ValueError, match="one entry per split"):
-        problem.replace().solve(ADMMState(problem.y, (problem.y,), (problem.y,)))
+        problem.replace().solve(ADMMState(problem.y, *[(problem.y,)] * 3))
