@@ -34,7 +34,7 @@ from deepinv_deal import DEAL
 from deepinv_deal._batch import norm
 from deepinv_deal.priors.deal import AttentiveQuadratic
 from deepinv_deal.weights import convert_state_dict
-from deepinv_deal.weights.io import prior_from_state_dict
+from deepinv_deal.weights.deal import prior_from_state_dict
 
 SIGMA_MODEL, LAMBDA = 15 / 255, 1.0
 

@@ -11,7 +11,13 @@ from problems import random_prior
 from safetensors.torch import load_file, save_file
 
 from deepinv_deal import DEAL
-from deepinv_deal.weights import BUNDLED, convert_state_dict, io, load_prior, save_prior
+from deepinv_deal.weights import (
+    BUNDLED,
+    convert_state_dict,
+    deal,
+    load_prior,
+    save_prior,
+)
 
 #: What the header of our own files says.
 FORMAT = "deepinv_deal.DEALPrior/1"
@@ -57,7 +63,7 @@ def test_bundled_weights_load_and_denoise_without_network(name):
 @pytest.mark.parametrize("color", [False, True], ids=["gray", "color"])
 def test_the_state_dict_of_deepinv_is_converted(color):
     theirs = dinv.models.DEAL(pretrained=None, color=color)
-    prior = io.prior_from_state_dict(convert_state_dict(theirs.state_dict()))
+    prior = deal.prior_from_state_dict(convert_state_dict(theirs.state_dict()))
     assert prior.in_channels == (3 if color else 1)
     assert prior.num_filters == 128
     assert prior.W.normalization == "published"
@@ -68,7 +74,7 @@ def test_the_state_dict_of_deepinv_is_converted(color):
 
 def authors_state(prior):
     ours = prior.state_dict()
-    return {theirs: ours[key].clone() for key, theirs in io._AUTHORS_KEYS.items()}
+    return {theirs: ours[key].clone() for key, theirs in deal._AUTHORS_KEYS.items()}
 
 
 def test_a_pth_file_in_the_authors_layout_is_read(prior, tmp_path):
@@ -184,7 +190,7 @@ def served(prior, tmp_path, monkeypatch):
     fetched = []
 
     def fetch(url, destination, progress):
-        assert io._COMMIT in url
+        assert deal._COMMIT in url
         fetched.append(destination)
         with open(destination, "wb") as file:
             file.write(content)
@@ -202,8 +208,8 @@ def test_a_download_with_other_content_is_refused_and_not_kept(served, tmp_path)
 
 def test_a_download_is_checked_kept_and_not_repeated(served, prior, monkeypatch):
     content, fetched = served
-    blobs = {"deal_gray": io._git_blob_id(content)}
-    monkeypatch.setattr(io, "_OFFICIAL_BLOBS", blobs)
+    blobs = {"deal_gray": deal._git_blob_id(content)}
+    monkeypatch.setattr(deal, "_OFFICIAL_BLOBS", blobs)
     for _ in range(2):
         assert_same_weights(load_prior("download"), prior)
     assert len(fetched) == 1
@@ -211,7 +217,7 @@ def test_a_download_is_checked_kept_and_not_repeated(served, prior, monkeypatch)
 
 def test_the_blob_id_is_that_of_git():
     # `printf 'hello\n' | git hash-object --stdin`
-    assert io._git_blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert deal._git_blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
 def test_failing_downloads_name_the_address_and_the_way_out(monkeypatch, tmp_path):
@@ -256,7 +262,7 @@ def test_states_that_hold_no_tensors_are_refused(tmp_path):
     path = tmp_path / "odd.pth"
     for state in (
         {"W.weight.0": 1, "W.weight.2": 2},
-        dict.fromkeys(io._AUTHORS_KEYS.values(), "text"),
+        dict.fromkeys(deal._AUTHORS_KEYS.values(), "text"),
         [torch.ones(1)],
         {},
     ):

@@ -8,9 +8,9 @@ from deepinv_deal.training.data import (
     load_image_folder,
     load_images,
 )
-from deepinv_deal.training.deal import DEALRecipe, DEALTrainer
+from deepinv_deal.training.deal import DEALRecipe, DEALTrainer, grow
 from deepinv_deal.training.dictionary import DictionaryRecipe, DictionaryTrainer
-from deepinv_deal.training.engine import Recipe, Trainer
+from deepinv_deal.training.engine import Recipe, SingleLevelRecipe, Trainer
 from deepinv_deal.training.losses import deal_loss
 
 __all__ = [
@@ -23,8 +23,10 @@ __all__ = [
     "DictionaryTrainer",
     "Problems",
     "Recipe",
+    "SingleLevelRecipe",
     "Trainer",
     "deal_loss",
+    "grow",
     "load_image",
     "load_image_folder",
     "load_images",

@@ -11,28 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from deepinv_deal.models.safi import MMR, SAFI
-from deepinv_deal.priors import AttentiveL1Prior, MMRPrior, SAFIPrior
+from deepinv_deal.priors import AttentiveL1Prior
 from deepinv_deal.solvers import AdjointOptions, attach_gradient, fixed_point
-from deepinv_deal.training.data import DenoisingSampler, Problems
-from deepinv_deal.training.engine import Recipe, Trainer
+from deepinv_deal.training.data import Problems
+from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
 from deepinv_deal.weights import load_l1_prior, save_l1_prior
 
-#: Priors and models by their names in the recipe.
-PRIORS: dict[str, type[AttentiveL1Prior]] = {"safi": SAFIPrior, "mmr": MMRPrior}
+#: Models by their names in the recipe.
 MODELS: dict[str, type[SAFI] | type[MMR]] = {"safi": SAFI, "mmr": MMR}
 
 
 @dataclass
-class AttentiveL1Recipe(Recipe):
+class AttentiveL1Recipe(SingleLevelRecipe):
     r"""
     All settings of a training of :class:`deepinv_deal.SAFI` or
     :class:`deepinv_deal.MMR` as a denoiser at one noise level.
 
     As published (:footcite:t:`pourya2024iteratively`), the squared error on patches of
     40 x 40 pixels is minimised. Instead of unrolling all iterations, the fixed point is
-    differentiated implicitly. Further settings are those of :class:`Recipe`. The weight
-    :math:`\lambda` is trained too, and is best chosen anew at the end, by
-    :func:`deepinv_deal.tune`.
+    differentiated implicitly. Further settings are those of :class:`SingleLevelRecipe`
+    and :class:`Recipe`. The weight :math:`\lambda` is trained too, and is best chosen
+    anew at the end, by :func:`deepinv_deal.tune`.
 
     :param int patch_size: side of the patches.
     :param int batch_size: patches per step.
@@ -43,7 +42,6 @@ class AttentiveL1Recipe(Recipe):
         steps.
     :param str model: ``"safi"`` or ``"mmr"``.
     :param int num_filters: number of filters.
-    :param float sigma: noise level ([0, 1] units).
     :param int depth: most outer iterations on a new batch.
     :param int warm_depth: most outer iterations on a batch used before.
     :param int inner_max_iter: most inner iterations in each of them.
@@ -58,16 +56,14 @@ class AttentiveL1Recipe(Recipe):
 
     model: Literal["safi", "mmr"] = "safi"
     num_filters: int = 64
-    sigma: float = 25 / 255
     depth: int = 6
     warm_depth: int = 2
     inner_max_iter: int = 60
     jacobian_free: bool = True
 
     positive: ClassVar[tuple[str, ...]] = (
-        *Recipe.positive,
+        *SingleLevelRecipe.positive,
         "num_filters",
-        "sigma",
         "depth",
         "warm_depth",
         "inner_max_iter",
@@ -75,13 +71,8 @@ class AttentiveL1Recipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model not in PRIORS:
+        if self.model not in MODELS:
             raise ValueError(f"model must be 'safi' or 'mmr', got {self.model!r}.")
-
-    @property
-    def validation_sigmas(self) -> Sequence[float]:
-        """Noise levels at which validation is reported, in [0, 1] units."""
-        return (self.sigma,)
 
 
 class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
@@ -95,11 +86,11 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
 
     def new_prior(self) -> AttentiveL1Prior:
         """Returns a prior with random weights."""
-        return PRIORS[self.recipe.model](self.recipe.num_filters)
+        return MODELS[self.recipe.model].prior_type(self.recipe.num_filters)
 
     def load_prior(self, pretrained: str) -> AttentiveL1Prior:
         """Returns the prior with the weights of ``recipe.init``."""
-        return load_l1_prior(pretrained, PRIORS[self.recipe.model])
+        return load_l1_prior(pretrained, MODELS[self.recipe.model].prior_type)
 
     def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
         """Writes the weights of the prior in training, atomically."""
@@ -108,13 +99,6 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
     def describe(self, prior: AttentiveL1Prior) -> dict[str, Any]:
         """Returns what the recipe says about a prior, by the names it uses."""
         return {"num_filters": prior.num_filters}
-
-    def new_sampler(self, images: list[Tensor]) -> DenoisingSampler:
-        """Returns the source of noisy patches."""
-        recipe = self.recipe
-        return DenoisingSampler(
-            images, recipe.patch_size, recipe.sigma, recipe.seed, skew=0.0
-        )
 
     def new_model(self) -> SAFI | MMR:
         """Returns the model that validation calls, around the prior in training."""

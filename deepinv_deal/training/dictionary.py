@@ -15,8 +15,8 @@ from deepinv_deal.priors.patches import PenaltyName, solve_jointly
 from deepinv_deal.priors.synthesis import ImageSystem
 from deepinv_deal.priors.synthesis_solvers import coordinate_descent
 from deepinv_deal.solvers import AdjointOptions
-from deepinv_deal.training.data import DenoisingSampler, Problems
-from deepinv_deal.training.engine import Recipe, Trainer
+from deepinv_deal.training.data import Problems
+from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
 from deepinv_deal.weights import load_patch_prior, save_patch_prior
 
 DictionaryModel = Literal["cpr", "ncpr", "patch"]
@@ -37,7 +37,7 @@ PUBLISHED = {
 
 
 @dataclass
-class DictionaryRecipe(Recipe):
+class DictionaryRecipe(SingleLevelRecipe):
     r"""
     All settings of a training of :class:`deepinv_deal.SmoothPlusSparse` or
     :class:`deepinv_deal.PatchSynthesis` as a denoiser at one noise level.
@@ -57,7 +57,6 @@ class DictionaryRecipe(Recipe):
         steps.
     :param int reuse: number of steps that use the same noisy patch.
     :param str model: ``"cpr"``, ``"ncpr"`` or ``"patch"``, the convex model.
-    :param float sigma: noise level ([0, 1] units).
     :param int num_atoms: number of atoms; ``None``: as published, 200 or, for
         ``"patch"``, 128.
     :param int atom_size: rows (and columns) of the atoms; ``None``: as published, 13
@@ -79,7 +78,6 @@ class DictionaryRecipe(Recipe):
     reuse: int = 4
 
     model: DictionaryModel = "cpr"
-    sigma: float = 25 / 255
     num_atoms: int | None = None
     atom_size: int | None = None
     num_free_atoms: int = 120
@@ -90,8 +88,7 @@ class DictionaryRecipe(Recipe):
     warm_max_iter: int = 10
 
     positive: ClassVar[tuple[str, ...]] = (
-        *Recipe.positive,
-        "sigma",
+        *SingleLevelRecipe.positive,
         "num_atoms",
         "atom_size",
         "beta",
@@ -106,11 +103,6 @@ class DictionaryRecipe(Recipe):
             raise ValueError(
                 f"model must be 'cpr', 'ncpr' or 'patch', got {self.model!r}."
             )
-
-    @property
-    def validation_sigmas(self) -> Sequence[float]:
-        """Noise levels at which validation is reported, in [0, 1] units."""
-        return (self.sigma,)
 
 
 class DictionaryTrainer(
@@ -140,16 +132,18 @@ class DictionaryTrainer(
             "lambda_reg": lambda_reg,
             "sigma": recipe.sigma,
         }
+        size: dict[str, Any] = {
+            "num_atoms": recipe.num_atoms,
+            "patch_size": recipe.atom_size,
+        }
+        size = {name: value for name, value in size.items() if value is not None}
         if recipe.model == "patch":
-            return PatchSynthesisPrior(
-                recipe.num_atoms or 128, recipe.atom_size or 10, **options
-            )
+            return PatchSynthesisPrior(**size, **options)
         return SmoothPlusSparsePrior(
             PENALTIES[recipe.model],
-            recipe.num_atoms or 200,
-            recipe.atom_size or 13,
-            recipe.num_free_atoms,
+            num_free_atoms=recipe.num_free_atoms,
             order=order,
+            **size,
             **options,
         )
 
@@ -177,13 +171,6 @@ class DictionaryTrainer(
             "atom_size": prior.dictionary.patch_size,
             "num_free_atoms": len(prior.dictionary.free_atoms) if smooth else None,
         }
-
-    def new_sampler(self, images: list[Tensor]) -> DenoisingSampler:
-        """Returns the source of noisy patches."""
-        recipe = self.recipe
-        return DenoisingSampler(
-            images, recipe.patch_size, recipe.sigma, recipe.seed, skew=0.0
-        )
 
     def new_model(self) -> PatchSynthesis | SmoothPlusSparse:
         """Returns the model that validation calls, around the prior in training."""

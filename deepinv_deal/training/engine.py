@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.training.data import DenoisingSampler, Problems, load_images
+from deepinv_deal.weights.files import replacing
 
 R = TypeVar("R", bound="Recipe")
 P = TypeVar("P", bound=nn.Module)
@@ -121,9 +121,37 @@ class Recipe:
         return 1
 
     @property
+    def noise(self) -> tuple[float, float]:
+        """Largest noise level and skew of :class:`DenoisingSampler`."""
+        raise NotImplementedError
+
+    @property
     def validation_sigmas(self) -> Sequence[float]:
         """Noise levels at which validation is reported, in [0, 1] units."""
         raise NotImplementedError
+
+
+@dataclass
+class SingleLevelRecipe(Recipe):
+    """
+    Settings of the trainings at one noise level.
+
+    :param float sigma: noise level ([0, 1] units).
+    """
+
+    sigma: float = 25 / 255
+
+    positive: ClassVar[tuple[str, ...]] = (*Recipe.positive, "sigma")
+
+    @property
+    def noise(self) -> tuple[float, float]:
+        """Largest noise level and skew of :class:`DenoisingSampler`."""
+        return self.sigma, 0.0
+
+    @property
+    def validation_sigmas(self) -> Sequence[float]:
+        """Noise levels at which validation is reported, in [0, 1] units."""
+        return (self.sigma,)
 
 
 class Trainer(ABC, Generic[R, P]):
@@ -157,15 +185,18 @@ class Trainer(ABC, Generic[R, P]):
             images, validation = images[:-held_out], images[-held_out:]
         else:
             validation = load_images(recipe.val, recipe.channels)
-        self.sampler = self.new_sampler(images)
+        sigma_max, skew = recipe.noise
+        self.sampler = DenoisingSampler(
+            images, recipe.patch_size, sigma_max, recipe.seed, skew
+        )
         self.validation = _validation_problems(validation, recipe)
+        resume = resume and self.state_path.exists()
         with _seeded(recipe.seed):
             prior = self.new_prior()
-        resume = resume and self.state_path.exists()
-        if recipe.init is not None and not resume:
-            expected = self.describe(prior)
-            prior = self.load_prior(recipe.init)
-            _compare(recipe.init, self.describe(prior), expected)
+            if recipe.init is not None and not resume:
+                expected = self.describe(prior)
+                prior = self.load_prior(recipe.init)
+                _compare(recipe.init, self.describe(prior), expected)
         self.prior: P = prior.to(self.device)
         self.optimizer = torch.optim.Adam(
             [
@@ -196,10 +227,6 @@ class Trainer(ABC, Generic[R, P]):
     @abstractmethod
     def describe(self, prior: P) -> dict[str, Any]:
         """Returns what the recipe says about a prior, by the names it uses."""
-
-    @abstractmethod
-    def new_sampler(self, images: list[Tensor]) -> DenoisingSampler:
-        """Returns the source of noisy patches."""
 
     @abstractmethod
     def new_model(self) -> Callable[..., Any]:
@@ -370,12 +397,10 @@ class Trainer(ABC, Generic[R, P]):
                 for slot, (p, start) in self.pool.items()
             },
         }
-        temporary = self.state_path.with_suffix(".tmp")
         try:
-            torch.save(state, temporary)
-            os.replace(temporary, self.state_path)
+            with replacing(self.state_path) as temporary:
+                torch.save(state, temporary)
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-            temporary.unlink(missing_ok=True)
             raise OSError(
                 f"The checkpoint {self.state_path} could not be written: {error}. The "
                 "last one is kept: make room or mend the folder, and repeat the "

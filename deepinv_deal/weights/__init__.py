@@ -1,19 +1,17 @@
 """Bundled weights, and reading, checking and converting checkpoints."""
 
-from deepinv_deal.weights.io import (
-    BUNDLED,
+from deepinv_deal.weights.deal import (
     convert_state_dict,
     load_prior,
     save_prior,
 )
+from deepinv_deal.weights.files import BUNDLED
 from deepinv_deal.weights.patches import (
-    BUNDLED_PATCHES,
     convert_patch_checkpoint,
     load_patch_prior,
     save_patch_prior,
 )
 from deepinv_deal.weights.safi import (
-    BUNDLED_L1,
     convert_l1_state_dict,
     load_l1_prior,
     save_l1_prior,
@@ -21,8 +19,6 @@ from deepinv_deal.weights.safi import (
 
 __all__ = [
     "BUNDLED",
-    "BUNDLED_L1",
-    "BUNDLED_PATCHES",
     "convert_l1_state_dict",
     "convert_patch_checkpoint",
     "convert_state_dict",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +15,25 @@ from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
-#: What can be read without a library for safetensors: the authors' files.
-CHECKPOINT_SUFFIXES = (".pth", ".pt")
+#: Names of the weights in this package, ``NAME.safetensors``, and what they are for.
+BUNDLED = {"deal_gray": "DEALPrior"}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """
+    Gives a temporary file to write, which replaces ``path`` if all went well.
+
+    Whoever reads ``path``, or is left with it after a crash, finds a whole file.
+
+    :param pathlib.Path path: the file to replace.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_weights(
@@ -28,11 +46,9 @@ def write_weights(
     :param str path: file to write.
     :param dict header: strings to store with the weights.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    save_file(tensors, temporary, {"format": format_of(type(module)), **header})
-    os.replace(temporary, path)
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, {"format": format_of(type(module)), **header})
 
 
 def read_weights(
@@ -100,28 +116,37 @@ def checked(module: Module, state: Mapping[str, Any], source: str) -> Module:
     return module
 
 
+def bundled(kind: type[nn.Module]) -> list[str]:
+    """Returns the names of the weights in this package that are for a class."""
+    return [name for name, owner in BUNDLED.items() if owner == kind.__name__]
+
+
 def find_weights(
-    pretrained: str | os.PathLike[str], bundled: Mapping[str, str], also: str = ""
+    pretrained: str | os.PathLike[str],
+    kind: type[nn.Module],
+    *,
+    also: Sequence[str] = (),
 ) -> Path:
     """
     Returns the file of a bundled name or path.
 
-    :param str pretrained: a name in ``bundled``, or the path of a ``.safetensors`` or
-        ``.pth`` file.
-    :param dict bundled: files of this package by the names of their weights.
-    :param str also: what else the caller takes, for the error.
+    :param str pretrained: a name in :func:`bundled`, or the path of a ``.safetensors``
+        or ``.pth`` file.
+    :param type kind: class of the module.
+    :param list also: other names that the caller takes, for the error.
     :raises ValueError: for an unknown name.
     :raises FileNotFoundError: if the file does not exist.
     """
     name = os.fspath(pretrained)
-    if name in bundled:
-        return Path(__file__).parent / bundled[name]
+    known = bundled(kind)
+    if name in known:
+        return Path(__file__).parent / f"{name}.safetensors"
     path = Path(name)
-    if path.suffix not in (".safetensors", *CHECKPOINT_SUFFIXES):
-        known = "".join(f"{known!r}, " for known in bundled)
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        names = "".join(f"{choice!r}, " for choice in (*known, *also))
         raise ValueError(
-            f"pretrained={name!r} is unknown. Give one of {known}{also}None, or the "
-            "path of a .safetensors or .pth file."
+            f"pretrained={name!r} is unknown. Give {names}None (random weights), or "
+            "the path of a .safetensors or .pth file."
         )
     if not path.is_file():
         raise FileNotFoundError(f"The weights file {name!r} does not exist.")

@@ -27,18 +27,11 @@ GRAY_LEVELS = 255.0
 _PENALTIES = {"l1norm": "group", "l0norm": "weakly_convex"}
 
 
-#: Names of the weights in this package, by the file that holds them.
-BUNDLED_PATCHES: dict[type, dict[str, str]] = {
-    SmoothPlusSparsePrior: {},
-    PatchSynthesisPrior: {},
-}
-
-
 def load_patch_prior(pretrained: str | os.PathLike[str], kind: type[Prior]) -> Prior:
     """
     Loads a patch prior by bundled name or file.
 
-    :param str pretrained: a name in ``BUNDLED_PATCHES[kind]``, or the path of a
+    :param str pretrained: a bundled name, or the path of a
         ``.safetensors`` file of this package or of a ``.pth`` file of the authors, with
         ``"state_dict"`` and ``"config"``, read without executing code.
     :param type kind: :class:`~deepinv_deal.priors.PatchSynthesisPrior` or
@@ -47,7 +40,7 @@ def load_patch_prior(pretrained: str | os.PathLike[str], kind: type[Prior]) -> P
     :raises FileNotFoundError: if the file does not exist.
     :raises ValueError: if it is damaged or belongs to another model.
     """
-    path = find_weights(pretrained, BUNDLED_PATCHES[kind])
+    path = find_weights(pretrained, kind)
     if path.suffix == ".safetensors":
         state, header = read_weights(path, kind)
         return patch_prior_from_state_dict(state, header, kind, str(path))

@@ -75,15 +75,11 @@ def convert_l1_state_dict(
     return converted
 
 
-#: Names of the weights in this package, by the file that holds them.
-BUNDLED_L1: dict[type[AttentiveL1Prior], dict[str, str]] = {SAFIPrior: {}, MMRPrior: {}}
-
-
 def load_l1_prior(pretrained: str | os.PathLike[str], kind: type[Prior]) -> Prior:
     """
     Loads a SAFI or MMR prior by bundled name or file.
 
-    :param str pretrained: a name in ``BUNDLED_L1[kind]``, or the path of a
+    :param str pretrained: a bundled name, or the path of a
         ``.safetensors`` file of this package or of a ``.pth`` file, read without
         executing code: a checkpoint of the authors, or the state dict of one of our
         priors.
@@ -91,7 +87,7 @@ def load_l1_prior(pretrained: str | os.PathLike[str], kind: type[Prior]) -> Prio
     :raises ValueError: for a damaged or foreign file.
     :raises FileNotFoundError: if the file does not exist.
     """
-    path = find_weights(pretrained, BUNDLED_L1[kind])
+    path = find_weights(pretrained, kind)
     if path.suffix == ".safetensors":
         state, _ = read_weights(path, kind)
     else:

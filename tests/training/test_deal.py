@@ -22,10 +22,11 @@ from deepinv_deal.training import (
     DEALTrainer,
     DenoisingSampler,
     deal_loss,
+    grow,
     load_image,
     load_images,
 )
-from deepinv_deal.weights import load_prior
+from deepinv_deal.weights import load_prior, save_prior
 
 SMALL = {
     "num_filters": 4,
@@ -168,6 +169,30 @@ def test_training_starts_from_the_weights_asked_for(folder, tmp_path):
     for name, value in weights_of(first).items():
         torch.testing.assert_close(weights_of(second)[name], value, rtol=0, atol=0)
     assert second.step == 0
+
+
+def test_a_grown_prior_reconstructs_as_before_and_trains(folder, tmp_path):
+    small = random_prior(num_filters=4).float()
+    # Without the new filters nothing has changed at all.
+    same = DEAL(pretrained=None, prior=grow(small, 7, strength=0.0))
+    y = torch.rand(2, 1, 24, 25, generator=torch.Generator().manual_seed(0))
+    expected = DEAL(pretrained=None, prior=small)(y, sigma=0.1)
+    torch.testing.assert_close(same(y, sigma=0.1), expected, rtol=0, atol=1e-6)
+    weak = DEAL(pretrained=None, prior=grow(small, 7))(y, sigma=0.1)
+    assert 0 < (weak - expected).norm() < 0.05 * (y - expected).norm()
+    # New filters learn: every parameter of the grown prior has a gradient.
+    save_prior(small, tmp_path / "small.safetensors")
+    grown = recipe(
+        folder, tmp_path, num_filters=7, init=str(tmp_path / "small.safetensors")
+    )
+    trainer, again = DEALTrainer(grown), DEALTrainer(grown)
+    for a, b in zip(trainer.prior.parameters(), again.prior.parameters(), strict=True):
+        assert torch.equal(a, b), "the new filters come from the seed"
+    trainer.train_step()
+    new_filters = trainer.prior.W.weight[-1].grad[4:]
+    assert (new_filters.flatten(1).norm(dim=1) > 0).all()
+    with pytest.raises(ValueError, match="num_filters must be at least the prior's 4"):
+        grow(small, 3)
 
 
 def test_initial_weights_of_another_model_are_named(folder, tmp_path):

@@ -16,14 +16,12 @@ from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.weights.checkpoints import read_state_dict
 from deepinv_deal.weights.files import (
+    bundled,
     checked,
     find_weights,
     read_weights,
     write_weights,
 )
-
-#: Names of the weights in this package, by the file that holds them.
-BUNDLED = {"deal_gray": "deal_gray.safetensors"}
 
 #: Official weights of mehrsapo/DEAL (MIT), pinned by commit and git blob id.
 _COMMIT = "4eec8298750ffebb3848e87e412c62aff6a9f411"
@@ -123,7 +121,7 @@ def load_prior(pretrained: str | os.PathLike[str], in_channels: int = 1) -> DEAL
     """
     Loads a prior by bundled name, ``"download"`` or file.
 
-    :param str pretrained: a name in ``BUNDLED``; ``"download"`` for the official
+    :param str pretrained: a bundled name; ``"download"`` for the official
         weights of the authors (fetched once, checked against their pinned content
         before use); or the path of a ``.safetensors`` file of this package or of a
         ``.pth`` file in the authors' layout (read without executing code).
@@ -133,7 +131,7 @@ def load_prior(pretrained: str | os.PathLike[str], in_channels: int = 1) -> DEAL
     """
     if os.fspath(pretrained) == "download":
         return _load_pth(_download("deal_gray" if in_channels == 1 else "deal_color"))
-    path = find_weights(pretrained, BUNDLED, "'download', ")
+    path = find_weights(pretrained, DEALPrior, also=("download",))
     if path.suffix != ".safetensors":
         return _load_pth(path)
     state, header = read_weights(path, DEALPrior)
@@ -174,7 +172,7 @@ def _download(name: str) -> Path:
                     f"The official weights could not be downloaded from {url}: "
                     f"{error}. "
                     "The bundled weights need no network: "
-                    f"{', '.join(map(repr, BUNDLED))}."
+                    f"{', '.join(map(repr, bundled(DEALPrior)))}."
                 ) from error
             if _git_blob_id(file.read_bytes()) != _OFFICIAL_BLOBS[name]:
                 raise ValueError(
