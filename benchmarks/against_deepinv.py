@@ -32,7 +32,7 @@ import torch
 
 from deepinv_deal import DEAL
 from deepinv_deal._batch import norm
-from deepinv_deal.priors.deal import AttentiveQuadratic
+from deepinv_deal.priors import AttentiveQuadratic
 from deepinv_deal.weights import convert_state_dict
 from deepinv_deal.weights.deal import prior_from_state_dict
 
@@ -82,7 +82,7 @@ def counted(equation) -> Count:
     object.__setattr__(
         equation,
         "regularizer",
-        Counting(regularizer.W, regularizer.mask_network),
+        Counting(regularizer.W, regularizer.attention),
     )
     return count
 

@@ -83,7 +83,17 @@ def largest(image: Tensor) -> float:
     return float(image.detach().abs().max()) or 1.0
 
 
-def tile(images: Tensor, columns: int) -> Tensor:
+def show_tiles(axis: Axes, images: Tensor, columns: int, title: str) -> None:
+    """
+    Draws images ``(N, H, W)`` side by side, each on its own scale: gray is zero.
+    """
+    peak = images.abs().flatten(1).amax(1)
+    scaled = images / peak.where(peak > 0, 1)[:, None, None]
+    show(axis, _tile(scaled, columns), title, limits=(-1, 1))
+    axis.set_axis_off()
+
+
+def _tile(images: Tensor, columns: int) -> Tensor:
     """
     Tiles images ``(N, H, W)`` row by row with a frame of one pixel of NaN.
     """

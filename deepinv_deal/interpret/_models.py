@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from deepinv_deal.models import DEAL, AttentiveL1Model, SynthesisModel
-from deepinv_deal.priors import AttentiveL1Prior, DEALPrior, PatchPrior
+from deepinv_deal.operators import MultiConvOperator
+from deepinv_deal.priors import AttentiveL1Prior, AttentiveQuadraticPrior, PatchPrior
 
 AttentiveModel = DEAL | AttentiveL1Model
 
@@ -22,9 +23,17 @@ def attentive(model: Any) -> AttentiveModel:
     return model
 
 
-def attentive_prior(model: Any) -> DEALPrior | AttentiveL1Prior:
+def attentive_prior(model: Any) -> AttentiveQuadraticPrior | AttentiveL1Prior:
     """Returns the prior of a model that computes a mask."""
     return attentive(model).prior[0]
+
+
+def analysis_operator(model: Any) -> MultiConvOperator:
+    """Returns the filters of a model that computes a mask."""
+    prior = attentive_prior(model)
+    if isinstance(prior, AttentiveL1Prior):
+        return prior.bind().W
+    return prior.regularizer(torch.zeros(1).to(next(prior.parameters()))).W
 
 
 def dictionary_prior(model: Any) -> PatchPrior:
@@ -35,13 +44,3 @@ def dictionary_prior(model: Any) -> PatchPrior:
             f"{type(model).__name__}, which has no dictionary."
         )
     return model.prior
-
-
-def one_sample(name: str, x: Tensor) -> Tensor:
-    """Checks that a batch holds one sample."""
-    if len(x) != 1:
-        raise ValueError(
-            f"{name} must hold one sample, got {len(x)} (shape {tuple(x.shape)}). "
-            f"Examine them one by one: {name}[i : i + 1]."
-        )
-    return x

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepinv_deal.interpret._models import AttentiveModel, attentive, attentive_prior
+from deepinv_deal.interpret._models import (
+    AttentiveModel,
+    analysis_operator,
+    attentive,
+    attentive_prior,
+)
+from deepinv_deal.priors import AttentiveQuadratic, AttentiveQuadraticPrior
 
 
 def without_mask(model: Any) -> AttentiveModel:
@@ -43,7 +49,7 @@ def without_mask(model: Any) -> AttentiveModel:
     :return: a model of the same class; that of MMR has no energy.
     :raises TypeError: for a model without mask.
     """
-    return _with_mask_rule(model, lambda mask: torch.ones_like(mask))
+    return _with_mask_rule(model, torch.ones_like)
 
 
 def with_filters(model: Any, indices: Sequence[int]) -> AttentiveModel:
@@ -59,7 +65,7 @@ def with_filters(model: Any, indices: Sequence[int]) -> AttentiveModel:
     :return: a model of the same class.
     :raises IndexError: for a filter that does not exist.
     """
-    number = attentive_prior(model).num_filters
+    number = analysis_operator(model).out_channels
     if not all(0 <= i < number for i in indices):
         raise IndexError(
             f"indices must lie between 0 and {number - 1}, got {list(indices)}."
@@ -76,12 +82,29 @@ MaskRule = Callable[[Tensor], Tensor]
 def _with_mask_rule(model: Any, rule: MaskRule) -> AttentiveModel:
     changed = copy.deepcopy(attentive(model))
     prior: Any = attentive_prior(changed)
-    name = "mask_network" if hasattr(prior, "mask_network") else "potential"
-    setattr(prior, name, _Changed(getattr(prior, name), rule))
+    if isinstance(prior, AttentiveQuadraticPrior):
+        changed.prior[0] = _ChangedPrior(prior, rule)
+    else:
+        name = "mask_network" if hasattr(prior, "mask_network") else "potential"
+        setattr(prior, name, _ChangedNetwork(getattr(prior, name), rule))
     return changed
 
 
-class _Changed(nn.Module):
+class _ChangedPrior(AttentiveQuadraticPrior):
+    """A prior of whose masks something else is made."""
+
+    def __init__(self, prior: AttentiveQuadraticPrior, rule: MaskRule):
+        super().__init__(prior.in_channels)
+        self.unchanged, self.rule, self.kappa = prior, rule, prior.kappa
+
+    def regularizer(self, sigma: Tensor) -> AttentiveQuadratic:
+        """Returns the filters, and the changed mask as a function."""
+        regularizer = self.unchanged.regularizer(sigma)
+        attention = _ChangedMask(regularizer.attention, self.rule)
+        return replace(regularizer, attention=attention)
+
+
+class _ChangedNetwork(nn.Module):
     """A mask network of which something else is made."""
 
     def __init__(self, network: nn.Module, rule: MaskRule):
@@ -89,7 +112,7 @@ class _Changed(nn.Module):
         self.network, self.rule = network, rule
 
     def bind(self, *arguments: Any) -> Any:
-        """Fixes weights, and noise level if there is one."""
+        """Fixes the weights."""
         bound = self.network.bind(*arguments)  # type: ignore[operator]
         return _ChangedMask(bound, self.rule)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from deepinv_deal._batch import norm
 from deepinv_deal.interpret._figures import TITLE, new_figure, show
 from deepinv_deal.interpret.linearization import Linearization
 
@@ -85,7 +85,7 @@ def plot_averaging_kernels(
     :return: the figure.
     """
     figure = new_figure(11.0, 2.75 * len(pixels) + 0.3)
-    grid = figure.subplots(len(pixels), 4, squeeze=False, width_ratios=[1, 1, 1, 1])
+    grid = figure.subplots(len(pixels), 4, squeeze=False)
     titles = [
         "reconstruction",
         "data $A^T y$",
@@ -150,4 +150,4 @@ def effective_pixels(kernels: Tensor) -> Tensor:
     :param torch.Tensor kernels: ``(K, C, H, W)``, from :func:`averaging_kernels`.
     :return: shape ``(K,)``.
     """
-    return 1 / torch.linalg.vector_norm(kernels.flatten(1), dim=1).square()
+    return 1 / norm(kernels).square()

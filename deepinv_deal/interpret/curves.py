@@ -12,7 +12,8 @@ from torch import Tensor
 from deepinv_deal.interpret._figures import GRAY, SMALL, TITLE, new_figure
 from deepinv_deal.interpret._models import attentive_prior
 from deepinv_deal.priors import DEALPrior
-from deepinv_deal.priors.deal import GRAY_LEVELS, MASK_MAX, MASK_MIN
+from deepinv_deal.priors.attentive_quadratic import GRAY_LEVELS
+from deepinv_deal.priors.deal import MASK_MAX, MASK_MIN
 from deepinv_deal.splines import LinearSpline
 
 if TYPE_CHECKING:

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from deepinv_deal._batch import expand
-from deepinv_deal.interpret._figures import BLUE, TITLE, largest, new_figure, show, tile
+from deepinv_deal.interpret._figures import (
+    BLUE,
+    TITLE,
+    largest,
+    new_figure,
+    show,
+    show_tiles,
+)
 from deepinv_deal.interpret._models import dictionary_prior
 from deepinv_deal.models import SynthesisInfo
 from deepinv_deal.operators import PatchConv
-from deepinv_deal.operators.patches import Boundary
 from deepinv_deal.priors.synthesis import ImageSystem, SynthesisProblem, patch_count
 
 if TYPE_CHECKING:
@@ -72,7 +78,7 @@ def atom_usage(model: Any, info: SynthesisInfo) -> AtomUsage:
     use = use / use.sum().clamp_min(torch.finfo(use.dtype).tiny)
     order = use.argsort(descending=True, stable=True)
     atoms = frame.atoms / torch.linalg.matrix_norm(frame.atoms)[:, None, None]
-    free = frame.free.unflatten(1, atoms.shape[1:])
+    free = frame.free_features.kernels
     differences = torch.cat([free.diff(dim=d).flatten(1) for d in (1, 2)], 1)
     _, axes = torch.linalg.eigh(differences @ differences.T)  # roughness rises
     smooth = torch.tensordot(axes.T, free, 1)
@@ -141,17 +147,14 @@ def decompose(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Decomposition:
     :raises TypeError: for another model or a complex image.
     """
     problem = _problem(model, x_hat, info)
-    features, beta = problem.frame.features, expand(info.beta, x_hat)
-    n = features.kernels.shape[-1]
-    count: Tensor | float = float(n * n)
-    if not features.circular:
-        count = patch_count(x_hat, n)
-    boundary: Boundary = "circular" if features.circular else "valid"
-    free = PatchConv(problem.frame.free.unflatten(1, (n, n)), boundary)
+    free = problem.frame.free_features
+    n = free.patch_size
+    count: Tensor | float = n * n if free.circular else patch_count(x_hat, n)
+    scale = expand(info.beta, x_hat) * count
     smooth = free.adjoint(free(x_hat)) / count
-    penalised = problem.features_adjoint(problem.features(x_hat)) / (beta * count)
-    synthesis = problem.synthesis(_coefficients(info))
-    sparse = problem.features_adjoint(synthesis) / (beta * count)
+    penalised = problem.features_adjoint(problem.features(x_hat)) / scale
+    synthesis = problem.synthesis(info.coefficients)
+    sparse = problem.features_adjoint(synthesis) / scale
     return Decomposition(smooth, sparse, penalised - sparse)
 
 
@@ -190,10 +193,8 @@ def sparsity_map(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Tensor:
     a = _by_atom(info, len(frame.C))
     size = a.square().sum(2)
     number = a.abs().sum(2).square() / size.where(size > 0, 1)
-    features = frame.features
-    n = features.kernels.shape[-1]
-    boundary: Boundary = "circular" if features.circular else "valid"
-    cover = PatchConv(x_hat.new_ones(1, n, n), boundary)
+    n = frame.features.patch_size
+    cover = PatchConv(x_hat.new_ones(1, n, n), frame.features.boundary)
     return cover.adjoint(number) / cover.adjoint(torch.ones_like(number))
 
 
@@ -253,10 +254,7 @@ def plot_atoms(
     grid = figure.add_gridspec(len(rows), 2, height_ratios=rows, width_ratios=[1.8, 1])
     axes = [figure.add_subplot(grid[i, 0]) for i in range(len(rows))]
     for axis, (atoms, title) in zip(axes, shown, strict=True):
-        peak = atoms.abs().flatten(1).amax(1)
-        scaled = atoms / peak.where(peak > 0, 1)[:, None, None]
-        show(axis, tile(scaled, columns), title, limits=(-1, 1))
-        axis.set_axis_off()
+        show_tiles(axis, atoms, columns, title)
     axis = figure.add_subplot(grid[:, 1])
     rank = range(1, len(usage.use) + 1)
     axis.plot(rank, 100 * usage.use.cpu(), linewidth=1.8, color=BLUE)

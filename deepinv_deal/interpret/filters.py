@@ -13,9 +13,9 @@ from deepinv_deal.interpret._figures import (
     largest,
     new_figure,
     show,
-    tile,
+    show_tiles,
 )
-from deepinv_deal.interpret._models import attentive_prior
+from deepinv_deal.interpret._models import analysis_operator, attentive_prior
 from deepinv_deal.operators import MultiConvOperator
 from deepinv_deal.priors import DEALPrior
 
@@ -101,9 +101,7 @@ def _operator(model: Any, branch: str) -> MultiConvOperator:
         return prior.mask_network.W.operator()
     if branch != "regularizer":
         raise ValueError(f"branch must be 'regularizer' or 'mask', got {branch!r}.")
-    if isinstance(prior, DEALPrior):
-        return prior.W.operator()
-    return prior.bind().W
+    return analysis_operator(model)
 
 
 def plot_filters(
@@ -123,20 +121,14 @@ def plot_filters(
     """
     norms = filters.flatten(1).norm(dim=1)
     order = norms.argsort(descending=True)[:num_filters]
-    chosen = filters[order].mean(1)
-    peak = chosen.abs().flatten(1).amax(1)
-    scaled = chosen / peak.where(peak > 0, 1)[:, None, None]
+    share = float(norms[order].square().sum() / norms.square().sum())
+    title = (
+        f"{title}\n{len(order)} of {len(filters)}, {share:.0%} of the energy; each on "
+        "its own scale"
+    )
     rows = -(-len(order) // columns)
     figure = new_figure(0.85 * columns, 0.85 * rows + 0.6)
-    axis = figure.subplots()
-    show(axis, tile(scaled, columns), cmap="gray", limits=(-1, 1))
-    axis.set_axis_off()
-    share = float(norms[order].square().sum() / norms.square().sum())
-    axis.set_title(
-        f"{title}\n{len(order)} of {len(filters)}, {share:.0%} of the energy; each on "
-        "its own scale",
-        fontsize=TITLE,
-    )
+    show_tiles(figure.subplots(), filters[order].mean(1), columns, title)
     return figure
 
 
@@ -152,16 +144,15 @@ def plot_normal_response(impulse: Tensor, spectrum: Tensor) -> Figure:
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
     centre = len(impulse) // 2
     radius = min(10, centre)
-    window = impulse[centre - radius : centre + radius + 1]
-    window = window[:, centre - radius : centre + radius + 1].clone()
-    middle_value = float(window[radius, radius])
-    window[radius, radius] = 0
-    peak = largest(window)
-    window[radius, radius] = middle_value
+    near = slice(centre - radius, centre + radius + 1)
+    others = impulse[near, near].clone()
+    others[radius, radius] = 0
+    peak = largest(others)
     show(
         left,
-        window,
-        f"impulse response of $W^T W$\nthe pixel itself: {middle_value:.2f}",
+        impulse[near, near],
+        "impulse response of $W^T W$\n"
+        f"the pixel itself: {float(impulse[centre, centre]):.2f}",
         cmap="RdBu_r",
         limits=(-peak, peak),
         colorbar=True,
@@ -186,7 +177,9 @@ def plot_normal_response(impulse: Tensor, spectrum: Tensor) -> Figure:
     diagonal = spectrum.diagonal()[half:].cpu()
     right.plot(2**0.5 * frequency, diagonal, label="diagonal")
     right.set_xlabel("cycles per pixel")
-    right.set_title("sections of the spectrum\n0: free, 1: penalised most", fontsize=11)
+    right.set_title(
+        "sections of the spectrum\n0: free, 1: penalised most", fontsize=TITLE
+    )
     right.set_ylim(0, None)
     right.grid(alpha=0.3)
     right.legend(fontsize=SMALL)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deal.interpret._models import attentive, one_sample
+from deepinv_deal.interpret._models import attentive
 from deepinv_deal.models import Problem
 from deepinv_deal.priors import AttentiveEquation, AttentiveL1Equation
 from deepinv_deal.solvers import (
@@ -76,7 +76,12 @@ def linearize(
     attentive(model)
     with torch.no_grad():
         problem = model.pose(y, physics, sigma, lambda_reg=lambda_reg, init=init)
-        one_sample("y", problem.equation.b)
+        b = problem.equation.b
+        if len(b) != 1:
+            raise ValueError(
+                f"y must hold one sample, got {len(b)} (shape {tuple(b.shape)}). "
+                "Examine them one by one: y[i : i + 1]."
+            )
         x, result = solve_equation(
             problem.equation,
             problem.equation.start(problem.init),

@@ -3,7 +3,7 @@ r"""How fast the iteration converges, and how stable its fixed point is."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from deepinv_deal._batch import norm
 from deepinv_deal.interpret._figures import BLUE, GRAY, ORANGE, SMALL, TITLE, new_figure
 from deepinv_deal.interpret.linearization import Linearization
-from deepinv_deal.priors.deal import MASK_MIN, AttentiveEquation
-from deepinv_deal.solvers import conjugate_gradient, fixed_point
+from deepinv_deal.interpret.paths import plain_iteration
+from deepinv_deal.priors.attentive_quadratic import AttentiveEquation
+from deepinv_deal.priors.deal import MASK_MIN, BoundMask
+from deepinv_deal.solvers import conjugate_gradient
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 
 if TYPE_CHECKING:
@@ -55,23 +57,14 @@ def jacobian_eigenvalues(at: Linearization, num_eigenvalues: int = 1) -> Tensor:
     :return: complex, falling modulus, shape ``(num_eigenvalues,)``.
     :raises ValueError: for a number that is not in that range.
     """
-    from scipy.sparse.linalg import eigs
-
     n = at.x.numel()
     if not 1 <= num_eigenvalues <= n - 2:
         raise ValueError(
             f"num_eigenvalues must lie between 1 and {n - 2}, got {num_eigenvalues}."
         )
     # Few vectors: products are dear. ARPACK wants two more than eigenvalues.
-    found = eigs(
-        _scipy_operator(at, at.jacobian_adjoint),
-        k=num_eigenvalues,
-        which="LM",
-        ncv=min(n, max(2 * num_eigenvalues + 4, 10)),
-        v0=_start(at),
-        tol=EIGEN_RTOL,
-        return_eigenvectors=False,
-    )
+    num_vectors = max(2 * num_eigenvalues + 4, 10)
+    found = _eigenvalues(at, at.jacobian_adjoint, num_eigenvalues, num_vectors)
     values = torch.as_tensor(found)
     return values[values.abs().argsort(descending=True)]
 
@@ -116,12 +109,11 @@ def stability_constant(at: Linearization) -> float:
 
     :param Linearization at: from :func:`linearize`.
     """
-    return (
-        _largest_eigenvalue(
-            at, lambda v: at.sensitivity(at.data_normal(at.sensitivity_adjoint(v)))
-        )
-        ** 0.5
-    )
+
+    def normal(v: Tensor) -> Tensor:
+        return at.sensitivity(at.data_normal(at.sensitivity_adjoint(v)))
+
+    return _largest_eigenvalue(at, normal) ** 0.5
 
 
 def divergence(
@@ -239,7 +231,13 @@ def conservative_bounds(at: Linearization) -> ConservativeBounds:
             "conservative_bounds are those of DEAL's paper, got SAFI or MMR."
         )
     regularizer, weight = equation.regularizer, float(equation.lambda_reg)
-    epsilon = torch.full((), MASK_MIN**2, dtype=at.x.dtype, device=at.x.device)
+    mask = regularizer.attention
+    if not isinstance(mask, BoundMask):
+        raise TypeError(
+            "conservative_bounds need the mask network of DEAL, got "
+            f"{type(mask).__name__}."
+        )
+    epsilon = at.x.new_tensor(MASK_MIN**2)
 
     def least_normal(v: Tensor) -> Tensor:
         return at.data_normal(v) + weight * regularizer.normal(v, epsilon)
@@ -253,27 +251,21 @@ def conservative_bounds(at: Linearization) -> ConservativeBounds:
         smallest = 1 / _largest_eigenvalue(at, inverse)
         norm_A = _largest_eigenvalue(at, at.data_normal) ** 0.5
         norm_W = _largest_eigenvalue(at, regularizer.W.normal) ** 0.5
-        mask = regularizer.mask_network
-        L = 2.0 * float(mask.alpha.max()) * _sqnorm(mask.W.normal_kernel()) ** 0.5
+        filters = _kernel_norm(mask.W.normal_kernel(), 256) ** 0.5
+        L = 2.0 * float(mask.alpha.max()) * filters
         for spline in mask.phi:
             L *= float(spline.coefficients.diff(dim=1).abs().max() / spline.step)
         for kernel in mask.V:
-            L *= _kernel_norm(kernel)
+            L *= _kernel_norm(kernel, 32)
         q = weight * L * norm_W**2 * float(norm(equation.b)) / smallest**2
     update = norm_A / smallest
     stability = update / (1 - q) if q < 1 else float("inf")
     return ConservativeBounds(smallest, update, L, q, stability)
 
 
-def _kernel_norm(kernel: Tensor, size: int = 32) -> float:
+def _kernel_norm(kernel: Tensor, size: int) -> float:
     """Norm of a convolution on an unbounded image, by the DFT of its kernel."""
     symbol = torch.fft.rfft2(kernel, s=(size, size)).permute(2, 3, 0, 1)
-    return float(torch.linalg.matrix_norm(symbol, 2).max())
-
-
-def _sqnorm(normal_kernel: Tensor, size: int = 256) -> float:
-    """Squared norm of a multi-convolution from the kernel of its normal operator."""
-    symbol = torch.fft.rfft2(normal_kernel, s=(size, size)).permute(2, 3, 0, 1)
     return float(torch.linalg.matrix_norm(symbol, 2).max())
 
 
@@ -296,14 +288,7 @@ def iteration_residuals(
     equation = at.problem.equation
     with torch.no_grad():
         start = equation.start(at.problem.init) if init is None else init
-        result = fixed_point(
-            equation.freeze,
-            start,
-            rtol=0.0,
-            max_iter=num_iter,
-            forcing=ITERATION_FORCING,
-            damped=False,
-        )
+        result = plain_iteration(equation, start, num_iter, ITERATION_FORCING)
     return result.history[:, 0]
 
 
@@ -329,17 +314,21 @@ def asymptotic_rate(residuals: Tensor, last: int = 10) -> float:
     :return: factor per iteration; below 1 if the iteration converges.
     :raises ValueError: if fewer than two residuals are above rounding.
     """
-    floor = ROUNDING * torch.finfo(residuals.dtype).eps * residuals.max()
-    small = (residuals <= floor).nonzero()
-    usable = residuals[: int(small[0])] if len(small) else residuals
-    logs = usable[-(last + 1) :].double().log()
+    logs = _above_rounding(residuals)[-(last + 1) :].double().log()
     if len(logs) < 2:
         raise ValueError(
             f"residuals must hold two or more values above rounding, got {len(logs)}."
         )
-    k = torch.arange(len(logs), dtype=logs.dtype)
+    k = torch.arange(len(logs)).to(logs)
     k = k - k.mean()
     return float(((k * logs).sum() / k.square().sum()).exp())
+
+
+def _above_rounding(residuals: Tensor) -> Tensor:  # (n,) -> (m,), m <= n
+    """Cuts off the residuals from the first one at the level of rounding."""
+    floor = ROUNDING * torch.finfo(residuals.dtype).eps * residuals.max()
+    small = (residuals <= floor).nonzero()
+    return residuals[: int(small[0])] if len(small) else residuals
 
 
 # -- figures -----------------------------------------------------------------------
@@ -388,9 +377,7 @@ def plot_convergence(residuals: Tensor, radius: float) -> Figure:
     axis.semilogy(
         k, residuals.cpu(), "o-", color=BLUE, markersize=3, label="observed residual"
     )
-    floor = ROUNDING * torch.finfo(residuals.dtype).eps * residuals.max()
-    usable = int((residuals.cpu() > floor).cumprod(0).sum())
-    anchor = max(2 * usable // 3, 0)
+    anchor = 2 * len(_above_rounding(residuals)) // 3
     predicted = residuals[anchor].cpu() * radius ** (k - anchor).double()
     axis.semilogy(
         k,
@@ -415,34 +402,42 @@ def plot_convergence(residuals: Tensor, radius: float) -> Figure:
 # -- SciPy ---------------------------------------------------------------------------
 
 
-def _start(at: Linearization) -> np.ndarray:
-    """The first vector of Lanczos and Arnoldi iterations, the same in every call."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(at.x.numel(), generator=generator).to(at.x.dtype).numpy()
+def _eigenvalues(
+    at: Linearization,
+    product: LinearMap,
+    number: int,
+    num_vectors: int,
+    *,
+    symmetric: bool = False,
+) -> np.ndarray:
+    """
+    Finds the eigenvalues of largest modulus of a map, by Arnoldi iterations.
 
-
-def _scipy_operator(at: Linearization, product: LinearMap) -> Any:
-    from scipy.sparse.linalg import LinearOperator
+    Of a symmetric map, those of largest value, by Lanczos iterations.
+    """
+    from scipy.sparse.linalg import LinearOperator, eigs, eigsh
 
     def matvec(v: np.ndarray) -> np.ndarray:
         w = torch.from_numpy(np.ascontiguousarray(v)).to(at.x).view_as(at.x)
         return product(w).flatten().cpu().numpy()
 
-    n, start = at.x.numel(), _start(at)
-    return LinearOperator((n, n), matvec=matvec, dtype=start.dtype)
-
-
-def _largest_eigenvalue(at: Linearization, product: LinearMap) -> float:
-    """Largest eigenvalue of a symmetric positive semidefinite map, by Lanczos."""
-    from scipy.sparse.linalg import eigsh
-
-    found = eigsh(
-        _scipy_operator(at, product),
-        k=1,
-        which="LA",
-        ncv=min(at.x.numel(), 8),
-        v0=_start(at),
+    n = at.x.numel()
+    # The same first vector in every call.
+    start = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    v0 = start.to(at.x.dtype).numpy()
+    find, which = (eigsh, "LA") if symmetric else (eigs, "LM")
+    return find(
+        LinearOperator((n, n), matvec=matvec, dtype=v0.dtype),
+        k=number,
+        which=which,
+        ncv=min(n, num_vectors),
+        v0=v0,
         tol=EIGEN_RTOL,
         return_eigenvectors=False,
     )
-    return float(max(found[0], 0.0))
+
+
+def _largest_eigenvalue(at: Linearization, product: LinearMap) -> float:
+    """Largest eigenvalue of a symmetric positive semidefinite map."""
+    (found,) = _eigenvalues(at, product, 1, 8, symmetric=True)
+    return float(max(found, 0.0))

@@ -2,6 +2,7 @@ r"""What the mask hides from the regularizer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,9 @@ from torch import Tensor
 
 from deepinv_deal.interpret._figures import TITLE, largest, new_figure, show
 from deepinv_deal.interpret._models import attentive_prior
-from deepinv_deal.priors import DEALPrior
+from deepinv_deal.priors import AttentiveL1Prior
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from matplotlib.figure import Figure
 
 
@@ -83,12 +82,12 @@ def masked_responses(
             f"x must be images (B, {prior.in_channels}, H, W), got shape "
             f"{tuple(x.shape)}."
         )
-    if not isinstance(prior, DEALPrior):
+    if isinstance(prior, AttentiveL1Prior):
         bound = prior.bind()
         response = bound.analyse(x)
         return MaskedResponses(response, bound.mask(x, response))
     if sigma is None:
-        raise ValueError("sigma is missing: DEAL's mask depends on the noise level.")
+        raise ValueError("sigma is missing: the mask depends on the noise level.")
     regularizer = prior.bind(sigma, x)
     return MaskedResponses(regularizer.analyse(x), regularizer.mask(x))
 

@@ -19,7 +19,8 @@ from deepinv_deal.interpret._figures import (
     show,
 )
 from deepinv_deal.interpret._models import attentive
-from deepinv_deal.solvers import fixed_point
+from deepinv_deal.solvers import Equation, SolverResult, fixed_point
+from deepinv_deal.solvers.fixed_point import Callback
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,16 +98,38 @@ def solution_path(
         masks.append(mask.reshape(len(image), -1, *mask.shape[2:]).mean(1, True))
 
     record(x)
-    result = fixed_point(
+    result = plain_iteration(
+        equation, x, num_iter, inner_rtol, lambda _k, _previous, z: record(z)
+    )
+    return SolutionPath(torch.stack(images), torch.stack(masks), result.history)
+
+
+def plain_iteration(
+    equation: Equation,
+    x: Tensor,
+    num_iter: int,
+    inner_rtol: float,
+    callback: Callback | None = None,
+) -> SolverResult:
+    r"""
+    Runs :math:`x_{k+1} = T(x_k)` without damping, extrapolation or tolerance.
+
+    :param object equation: the equation whose frozen problems make up :math:`T`.
+    :param torch.Tensor x: first unknown.
+    :param int num_iter: number of iterations.
+    :param float inner_rtol: factor by which each inner solve reduces its residual.
+    :param Callable callback: called as ``callback(k, x_previous, x)``.
+    :return: (:class:`SolverResult`) with the residuals of all iterates in ``history``.
+    """
+    return fixed_point(
         equation.freeze,
         x,
         rtol=0.0,
         max_iter=num_iter,
         forcing=inner_rtol,
         damped=False,
-        callback=lambda _k, _previous, iterate: record(iterate),
+        callback=callback,
     )
-    return SolutionPath(torch.stack(images), torch.stack(masks), result.history)
 
 
 def initialization_paths(

@@ -84,7 +84,6 @@ def posterior_variance(
     :raises ValueError: if a number is not positive.
     """
     _check_positive(noise=noise, spacing=spacing, num_probes=num_probes)
-    generator = generator or torch.Generator().manual_seed(0)
     channels, height, width = at.x.shape[1:]
     offsets = [
         (c, i, j)
@@ -94,8 +93,7 @@ def posterior_variance(
     ]
     total = torch.zeros_like(at.x)
     for signs in random_signs(at.x, num_probes, generator):
-        probes = torch.zeros(len(offsets), *signs.shape, dtype=signs.dtype)
-        probes = probes.to(signs.device)
+        probes = signs.new_zeros(len(offsets), *signs.shape)
         for probe, (c, i, j) in zip(probes, offsets, strict=True):
             grid = (c, slice(i, None, spacing), slice(j, None, spacing))
             probe[grid] = signs[grid]
@@ -298,22 +296,12 @@ def plot_uncertainty(
     figure = new_figure(15.0, 4.5)
     axes = figure.subplots(1, 4)
     show(axes[0], x_hat[0], "reconstruction\n")
-    show(
-        axes[1],
-        std,
-        f"predicted standard deviation\nfactor {calibration.factor:.2f} fitted",
-        cmap="magma",
-        limits=(0, top),
-        colorbar=True,
+    maps = (
+        (std, f"predicted standard deviation\nfactor {calibration.factor:.2f} fitted"),
+        (absolute, f"true error\ncorrelation {calibration.correlation:.2f}"),
     )
-    show(
-        axes[2],
-        absolute,
-        f"true error\ncorrelation {calibration.correlation:.2f}",
-        cmap="magma",
-        limits=(0, top),
-        colorbar=True,
-    )
+    for axis, (image, title) in zip(axes[1:3], maps, strict=True):
+        show(axis, image, title, cmap="magma", limits=(0, top), colorbar=True)
     _draw_calibration(axes[3], {"": calibration})
     return figure
 
@@ -336,8 +324,8 @@ def _draw_calibration(axis: Any, calibrations: dict[str, Calibration]) -> None:
     for i, (name, found) in enumerate(calibrations.items()):
         label = f"{name}{', ' if name else ''}90 % interval holds {found.coverage:.0%}"
         axis.plot(
-            found.predicted,
-            found.observed,
+            found.predicted.cpu(),
+            found.observed.cpu(),
             "o-",
             markersize=4,
             color=colors[i % len(colors)],

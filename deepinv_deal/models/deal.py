@@ -29,8 +29,8 @@ from deepinv_deal.models.problem import Problem
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.optim import FixedPointOptim
 from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ, DEFAULT_RTOL
-from deepinv_deal.priors import DEALPrior
-from deepinv_deal.priors.deal import AttentiveEquation
+from deepinv_deal.priors import AttentiveQuadraticPrior, DEALPrior
+from deepinv_deal.priors.attentive_quadratic import AttentiveEquation
 from deepinv_deal.priors.preconditioning import Preconditioner
 from deepinv_deal.solvers import full_precision
 from deepinv_deal.weights import load_prior
@@ -140,7 +140,7 @@ class DEAL(FixedPointOptim, Denoiser):
         not converge.
     :param bool strict: raise a :class:`deepinv_deal.ConvergenceError` instead, also in
         the backward pass.
-    :param DEALPrior prior: use this prior instead of ``pretrained``.
+    :param AttentiveQuadraticPrior prior: use this prior instead of ``pretrained``.
     :param str normalization: norm rule of the filters for ``pretrained=None``,
         ``"published"`` if ``None``. Weights decide if given.
     :param str, torch.device device: where the model lives.
@@ -173,7 +173,7 @@ class DEAL(FixedPointOptim, Denoiser):
         custom_metrics: dict[str, Any] | None = None,
         warn: bool = True,
         strict: bool = False,
-        prior: DEALPrior | None = None,
+        prior: AttentiveQuadraticPrior | None = None,
         normalization: Normalization | None = None,
         device: str | torch.device = "cpu",
         pretrained: str | os.PathLike[str] | None = "deal_gray",
@@ -185,11 +185,12 @@ class DEAL(FixedPointOptim, Denoiser):
         elif prior is None and pretrained is not None:
             prior = load_prior(pretrained, in_channels or 1)
         assert prior is not None
-        for name, asked, has in (
-            ("in_channels", in_channels, prior.in_channels),
-            ("num_filters", num_filters, prior.num_filters),
-            ("normalization", normalization, prior.W.normalization),
+        for name, asked in (
+            ("in_channels", in_channels),
+            ("num_filters", num_filters),
+            ("normalization", normalization),
         ):
+            has = getattr(prior, name, None)
             if asked is not None and asked != has:
                 raise ValueError(
                     f"{name}={asked} was asked for, but the weights "

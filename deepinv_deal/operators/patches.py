@@ -39,12 +39,18 @@ class PatchConv:
     """
 
     def __init__(self, kernels: Tensor, boundary: Boundary):
-        self.kernels, self.circular = kernels, boundary == "circular"
-        n = kernels.shape[-1]
+        self.kernels, self.boundary = kernels, boundary
+        self.circular = boundary == "circular"
+        n = self.patch_size
         self.before, self.after = (n - 1) // 2, n // 2
         self.forward_conv = Convolution(kernels[:, None], pad=0)
         flipped = kernels.flip(-2, -1)[None]
         self.adjoint_conv = Convolution(flipped, pad=0 if self.circular else n - 1)
+
+    @property
+    def patch_size(self) -> int:
+        """Rows (and columns) of a patch."""
+        return self.kernels.shape[-1]
 
     def __call__(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C J, H', W')
         """Applies :math:`W`."""
@@ -113,6 +119,17 @@ class PatchFrame:
     def atoms(self) -> Tensor:
         r"""The atoms :math:`D^{\top}` as images, shape ``(p, n, n)``."""
         return torch.tensordot(self.C, self.features.kernels, 1)
+
+    @property
+    def free_features(self) -> PatchConv:
+        r"""
+        The filters ``free``, ``(B, C, H, W)`` to ``(B, C (d - m), H', W')``.
+
+        With ``features`` they form an orthonormal basis of the patches, so that the
+        normal operators add up to :math:`\sum_k P_k^{\top} P_k`.
+        """
+        n = self.features.patch_size
+        return PatchConv(self.free.unflatten(1, (n, n)), self.features.boundary)
 
     def synthesis(self, a: Tensor) -> Tensor:  # (B, C p, H', W') -> (B, C m, H', W')
         r"""Returns :math:`C^{\top} a_k`, the patches in the basis :math:`U`."""
@@ -232,8 +249,7 @@ class PatchDictionary(nn.Module):
         frame = self.frame()
         atoms = frame.atoms
         self.atoms.copy_(atoms / torch.linalg.vector_norm(atoms[0]))
-        n = self.patch_size
-        self.free_atoms.copy_(frame.free[1:].unflatten(1, (n, n)))
+        self.free_atoms.copy_(frame.free_features.kernels[1:])
 
     def extra_repr(self) -> str:
         """Describes the module."""

@@ -13,7 +13,7 @@ from deepinv.optim.prior import Prior
 from torch import Tensor
 
 from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation
-from deepinv_deal.priors.deal import AttentiveEquation
+from deepinv_deal.priors.attentive_quadratic import AttentiveEquation
 from deepinv_deal.priors.preconditioning import PRECONDITIONERS, Preconditioner
 from deepinv_deal.solvers import (
     AdjointOptions,
@@ -181,7 +181,7 @@ class FixedPointOptim(BaseOptim):
     :param int inner_max_iter: largest number of conjugate gradient iterations per
         solve.
     :param float rtol: tolerance on the imbalance of forces, see
-        :class:`deepinv_deal.priors.deal.AttentiveEquation`.
+        :class:`deepinv_deal.priors.AttentiveEquation`.
     :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``,
         see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
     :param float forcing: see :func:`deepinv_deal.solvers.fixed_point`.

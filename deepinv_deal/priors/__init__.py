@@ -1,7 +1,12 @@
 """Regularizers as deepinv priors: what a model freezes."""
 
 from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation
-from deepinv_deal.priors.deal import AttentiveEquation, DEALPrior
+from deepinv_deal.priors.attentive_quadratic import (
+    AttentiveEquation,
+    AttentiveQuadratic,
+    AttentiveQuadraticPrior,
+)
+from deepinv_deal.priors.deal import DEALPrior
 from deepinv_deal.priors.patches import (
     PatchPrior,
     PatchSynthesisPrior,
@@ -26,6 +31,8 @@ __all__ = [
     "AttentiveL1Equation",
     "AttentiveL1Prior",
     "AttentiveMask",
+    "AttentiveQuadratic",
+    "AttentiveQuadraticPrior",
     "ConcavePotential",
     "DEALPrior",
     "GroupPenalty",

@@ -8,7 +8,12 @@ from deepinv_deal.training.data import (
     load_image_folder,
     load_images,
 )
-from deepinv_deal.training.deal import DEALRecipe, DEALTrainer, grow
+from deepinv_deal.training.deal import (
+    AttentiveQuadraticTrainer,
+    DEALRecipe,
+    DEALTrainer,
+    grow,
+)
 from deepinv_deal.training.dictionary import DictionaryRecipe, DictionaryTrainer
 from deepinv_deal.training.engine import Recipe, SingleLevelRecipe, Trainer
 from deepinv_deal.training.losses import deal_loss
@@ -16,6 +21,7 @@ from deepinv_deal.training.losses import deal_loss
 __all__ = [
     "AttentiveL1Recipe",
     "AttentiveL1Trainer",
+    "AttentiveQuadraticTrainer",
     "DEALRecipe",
     "DEALTrainer",
     "DenoisingSampler",

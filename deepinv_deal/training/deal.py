@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from deepinv_deal.models.deal import DEAL
 from deepinv_deal.operators.multi_conv import Normalization
-from deepinv_deal.priors import DEALPrior
+from deepinv_deal.priors import AttentiveQuadraticPrior, DEALPrior
 from deepinv_deal.solvers import (
     AdjointOptions,
     FrozenProblem,
@@ -23,6 +23,8 @@ from deepinv_deal.training.data import Problems, numbered_generator
 from deepinv_deal.training.engine import Recipe, Trainer
 from deepinv_deal.training.losses import deal_loss
 from deepinv_deal.weights import load_prior, save_prior
+
+Prior = TypeVar("Prior", bound=AttentiveQuadraticPrior)
 
 #: Noise levels at which validation is reported.
 VALIDATION_SIGMAS = (5 / 255, 15 / 255, 25 / 255)
@@ -99,35 +101,16 @@ class DEALRecipe(Recipe):
         return VALIDATION_SIGMAS
 
 
-class DEALTrainer(Trainer[DEALRecipe, DEALPrior]):
+class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
     """
-    Trains a :class:`deepinv_deal.priors.DEALPrior`; see :class:`Trainer`.
+    Trains any :class:`deepinv_deal.priors.AttentiveQuadraticPrior`; see
+    :class:`Trainer`.
+
+    A subclass gives the prior to train, in :meth:`new_prior`.
 
     :param DEALRecipe recipe: settings.
     :param bool resume: go on from ``state.pt`` if there is one.
     """
-
-    def new_prior(self) -> DEALPrior:
-        """Returns a prior with random weights."""
-        recipe = self.recipe
-        return DEALPrior(recipe.in_channels, recipe.num_filters, recipe.normalization)
-
-    def load_prior(self, pretrained: str) -> DEALPrior:
-        """Returns the prior with the weights of ``recipe.init``, grown if too small."""
-        prior, num_filters = load_prior(pretrained), self.recipe.num_filters
-        return grow(prior, num_filters) if prior.num_filters < num_filters else prior
-
-    def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
-        """Writes the weights of the prior in training, atomically."""
-        save_prior(self.prior, path, metadata)
-
-    def describe(self, prior: DEALPrior) -> dict[str, Any]:
-        """Returns what the recipe says about a prior, by the names it uses."""
-        return {
-            "in_channels": prior.in_channels,
-            "num_filters": prior.num_filters,
-            "normalization": prior.W.normalization,
-        }
 
     def new_model(self) -> DEAL:
         """Returns the model that validation calls, around the prior in training."""
@@ -193,6 +176,37 @@ class DEALTrainer(Trainer[DEALRecipe, DEALPrior]):
         return loss, result.x
 
 
+class DEALTrainer(AttentiveQuadraticTrainer[DEALPrior]):
+    """
+    Trains a :class:`deepinv_deal.priors.DEALPrior`; see :class:`Trainer`.
+
+    :param DEALRecipe recipe: settings.
+    :param bool resume: go on from ``state.pt`` if there is one.
+    """
+
+    def new_prior(self) -> DEALPrior:
+        """Returns a prior with random weights."""
+        recipe = self.recipe
+        return DEALPrior(recipe.in_channels, recipe.num_filters, recipe.normalization)
+
+    def load_prior(self, pretrained: str) -> DEALPrior:
+        """Returns the prior with the weights of ``recipe.init``, grown if too small."""
+        prior, num_filters = load_prior(pretrained), self.recipe.num_filters
+        return grow(prior, num_filters) if prior.num_filters < num_filters else prior
+
+    def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
+        """Writes the weights of the prior in training, atomically."""
+        save_prior(self.prior, path, metadata)
+
+    def describe(self, prior: DEALPrior) -> dict[str, Any]:
+        """Returns what the recipe says about a prior, by the names it uses."""
+        return {
+            "in_channels": prior.in_channels,
+            "num_filters": prior.num_filters,
+            "normalization": prior.normalization,
+        }
+
+
 def grow(prior: DEALPrior, num_filters: int, strength: float = 0.1) -> DEALPrior:
     r"""
     Returns a prior with more filters that reconstructs nearly as the given one does.
@@ -221,7 +235,7 @@ def grow(prior: DEALPrior, num_filters: int, strength: float = 0.1) -> DEALPrior
             f"num_filters must be at least the prior's {n}, got {num_filters}: filters "
             "can be added, not removed."
         )
-    grown = DEALPrior(prior.in_channels, num_filters, prior.W.normalization)
+    grown = DEALPrior(prior.in_channels, num_filters, prior.normalization)
     grown.to(prior.kappa.coefficients)
     state = grown.state_dict()
     for name, old in prior.state_dict().items():

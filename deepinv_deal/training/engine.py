@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.training.data import DenoisingSampler, Problems, load_images
-from deepinv_deal.weights.files import replacing
+from deepinv_deal.weights.files import checked, read_weights, replacing, write_weights
 
 R = TypeVar("R", bound="Recipe")
 P = TypeVar("P", bound=nn.Module)
@@ -216,17 +216,19 @@ class Trainer(ABC, Generic[R, P]):
     def new_prior(self) -> P:
         """Returns a prior with random weights."""
 
-    @abstractmethod
     def load_prior(self, pretrained: str) -> P:
         """Returns the prior with the weights of ``recipe.init``."""
+        prior = self.new_prior()
+        state, _ = read_weights(pretrained, type(prior))
+        return checked(prior, state, pretrained)
 
-    @abstractmethod
     def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
         """Writes the weights of the prior in training, atomically."""
+        write_weights(self.prior, path, metadata)
 
-    @abstractmethod
-    def describe(self, prior: P) -> dict[str, Any]:
+    def describe(self, prior: P) -> dict[str, Any]:  # noqa: ARG002
         """Returns what the recipe says about a prior, by the names it uses."""
+        return {}
 
     @abstractmethod
     def new_model(self) -> Callable[..., Any]:

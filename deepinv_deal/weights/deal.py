@@ -113,7 +113,7 @@ def save_prior(
     :param str path: file to write.
     :param dict metadata: strings to store with the weights.
     """
-    header = {"normalization": prior.W.normalization}
+    header = {"normalization": prior.normalization}
     write_weights(prior, path, {**header, **(metadata or {})})
 
 

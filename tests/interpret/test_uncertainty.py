@@ -7,7 +7,15 @@ import pytest
 import torch
 from linearized import SIZE, small_problem
 from matplotlib.figure import Figure
-from problems import DOUBLE, dense, generator, images, random_model, relative_error
+from problems import (
+    DOUBLE,
+    dense,
+    generator,
+    images,
+    random_model,
+    random_prior,
+    relative_error,
+)
 
 from deepinv_deal.interpret import (
     averaging_kernels,
@@ -107,8 +115,6 @@ def test_samples_and_variance_are_in_the_units_of_the_data():
 
 
 def test_colour_images_have_a_variance_per_channel():
-    from problems import random_prior
-
     model = random_model(random_prior(3))
     at = linearize(model, images(1, 3, 8, 8), sigma=0.05, rtol=1e-8)
     exact = posterior_variance(at, 0.1, spacing=8, batch_size=64)

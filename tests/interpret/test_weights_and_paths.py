@@ -244,7 +244,7 @@ def test_the_parts_are_averages_of_patches_and_add_up(form, boundary):
     assert relative_error(parts.image, x_hat) < 1e-12
     # The smooth part by explicit patches.
     frame = model.prior.dictionary.frame()
-    n = frame.features.kernels.shape[-1]
+    n = frame.features.patch_size
     if boundary == "circular":
         before, after = (n - 1) // 2, n // 2
         pad = (before, after, before, after)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers import dense_matrix, random
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from deepinv_deal._batch import inner
@@ -36,6 +40,47 @@ def test_proximal_map_minimises(penalty, r, rng):
             assert energy(z + scale * random(rng, 1, 2, 4, 4)) > lowest - 1e-11
     assert energy(v) > lowest
     assert energy(torch.zeros_like(v)) > lowest
+
+
+@pytest.mark.parametrize("name", ["l1", "group", "order-1.8", "order-2"])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    log_threshold=st.floats(-6, 6),
+    log_size=st.floats(-3, 3),
+    r=st.floats(0.3, 10.0),
+)
+def test_proximal_maps_of_any_size_are_resolvents(
+    name, seed, log_threshold, log_size, r
+):
+    rng = torch.Generator().manual_seed(seed)
+    t = 10**log_threshold * (0.1 + torch.rand(1, 2, 1, 1, generator=rng, dtype=DOUBLE))
+    unit = {
+        "l1": L1Penalty(t / t),
+        "group": GroupPenalty(t / t),
+        "order-1.8": WeaklyConvexPenalty(t / t, 1.8),
+        "order-2": WeaklyConvexPenalty(t / t, 2.0),
+    }[name]
+    penalty = replace(unit, threshold=t)
+    v, w = 10**log_size * t * random(rng, 2, 1, 2, 4, 5)
+    z, y = penalty.prox(v, r), penalty.prox(w, r)
+    # Scaling: coefficients in units of their threshold have thresholds 1.
+    torch.testing.assert_close(z / t, unit.prox(v / t, r), rtol=1e-9, atol=1e-12)
+    # Odd, never beyond its argument, never across zero.
+    assert torch.equal(penalty.prox(-v, r), -z)
+    assert (z.abs() <= v.abs() * (1 + 1e-12)).all() and (z * v >= 0).all()
+    # The resolvent of a monotone operator less its weak convexity.
+    smallest = (1 - penalty.weak_convexity / r) * inner(z - y, z - y)
+    assert inner(z - y, v - w) >= smallest - 1e-9 * inner(v - w, v - w)
+    # Moreau: what is taken away lies in the dual ball, on its rim where z is not 0.
+    taken = r * (v - z) / t
+    if name == "l1":
+        assert (taken.abs() <= 1 + 1e-9).all()
+        torch.testing.assert_close(taken[z != 0].abs(), torch.ones_like(taken[z != 0]))
+    if name == "group":
+        size, kept = GroupPenalty(t / t).value(taken[:, :, :2, :2]), z[:, :, :2, :2]
+        assert size <= 2 + 1e-9  # two channels, so two blocks
+        if kept.flatten(2).any(2).all():
+            assert size >= 2 - 1e-9
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)

@@ -4,34 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from deepinv_deal.training import AttentiveL1Recipe, AttentiveL1Trainer
-
-SMALL = {
-    "num_filters": 3,
-    "patch_size": 10,
-    "batch_size": 2,
-    "steps": 100,
-    "warmup": 1,
-    "pool": 2,
-    "reuse": 2,
-    "val_images": 1,
-    "val_size": 16,
-    "lr": 0.02,
-    "adjoint_rtol": 1e-4,
-}
+from trainers import KINDS, slopes_of_the_loss, weights_after
 
 
-def trainer(folder, out, **changes):
-    recipe = AttentiveL1Recipe(data=str(folder), out=str(out), **(SMALL | changes))
-    return AttentiveL1Trainer(recipe, resume=False)
-
-
-def take(training, steps):
-    for _ in range(steps):
-        training.train_step()
-        training.step += 1
-    return torch.cat([p.detach().flatten() for p in training.prior.parameters()])
+def start(folder, out, **changes):
+    settings = {"steps": 100, "lr": 0.02, "adjoint_rtol": 1e-4, **changes}
+    return KINDS["safi"].start(folder, out, **settings)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +29,8 @@ def take(training, steps):
 def test_each_setting_changes_the_training(folder, tmp_path, change):
     # Steps large enough for the masks to move away from 1/2, where they all start.
     accurate = {"rtol": 1e-3, "depth": 20, "warm_depth": 3}
-    plain = take(trainer(folder, tmp_path, **accurate), 4)
-    changed = take(trainer(folder, tmp_path, **(accurate | change)), 4)
+    plain = weights_after(start(folder, tmp_path, **accurate), 4)
+    changed = weights_after(start(folder, tmp_path, **(accurate | change)), 4)
     assert plain.shape != changed.shape or not torch.equal(plain, changed)
 
 
@@ -67,32 +45,16 @@ def test_the_gradient_is_that_of_the_loss(folder, tmp_path, model):
         "batch_size": 1,
         "model": model,
     }
-    training = trainer(folder, tmp_path, **accurate)
-    training.prior.double()
+    training = start(folder, tmp_path, **accurate)
     with torch.no_grad():
         training.prior.lambda_reg.fill_(0.02)
-    problems = training.sampler.batch(0, 1)
-    problems = type(problems)(*(v.double() for v in vars(problems).values()))
-    loss, _ = training.loss(problems, None)
-    loss.backward()
     weight = training.prior.W.weight[0]
-    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
-    direction = direction.to(weight)
-    slope = (weight.grad * direction).sum().item()
-
-    def at(t):
-        with torch.no_grad():
-            weight.add_(t * direction)
-            value = training.loss(problems, None)[0].item()
-            weight.sub_(t * direction)
-        return value
-
-    step = 1e-6
-    assert slope == pytest.approx((at(step) - at(-step)) / (2 * step), rel=1e-3)
+    slope, difference = slopes_of_the_loss(training, weight, step=1e-6)
+    assert slope == pytest.approx(difference, rel=1e-3)
 
 
 def test_the_weight_stays_positive(folder, tmp_path):
-    training = trainer(folder, tmp_path)
+    training = start(folder, tmp_path)
     with torch.no_grad():
         training.prior.lambda_reg.fill_(-1.0)
     training.after_step()
@@ -101,6 +63,6 @@ def test_the_weight_stays_positive(folder, tmp_path):
 
 def test_bad_settings_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="model must be 'safi' or 'mmr', got 'deal'"):
-        trainer(folder, tmp_path, model="deal")
+        start(folder, tmp_path, model="deal")
     with pytest.raises(ValueError, match="depth must be positive, got 0"):
-        trainer(folder, tmp_path, depth=0)
+        start(folder, tmp_path, depth=0)

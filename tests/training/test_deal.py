@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from problems import random_prior
+from trainers import SMALL, options, take, weights_after
 
 from deepinv_deal import DEAL
 from deepinv_deal.cli import main
@@ -28,24 +29,17 @@ from deepinv_deal.training import (
 )
 from deepinv_deal.weights import load_prior, save_prior
 
-SMALL = {
+SETTINGS = SMALL | {
     "num_filters": 4,
     "patch_size": 16,
-    "batch_size": 2,
-    "steps": 6,
     "warmup": 2,
-    "pool": 2,
-    "reuse": 2,
     "depth_min": 2,
     "depth_max": 4,
-    "val_every": 3,
-    "val_images": 1,
-    "val_size": 16,
 }
 
 
 def recipe(folder, out, **changes):
-    return DEALRecipe(data=str(folder), out=str(out), **(SMALL | changes))
+    return DEALRecipe(data=str(folder), out=str(out), **(SETTINGS | changes))
 
 
 # -- data ----------------------------------------------------------------------
@@ -206,9 +200,7 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run_bit_for_bit(
     whole = DEALTrainer(recipe(folder, tmp_path / "whole"))
     whole.train()
     interrupted = DEALTrainer(recipe(folder, tmp_path / "parts"))
-    for _ in range(4):
-        interrupted.train_step()
-        interrupted.step += 1
+    take(interrupted, 4)
     interrupted.save()
     resumed = DEALTrainer(recipe(folder, tmp_path / "parts"))
     assert resumed.step == 4
@@ -222,14 +214,13 @@ def test_a_training_killed_again_and_again_resumes_bit_for_bit(folder, tmp_path)
     steps = 150
 
     def command(out):
-        options = {**SMALL, "steps": steps, "checkpoint_every": 0.0}
-        arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+        settings = SETTINGS | {"steps": steps, "checkpoint_every": 0.0}
         return [
             sys.executable,
             "-c",
             "import sys; from deepinv_deal.cli import main; sys.exit(main())",
             *("train", "deal", "--threads=1", f"--data={folder}", f"--out={out}"),
-            *arguments,
+            *options(settings),
         ]
 
     def done(out):
@@ -287,10 +278,7 @@ def test_training_writes_a_log_and_the_best_weights(folder, tmp_path):
 def test_a_few_steps_lower_the_loss_on_the_same_patches(folder, tmp_path):
     settings = {"steps": 1000, "pool": 1, "reuse": 1000, "lr": 5e-3, "warmup": 1}
     trainer = DEALTrainer(recipe(folder, tmp_path, **settings))
-    losses = []
-    for _ in range(12):
-        losses.append(trainer.train_step())
-        trainer.step += 1
+    losses = take(trainer, 12)
     assert min(losses[-3:]) < 0.9 * losses[0]
 
 
@@ -315,10 +303,7 @@ def test_each_setting_changes_the_training(folder, tmp_path, change):
         # Accurate adjoints: Jacobian-free answers are the first rough ones.
         settings = {"steps": 100, "adjoint_rtol": 1e-4, **settings}
         trainer = DEALTrainer(recipe(folder, tmp_path, **settings), resume=False)
-        for _ in range(3):
-            trainer.train_step()
-            trainer.step += 1
-        return torch.cat([p.detach().flatten() for p in trainer.prior.parameters()])
+        return weights_after(trainer, 3)
 
     assert not torch.equal(train(), train(**change))
 
@@ -356,11 +341,8 @@ def test_gradients_that_are_not_finite_never_reach_the_checkpoint(
 
 
 def test_the_command_trains(folder, tmp_path, capsys):
-    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
-    assert (
-        main(["train", "deal", f"--data={folder}", f"--out={tmp_path}", *arguments])
-        == 0
-    )
+    command = ["train", "deal", f"--data={folder}", f"--out={tmp_path}"]
+    assert main([*command, *options(SETTINGS)]) == 0
     assert "6 steps" in capsys.readouterr().out
     assert load_prior(tmp_path / "best.safetensors").num_filters == 4
 

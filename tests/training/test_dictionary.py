@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from trainers import KINDS, slopes_of_the_loss, weights_after
 
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
-from deepinv_deal.training import DictionaryRecipe, DictionaryTrainer
 from deepinv_deal.weights import load_patch_prior, save_patch_prior
 
 MODELS = ("cpr", "ncpr", "patch")
 
-SMALL = {
-    "num_atoms": 6,
-    "atom_size": 4,
-    "num_free_atoms": 5,
-    "patch_size": 10,
-    "batch_size": 2,
-    "steps": 6,
-    "warmup": 1,
-    "pool": 2,
-    "reuse": 2,
-    "val_every": 3,
-    "val_images": 1,
-    "val_size": 16,
-}
 
-
-def trainer(folder, out, model="cpr", **changes):
-    settings = {"model": model, **SMALL, **changes}
-    recipe = DictionaryRecipe(data=str(folder), out=str(out), **settings)
-    return DictionaryTrainer(recipe, resume=False)
-
-
-def take(training, steps):
-    for _ in range(steps):
-        training.train_step()
-        training.step += 1
-    return torch.cat([p.detach().flatten() for p in training.prior.parameters()])
+def start(folder, out, model="cpr", **changes):
+    return KINDS["cpr"].start(folder, out, model=model, **changes)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_constraints_hold_after_every_step(folder, tmp_path, model):
-    training = trainer(folder, tmp_path, model, lr=0.05)
+    training = start(folder, tmp_path, model, lr=0.05)
     for _ in range(5):
-        before = take(training, 0).clone()
-        assert not torch.equal(take(training, 1), before)
+        before = weights_after(training, 0)
+        assert not torch.equal(weights_after(training, 1), before)
         dictionary = training.prior.dictionary
         # The parameters themselves, not only what frame() makes of them.
         atoms, Q = dictionary.atoms.flatten(1), dictionary.free_atoms.flatten(1)
@@ -65,26 +41,10 @@ def test_the_constraints_hold_after_every_step(folder, tmp_path, model):
 @pytest.mark.parametrize("model", ["cpr", "patch"])
 def test_the_gradient_is_that_of_the_loss(folder, tmp_path, model):
     accurate = {"rtol": 1e-12, "max_iter": 20000, "adjoint_rtol": 1e-10}
-    training = trainer(folder, tmp_path, model, batch_size=1, **accurate)
-    training.prior.double()
-    problems = training.sampler.batch(0, 1)
-    problems = type(problems)(*(v.double() for v in vars(problems).values()))
-    loss, _ = training.loss(problems, None)
-    loss.backward()
+    training = start(folder, tmp_path, model, batch_size=1, **accurate)
     atoms = training.prior.dictionary.atoms
-    direction = torch.randn(atoms.shape, generator=torch.Generator().manual_seed(3))
-    direction = direction.to(atoms)
-    slope = (atoms.grad * direction).sum().item()
-
-    def at(t):
-        with torch.no_grad():
-            atoms.add_(t * direction)
-            value = training.loss(problems, None)[0].item()
-            atoms.sub_(t * direction)
-        return value
-
-    step = 1e-5
-    assert slope == pytest.approx((at(step) - at(-step)) / (2 * step), rel=1e-2)
+    slope, difference = slopes_of_the_loss(training, atoms, step=1e-5)
+    assert slope == pytest.approx(difference, rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -104,25 +64,25 @@ def test_the_gradient_is_that_of_the_loss(folder, tmp_path, model):
 )
 def test_each_setting_changes_the_training(folder, tmp_path, model, change):
     settings = {"adjoint_rtol": 1e-4, "steps": 100}
-    plain = take(trainer(folder, tmp_path, model, **settings), 4)
-    changed = take(trainer(folder, tmp_path, model, **(settings | change)), 4)
+    plain = weights_after(start(folder, tmp_path, model, **settings), 4)
+    changed = weights_after(start(folder, tmp_path, model, **(settings | change)), 4)
     assert not torch.equal(plain, changed)
 
 
 def test_sizes_are_those_of_the_recipe_and_published_ones_by_default(folder, tmp_path):
-    prior = trainer(folder, tmp_path).prior
+    prior = start(folder, tmp_path).prior
     assert (len(prior.dictionary.atoms), prior.dictionary.patch_size) == (6, 4)
     default = dict.fromkeys(("num_atoms", "atom_size", "num_free_atoms"))
     default["num_free_atoms"] = 120
     sizes = {**default, "patch_size": 20}
     for model, expected in (("ncpr", (200, 13, 120)), ("patch", (128, 10, 0))):
-        dictionary = trainer(folder, tmp_path, model, **sizes).prior.dictionary
+        dictionary = start(folder, tmp_path, model, **sizes).prior.dictionary
         assert expected == (
             len(dictionary.atoms),
             dictionary.patch_size,
             len(dictionary.free_atoms),
         )
-    low = trainer(folder, tmp_path, "ncpr", sigma=5 / 255).prior
+    low = start(folder, tmp_path, "ncpr", sigma=5 / 255).prior
     assert low.order == 2.0
     assert low.lambda_reg.item() == pytest.approx(0.003)
     assert low.beta.item() == pytest.approx(1.0)
@@ -130,7 +90,7 @@ def test_sizes_are_those_of_the_recipe_and_published_ones_by_default(folder, tmp
 
 def test_weights_files_of_another_model_or_damaged_ones_are_refused(folder, tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_patch_prior(trainer(folder, tmp_path).prior, path)
+    save_patch_prior(start(folder, tmp_path).prior, path)
     with pytest.raises(ValueError, match="not a weights file of PatchSynthesisPrior"):
         load_patch_prior(path, PatchSynthesisPrior)
     path.write_bytes(path.read_bytes()[:-100])
@@ -144,16 +104,16 @@ def test_weights_files_of_another_model_or_damaged_ones_are_refused(folder, tmp_
 
 def test_initial_weights_of_another_model_are_named(folder, tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_patch_prior(trainer(folder, tmp_path).prior, path)
-    assert trainer(folder, tmp_path, init=str(path)).step == 0
+    save_patch_prior(start(folder, tmp_path).prior, path)
+    assert start(folder, tmp_path, init=str(path)).step == 0
     with pytest.raises(ValueError, match="has model='cpr', the recipe says 'ncpr'"):
-        trainer(folder, tmp_path, "ncpr", init=str(path))
+        start(folder, tmp_path, "ncpr", init=str(path))
     with pytest.raises(ValueError, match="has num_atoms=6, the recipe says 7"):
-        trainer(folder, tmp_path, num_atoms=7, init=str(path))
+        start(folder, tmp_path, num_atoms=7, init=str(path))
 
 
 def test_bad_settings_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="model must be 'cpr', 'ncpr' or 'patch'"):
-        trainer(folder, tmp_path, "deal")
+        start(folder, tmp_path, "deal")
     with pytest.raises(ValueError, match="sigma must be positive, got -1"):
-        trainer(folder, tmp_path, sigma=-1)
+        start(folder, tmp_path, sigma=-1)

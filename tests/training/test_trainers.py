@@ -2,75 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
+from trainers import KINDS, SMALL, options, take
 
-from deepinv_deal import DEAL, MMR, SAFI, PatchSynthesis, SmoothPlusSparse
 from deepinv_deal.cli import main
-from deepinv_deal.training import (
-    AttentiveL1Recipe,
-    AttentiveL1Trainer,
-    DEALRecipe,
-    DEALTrainer,
-    DictionaryRecipe,
-    DictionaryTrainer,
-)
-
-SMALL = {
-    "patch_size": 10,
-    "batch_size": 2,
-    "steps": 6,
-    "warmup": 1,
-    "pool": 2,
-    "reuse": 2,
-    "val_every": 3,
-    "val_images": 1,
-    "val_size": 16,
-}
-
-
-@dataclass
-class Kind:
-    """A model with its recipe, in a small size."""
-
-    model: Any
-    recipe: Any
-    trainer: Any
-    settings: dict[str, Any]
-
-    def start(self, folder, out, *, resume=False, **changes):
-        settings = SMALL | self.settings | changes
-        recipe = self.recipe(data=str(folder), out=str(out), **settings)
-        return self.trainer(recipe, resume=resume)
-
-
-l1 = AttentiveL1Recipe, AttentiveL1Trainer
-dictionary = DictionaryRecipe, DictionaryTrainer
-size = {"num_atoms": 6, "atom_size": 4, "num_free_atoms": 5}
-KINDS = {
-    "deal": Kind(DEAL, DEALRecipe, DEALTrainer, {"num_filters": 4}),
-    "safi": Kind(SAFI, *l1, {"num_filters": 3, "model": "safi"}),
-    "mmr": Kind(MMR, *l1, {"num_filters": 3, "model": "mmr"}),
-    "cpr": Kind(SmoothPlusSparse, *dictionary, size | {"model": "cpr"}),
-    "ncpr": Kind(SmoothPlusSparse, *dictionary, size | {"model": "ncpr"}),
-    "patch": Kind(PatchSynthesis, *dictionary, size | {"model": "patch"}),
-}
 
 
 @pytest.fixture(params=KINDS)
 def name(request):
     return request.param
-
-
-def take(trainer, steps):
-    losses = []
-    for _ in range(steps):
-        losses.append(trainer.train_step())
-        trainer.step += 1
-    return losses
 
 
 def test_resuming_gives_the_weights_of_an_uninterrupted_run_bit_for_bit(
@@ -114,9 +55,8 @@ def test_weights_files_give_the_model_that_was_trained(folder, tmp_path, name):
 def test_the_command_trains(folder, tmp_path, capsys, name):
     settings = SMALL | KINDS[name].settings | {"steps": 2}
     settings.pop("model", None)
-    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
-    arguments += [f"--data={folder}", f"--out={tmp_path}"]
-    assert main(["train", name, *arguments]) == 0
+    folders = [f"--data={folder}", f"--out={tmp_path}"]
+    assert main(["train", name, *options(settings), *folders]) == 0
     assert "2 steps" in capsys.readouterr().out
     KINDS[name].model(pretrained=tmp_path / "best.safetensors")
 
@@ -137,10 +77,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch, ca
         trainer.train()
     assert trainer.state_path.read_bytes() == before
     assert not trainer.state_path.with_suffix(".tmp").exists()
-    settings = SMALL | kind.settings
-    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
-    command = ["train", "deal", f"--data={folder}", f"--out={tmp_path}", *arguments]
-    assert main([*command, "--checkpoint-every=0"]) == 2
+    command = ["train", "deal", f"--data={folder}", f"--out={tmp_path}"]
+    settings = SMALL | kind.settings | {"checkpoint_every": 0}
+    assert main([*command, *options(settings)]) == 2
     assert "make room" in capsys.readouterr().err
 
 

@@ -1,0 +1,80 @@
+"""A regularizer that a user writes: solved, tuned, looked into, differentiated."""
+
+from __future__ import annotations
+
+import deepinv as dinv
+import pytest
+import torch
+from helpers import gradients_equal_finite_differences, random
+from problems import TIGHT, images
+
+from deepinv_deal import DEAL, interpret, tune
+from deepinv_deal.operators import MultiConv
+from deepinv_deal.priors import AttentiveQuadratic, AttentiveQuadraticPrior
+
+
+class Own(AttentiveQuadraticPrior):
+    """Two learned filters; their mask falls with the response."""
+
+    def __init__(self):
+        super().__init__(in_channels=1)
+        self.W = MultiConv((1, 2), kernel_size=3)
+        self.c = torch.nn.Parameter(torch.tensor(0.3))
+
+    def regularizer(self, sigma):
+        W, c = self.W.operator(), self.c + sigma[:, None, None, None]
+        return AttentiveQuadratic(W, lambda x: 1 / (1 + (W(x) / c).square()))
+
+
+@pytest.fixture
+def own():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Own().double()
+
+
+def test_a_regularizer_of_ones_own_is_solved_tuned_and_looked_into(own, rng):
+    x = images(2, 1, 9, 10)
+    physics = dinv.physics.Inpainting(
+        (1, 9, 10), mask=0.7, rng=torch.Generator().manual_seed(0)
+    ).double()
+    y = physics.A(x)
+    model = DEAL(pretrained=None, prior=own, rtol=1e-9, lambda_reg=0.3)
+    with torch.no_grad():
+        x_hat, info = model(y, physics, sigma=0.1, return_info=True)
+        force = 0.3 * own.grad(x_hat, 0.1)
+    assert info.converged.all() and info.mask.shape == (2, 2, 9, 10)
+    data = physics.A_adjoint(physics.A(x_hat) - y)
+    torch.testing.assert_close(-data, force, rtol=0, atol=1e-9 * float(force.norm()))
+    tuned = tune(model, physics, [x[:1]], max_trials=5, precision=4.0)
+    assert tuned.lambda_reg > 0
+    plain = interpret.without_mask(model)
+    _, unmasked = plain(y, physics, sigma=0.1, return_info=True)
+    assert (unmasked.mask == 1).all()
+    assert interpret.effective_filters(model).shape == (2, 1, 3, 3)
+    first = interpret.with_filters(model, [0])
+    _, less = first(y, physics, sigma=0.1, return_info=True)
+    assert not less.mask[:, 1].any() and less.mask[:, 0].any()
+    at = interpret.linearize(model, y[:1], physics, sigma=0.1)
+    assert 0 < interpret.spectral_radius(at) < 1
+    with pytest.raises(TypeError, match="mask network of DEAL"):
+        interpret.conservative_bounds(at)
+
+
+def test_a_regularizer_of_ones_own_is_differentiated_exactly(own, rng):
+    y = images(1, 1, 5, 6)
+    model = DEAL(
+        pretrained=None, prior=own, rtol=1e-12, max_iter=500, DEQ=TIGHT, scale=None
+    )
+    target = random(rng, 1, 1, 5, 6)
+
+    def loss(y, *weights):
+        named = dict(zip(names, weights, strict=True))
+        x_hat = torch.func.functional_call(
+            model, named, (y,), {"sigma": 0.1, "lambda_reg": 0.5}
+        )
+        return (x_hat * target).sum()
+
+    names = ["prior.0.W.weight.0", "prior.0.c"]
+    weights = [dict(model.named_parameters())[name] for name in names]
+    gradients_equal_finite_differences(loss, [y, *weights], rng, rtol=1e-6)
