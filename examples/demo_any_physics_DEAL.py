@@ -57,8 +57,8 @@ problems = {
 # --------------------------
 #
 # :func:`deepinv_deal.tune` tries weights on a logarithmic scale, with the validation
-# image, and stops when the best one is bracketed. ``info`` says what happened inside: outer
-# iterations, conjugate gradient steps in all of them, and whether it converged.
+# image, and stops when the best one is bracketed. ``info`` says what happened inside:
+# outer iterations, conjugate gradient steps in all of them, and whether it converged.
 
 model = DEAL()
 psnr = dinv.metric.PSNR()

@@ -46,8 +46,9 @@ def test_a_regularizer_of_ones_own_is_solved_tuned_and_looked_into(own, rng):
     assert info.converged.all() and info.mask.shape == (2, 2, 9, 10)
     data = physics.A_adjoint(physics.A(x_hat) - y)
     torch.testing.assert_close(-data, force, rtol=0, atol=1e-9 * float(force.norm()))
-    tuned = tune(model, physics, [x[:1]], max_trials=5, precision=4.0)
-    assert tuned.lambda_reg > 0
+    with pytest.warns(RuntimeWarning, match="before the search was over"):
+        tuned = tune(model, physics, [x[:1]], max_trials=3)
+    assert len({trial.score for trial in tuned.trials}) == 3
     plain = interpret.without_mask(model)
     _, unmasked = plain(y, physics, sigma=0.1, return_info=True)
     assert (unmasked.mask == 1).all()
