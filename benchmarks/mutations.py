@@ -36,7 +36,7 @@ class Fault(NamedTuple):
 FAULTS = (
     Fault(
         "sign of the regularizer",
-        "priors/deal.py",
+        "priors/attentive_quadratic.py",
         "self.equation.b - self.equation.H(self.x) - self.force",
         "self.equation.b - self.equation.H(self.x) + self.force",
         ("models/test_deal.py::test_convergence_means_that_the_forces_balance",),
@@ -50,14 +50,14 @@ FAULTS = (
     ),
     Fault(
         "mask not squared",
-        "priors/deal.py",
+        "priors/attentive_quadratic.py",
         "self.squared_mask = equation.regularizer.mask(x).square()",
         "self.squared_mask = equation.regularizer.mask(x)",
         ("models/test_deal.py::test_convergence_means_that_the_forces_balance",),
     ),
     Fault(
         "weight of the regularizer",
-        "priors/deal.py",
+        "priors/attentive_quadratic.py",
         "expand(self.lambda_reg, x) * self.regularizer.normal",
         "expand(self.lambda_reg.sqrt(), x) * self.regularizer.normal",
         (
@@ -108,7 +108,7 @@ FAULTS = (
     ),
     Fault(
         "kappa ignored",
-        "priors/deal.py",
+        "priors/attentive_quadratic.py",
         "weight = self.default_lambda(sigma, b)",
         "weight = torch.ones_like(b[:, 0, 0, 0])",
         ("models/test_deal.py::test_denoising_uses_the_learned_weight_unless_given",),

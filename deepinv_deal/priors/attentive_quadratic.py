@@ -2,7 +2,6 @@ r"""Attentive quadratic regularizers: their equation and the base of their prior
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -260,14 +259,20 @@ class AttentiveQuadraticPrior(Prior):
         self.in_channels = in_channels
         self.kappa = LinearSpline(53, -1, 51)
 
-    @abstractmethod
     def regularizer(self, sigma: Tensor) -> AttentiveQuadratic:
         """
         Returns the filters and the mask as functions, for the current weights.
 
+        The mask should be positive: the linear systems are as well-posed as it is.
+
         :param torch.Tensor sigma: noise levels in [0, 1] units, ``(B,)``, one for every
             image that the functions will get.
+        :raises NotImplementedError: in the base class.
         """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define regularizer(sigma), which returns an "
+            "AttentiveQuadratic."
+        )
 
     def bind(self, sigma: float | Tensor, x: Tensor) -> AttentiveQuadratic:
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import resource
 
 import pytest
 import torch
@@ -113,3 +114,14 @@ def test_calls_keep_no_tensors(case):
         kinds = map(type, gc.get_objects())
         numbers.append(sum(issubclass(kind, torch.Tensor) for kind in kinds))
     assert numbers[0] == numbers[1]
+
+
+@pytest.mark.slow
+def test_two_hundred_calls_do_not_raise_the_peak_of_the_memory(case):
+    _, model, _ = case
+    peaks = []
+    for calls in (30, 200):
+        for _ in range(calls):
+            answer(model)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # kB
+    assert peaks[1] - peaks[0] < 2000

@@ -58,6 +58,8 @@ def test_a_regularizer_of_ones_own_is_solved_tuned_and_looked_into(own, rng):
     assert not less.mask[:, 1].any() and less.mask[:, 0].any()
     at = interpret.linearize(model, y[:1], physics, sigma=0.1)
     assert 0 < interpret.spectral_radius(at) < 1
+    with pytest.raises(NotImplementedError, match="must define regularizer"):
+        AttentiveQuadraticPrior().mask(x, 0.1)
     with pytest.raises(TypeError, match="mask network of DEAL"):
         interpret.conservative_bounds(at)
 
