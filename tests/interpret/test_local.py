@@ -23,10 +23,15 @@ from deepinv_deal.interpret import (
     stability_constant,
 )
 
-NAMES = ("denoising", "inpainting", "blur")
 
-
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        "blur",  # the most general, the others take minutes more
+        pytest.param("denoising", marks=pytest.mark.slow),
+        pytest.param("inpainting", marks=pytest.mark.slow),
+    ],
+)
 def problem(request):
     return small_problem(request.param)
 

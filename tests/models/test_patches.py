@@ -77,7 +77,10 @@ def test_the_noise_level_scales_the_thresholds(rng):
 FILTER = torch.tensor([[[[1.0, 2, 1], [2, 5, 2], [1, 2, 0]]]], dtype=DOUBLE) / 16
 PHYSICS = [
     pytest.param(
-        lambda: dinv.physics.Inpainting((1, 8, 8), mask=0.6), False, id="inpainting"
+        lambda: dinv.physics.Inpainting((1, 8, 8), mask=0.6),
+        False,
+        id="inpainting",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         lambda: dinv.physics.Blur(FILTER, padding="circular"), True, id="circular-blur"
