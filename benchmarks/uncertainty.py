@@ -11,7 +11,7 @@ pixels whose error lies in the interval of nominally 90 %.
         [--figure calibration.png]
 
 Errors of single pixels are random: even exact standard deviations would correlate with
-them far below 1. The column "at best" is that correlation, for errors drawn at random
+them far below 1. The column "if exact" is the correlation of errors drawn at random
 with the predicted standard deviations.
 """
 
@@ -70,14 +70,14 @@ def main() -> None:
         variance = variance.clamp_min(1e-3 * float(variance.mean()))
         found[name] = variance, at.image - x
     squares = {n: float((e.square() / v).mean()) for n, (v, e) in found.items()}
-    print(f"{'image':20}{'factor':>8}{'correlation':>13}{'at best':>9}{'coverage':>10}")
+    print(f"{'image':20}{'factor':>8}{'correlation':>13}{'if exact':>10}{'coverage':>10}")
     for name, (variance, error) in found.items():
         others = [s for other, s in squares.items() if other != name]
         factor = (sum(others) / len(others)) ** 0.5
         result = calibrate(variance, error, factor=factor)
         best = best_correlation(variance, factor)
         print(
-            f"{name[:19]:20}{factor:8.2f}{result.correlation:13.2f}{best:9.2f}"
+            f"{name[:19]:20}{factor:8.2f}{result.correlation:13.2f}{best:10.2f}"
             f"{result.coverage:10.1%}"
         )
     variance = torch.cat([v.flatten() for v, _ in found.values()])
@@ -85,7 +85,7 @@ def main() -> None:
     total = calibrate(variance, error)
     best = best_correlation(variance, total.factor)
     print(
-        f"{'all pixels':20}{total.factor:8.2f}{total.correlation:13.2f}{best:9.2f}"
+        f"{'all pixels':20}{total.factor:8.2f}{total.correlation:13.2f}{best:10.2f}"
         f"{total.coverage:10.1%}"
     )
     print("predicted and observed error of bins, gray levels:")
