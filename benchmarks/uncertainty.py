@@ -70,7 +70,9 @@ def main() -> None:
         variance = variance.clamp_min(1e-3 * float(variance.mean()))
         found[name] = variance, at.image - x
     squares = {n: float((e.square() / v).mean()) for n, (v, e) in found.items()}
-    print(f"{'image':20}{'factor':>8}{'correlation':>13}{'if exact':>10}{'coverage':>10}")
+    print(
+        f"{'image':20}{'factor':>8}{'correlation':>13}{'if exact':>10}{'coverage':>10}"
+    )
     for name, (variance, error) in found.items():
         others = [s for other, s in squares.items() if other != name]
         factor = (sum(others) / len(others)) ** 0.5
