@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import deepinv as dinv
@@ -30,7 +31,7 @@ def physics_of(name: str) -> Any:
 
 @dataclass
 class DenseProblem:
-    """A linearised problem, and its matrices by other means."""
+    """A linearised problem, and its matrices by other means, made when asked for."""
 
     at: Linearization
     model: Any
@@ -38,21 +39,38 @@ class DenseProblem:
     y: Tensor
     settings: dict[str, Any]
 
-    def __post_init__(self):
-        equation, x = self.at.problem.equation, self.at.x
-        squared = equation.mask(x).square()
-        H, G = equation.H, equation.force
-        self.B = dense(lambda v: H(v) + G(v, squared), SHAPE).detach()
-        self.H = dense(H, SHAPE)
-        jacobian = torch.autograd.functional.jacobian(equation, x)
-        self.F = jacobian.detach().reshape(SIZE**2, SIZE**2)
-        eye = torch.eye(SIZE**2, dtype=DOUBLE)
-        self.J = eye + torch.linalg.solve(self.B, self.F)
-        A = eye
-        if self.physics is not None:
-            A = dense(self.physics.A, SHAPE)
-        self.A = A
-        self.sensitivity = torch.linalg.solve(-self.F, A.T)
+    @property
+    def equation(self) -> Any:
+        return self.at.problem.equation
+
+    @cached_property
+    def B(self) -> Tensor:
+        squared = self.equation.mask(self.at.x).square()
+        G = self.equation.force
+        return self.H + dense(lambda v: G(v, squared), SHAPE).detach()
+
+    @cached_property
+    def H(self) -> Tensor:
+        return dense(self.equation.H, SHAPE)
+
+    @cached_property
+    def F(self) -> Tensor:
+        jacobian = torch.autograd.functional.jacobian(self.equation, self.at.x)
+        return jacobian.detach().reshape(SIZE**2, SIZE**2)
+
+    @cached_property
+    def J(self) -> Tensor:
+        return torch.eye(SIZE**2, dtype=DOUBLE) + torch.linalg.solve(self.B, self.F)
+
+    @cached_property
+    def A(self) -> Tensor:
+        if self.physics is None:
+            return torch.eye(SIZE**2, dtype=DOUBLE)
+        return dense(self.physics.A, SHAPE)
+
+    @cached_property
+    def sensitivity(self) -> Tensor:
+        return torch.linalg.solve(-self.F, self.A.T)
 
 
 #: Seed and gain of the weights, and lambda, of problems with a stable fixed point whose
@@ -66,6 +84,7 @@ PROBLEMS = {
 }
 
 
+@lru_cache
 def small_problem(name: str) -> DenseProblem:
     kind, seed, gain, lambda_reg = PROBLEMS[name]
     model = random_model(random_prior(seed=seed, gain=gain))
@@ -75,5 +94,7 @@ def small_problem(name: str) -> DenseProblem:
     noise = torch.randn(y.shape, generator=generator(seed + 7), dtype=DOUBLE)
     y = y + 0.05 * noise
     settings = {"sigma": 0.05, "lambda_reg": lambda_reg}
-    at = linearize(model, y, physics, rtol=1e-10, max_iter=300, **settings)
+    at = linearize(
+        model, y, physics, rtol=1e-10, max_iter=300, inner_rtol=1e-7, **settings
+    )
     return DenseProblem(at, model, physics, y, settings)
