@@ -87,7 +87,8 @@ nitpick_ignore_regex = [
 ] + [
     # Short names in `:param Callable A:` and in annotations, absent from inventories.
     # Type variables.
-    (r"py:.*", r".*\.weights\.\w+\.Prior|.*\.problem\.AnyEquation|.*\.engine\.[RP]"),
+    (r"py:.*", r".*\.(weights\.\w+|training\.deal)\.Prior|.*\.engine\.[RP]"),
+    (r"py:.*", r".*\.problem\.AnyEquation"),
     # Annotations with internal classes.
     (r"py:.*", r"AttentiveQuadratic|AttentiveL1|ImageSystem|ImageOperator"),
     (

@@ -95,12 +95,12 @@ class DEALPrior(AttentiveQuadraticPrior):
     the quadratic :math:`\tfrac12 \|m \odot W x\|_2^2` (:footcite:t:`pourya2025dealing`,
     Eq. (4), with deepinv's factor 1/2 on both terms, so :math:`\lambda` is the
     paper's). Since the mask follows the image, the prior has **no explicit energy**:
-    :meth:`grad` is the field
+    ``grad`` is the field
 
     .. math::
         G_\sigma(x) = W^{\top} \big( M_\sigma(x)^2 \odot W x \big),
 
-    which is no gradient of a function, and :meth:`prox` is its resolvent. deepinv's
+    which is no gradient of a function, and ``prox`` is its resolvent. deepinv's
     gradient descent and proximal gradient descent run with it, and where they converge
     they solve DEAL's equation :math:`A^{\top}(A x - y) + \lambda G_\sigma(x) = 0`; the
     solver behind :class:`deepinv_deal.DEAL` reaches it with far fewer applications of

@@ -106,7 +106,7 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
     Trains any :class:`deepinv_deal.priors.AttentiveQuadraticPrior`; see
     :class:`Trainer`.
 
-    A subclass gives the prior to train, in :meth:`new_prior`.
+    A subclass gives the prior to train, in ``new_prior``.
 
     :param DEALRecipe recipe: settings.
     :param bool resume: go on from ``state.pt`` if there is one.
