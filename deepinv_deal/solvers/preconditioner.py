@@ -100,7 +100,9 @@ def diagonal(H: LinearMap, like: Tensor) -> tuple[Tensor, Tensor]:
     for seed in range(PROBES):
         rng = torch.Generator().manual_seed(seed)
         sign = torch.randint(0, 2, like.shape[1:], generator=rng).to(like) * 2 - 1
-        v = sign.expand_as(like)
+        # Not a view with stride 0, which MKL's FFT in some versions of torch refuses
+        # (pytorch issue 154477) and a physics may not expect.
+        v = sign.expand_as(like).contiguous()
         outputs.append((v, H(v)))
     values = torch.stack([v * u for v, u in outputs]).mean(0).clamp_min(0)
     return values, _misfit(values, outputs)

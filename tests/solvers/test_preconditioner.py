@@ -146,3 +146,12 @@ def test_solves_without_activity_leave_the_trial_alone():
     for _ in range(4):
         solver.solve(lambda x: SPREAD * x, b, rtol, 500, lambda: lambda r: r / SPREAD)
     assert not solver.kept.any() and (solver.solves == 0).all()
+
+
+def test_the_operator_gets_samples_in_memory_of_their_own():
+    def H(v):
+        assert v.is_contiguous() and v.stride(0) > 0
+        return 2 * v
+
+    values, error = diagonal(H, torch.zeros(3, 1, 4, 5))
+    assert (values == 2).all() and not error.any()
