@@ -87,7 +87,7 @@ def problems(size: int):
     yield "tomography", Tomography(30, img_width=size, normalize=True), 2.55, 0.05
     yield (
         "compressed sensing",
-        CompressedSensing(size**2 // 2, shape, fast=True, rng=rng),
+        CompressedSensing(size**2 // 2, shape, rng=rng),
         2.55,
         0.1,
     )

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from deepinv_deal import DEAL
+from deepinv_deal._batch import central
 from deepinv_deal.interpret import (
     calibrate,
     linearize,
@@ -30,13 +31,6 @@ from deepinv_deal.interpret import (
     posterior_variance,
 )
 from deepinv_deal.training import load_image_folder
-
-
-def centre(image: torch.Tensor, size: int) -> torch.Tensor:
-    """The central square as ``(1, 1, size, size)`` in [0, 1]."""
-    top, left = ((n - size) // 2 for n in image.shape[-2:])
-    part = image[:, top : top + size, left : left + size]
-    return part[None].float() / 255
 
 
 def best_correlation(variance: torch.Tensor, factor: float) -> float:
@@ -60,7 +54,7 @@ def main() -> None:
     model = DEAL(pretrained=args.pretrained)
     found = {}
     for name, image in tqdm(load_image_folder(args.data, 1), disable=None):
-        x = centre(image, args.size)
+        x = central(image[None], args.size).float() / 255
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
         at = linearize(
             model, x + sigma * noise, sigma=sigma, rtol=1e-3, inner_rtol=1e-3

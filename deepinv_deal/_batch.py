@@ -1,4 +1,4 @@
-"""Per-sample arithmetic on batches of shape ``(B, ...)``."""
+"""Per-sample arithmetic on batches ``(B, ...)``, and crops of image batches."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ def _all_but_first(a: Tensor) -> tuple[int, ...]:
     return tuple(range(1, a.ndim))
 
 
+def as_batch(values: float | Tensor, like: Tensor) -> Tensor:
+    """
+    Returns one value per sample of ``like``, ``(B,)``, in its dtype and on its device.
+
+    :param float, torch.Tensor values: one, or one per sample.
+    :param torch.Tensor like: any batch ``(B, ...)``.
+    """
+    values = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    return values.reshape(-1).expand(len(like))
+
+
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """
     Views one value per sample ``(B,)`` as ``(B, 1, ..., 1)`` to multiply ``like``.
@@ -55,3 +66,10 @@ def select(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Takes whole samples from ``a`` where ``condition (B,)`` holds, else from ``b``.
     """
     return a.where(expand(condition, a), b)
+
+
+def central(x: Tensor, side: int) -> Tensor:
+    """Crops images to their central square; smaller ones stay as they are."""
+    height, width = x.shape[-2:]
+    top, left = max(0, height - side) // 2, max(0, width - side) // 2
+    return x[..., top : top + side, left : left + side]

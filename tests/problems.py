@@ -20,7 +20,9 @@ from deepinv_deal import (
     SmoothPlusSparse,
     SmoothPlusSparsePrior,
 )
+from deepinv_deal.operators import MultiConv
 from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ
+from deepinv_deal.priors import AttentiveQuadratic, AttentiveQuadraticPrior
 
 DOUBLE = torch.float64
 
@@ -74,6 +76,19 @@ def random_prior(
         prior.mask_network.scaling.coefficients.add_(2.0)
         prior.kappa.coefficients.mul_(0.4)
     return prior.to(dtype)
+
+
+class OwnPrior(AttentiveQuadraticPrior):
+    """Two learned filters; their mask falls with the response."""
+
+    def __init__(self):
+        super().__init__(in_channels=1)
+        self.W = MultiConv((1, 2), kernel_size=3)
+        self.c = torch.nn.Parameter(torch.tensor(0.3))
+
+    def regularizer(self, sigma):
+        W, c = self.W.operator(), self.c + sigma[:, None, None, None]
+        return AttentiveQuadratic(W, lambda x: 1 / (1 + (W(x) / c).square()))
 
 
 def random_model(prior: DEALPrior | None = None, **kwargs) -> DEAL:

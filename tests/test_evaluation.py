@@ -9,6 +9,7 @@ from problems import images, random_model
 from scipy import ndimage
 from scipy.io import savemat
 
+from deepinv_deal._batch import central
 from deepinv_deal.evaluation import (
     PUBLISHED,
     TASKS,
@@ -21,7 +22,7 @@ from deepinv_deal.evaluation import (
     summarise,
     tune_task,
 )
-from deepinv_deal.evaluation.tasks import birdcage_maps, central, line_mask
+from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask
 from deepinv_deal.files import read_array
 
 

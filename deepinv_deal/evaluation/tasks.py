@@ -22,6 +22,7 @@ from deepinv.physics.functional import gaussian_blur
 from deepinv.physics.generator import MotionBlurGenerator
 from torch import Tensor
 
+from deepinv_deal._batch import central
 from deepinv_deal.files import read_array
 
 #: Standard deviations of the blurs before downsampling.
@@ -104,13 +105,6 @@ class Task:
         """Returns what is compared of an estimate or the ground truth."""
         x = x[:, :1] if self.mri else x
         return x if self.compared is None else central(x, self.compared)
-
-
-def central(x: Tensor, side: int) -> Tensor:
-    """Crops images to their central square; smaller ones stay as they are."""
-    height, width = x.shape[-2:]
-    top, left = max(0, height - side) // 2, max(0, width - side) // 2
-    return x[..., top : top + side, left : left + side]
 
 
 def denoising(noise: Sequence[float] | None = None) -> Task:

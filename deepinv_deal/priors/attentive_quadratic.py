@@ -11,7 +11,7 @@ import torch
 from deepinv.optim.prior import Prior
 from torch import Tensor
 
-from deepinv_deal._batch import expand, inner, norm
+from deepinv_deal._batch import as_batch, expand, inner, norm
 from deepinv_deal.operators import MultiConvOperator
 from deepinv_deal.priors.preconditioning import Preconditioner, Preconditioning
 from deepinv_deal.solvers import SolverResult, full_precision, solve_equation
@@ -282,14 +282,14 @@ class AttentiveQuadraticPrior(Prior):
         :param torch.Tensor x: image batch ``(B, C, H, W)``; its values do not matter.
         """
         parts = x.shape[1] // self.in_channels
-        return self.regularizer(_per_sample(sigma, x).repeat_interleave(parts))
+        return self.regularizer(as_batch(sigma, x).repeat_interleave(parts))
 
     def default_lambda(self, sigma: float | Tensor, x: Tensor) -> Tensor:
         r"""
         Returns the learned :math:`\lambda = \kappa(\sigma) \geq 0`, shape ``(B,)``.
         """
         # The spline is free; a negative weight would make the systems indefinite.
-        levels = GRAY_LEVELS * _per_sample(sigma, x)
+        levels = GRAY_LEVELS * as_batch(sigma, x)
         return self.kappa(levels[:, None])[:, 0].clamp_min(0)
 
     def splines(self) -> list[LinearSpline]:
@@ -348,8 +348,7 @@ class AttentiveQuadraticPrior(Prior):
         if lambda_reg is None:
             weight = self.default_lambda(sigma, b)
         else:
-            weight = torch.as_tensor(lambda_reg, dtype=b.dtype, device=b.device)
-            weight = weight.reshape(-1).expand(len(b))
+            weight = as_batch(lambda_reg, b)
         return AttentiveEquation(
             H, b, weight, self.bind(sigma, b), inner_max_iter, preconditioner
         )
@@ -395,9 +394,3 @@ class AttentiveQuadraticPrior(Prior):
         advice = "Raise max_iter or relax rtol."
         result.report(f"{type(self).__name__}.prox", rtol, advice, stacklevel=4)
         return z
-
-
-def _per_sample(sigma: float | Tensor, x: Tensor) -> Tensor:
-    """Returns one noise level per sample of ``x``, ``(B,)``."""
-    levels = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1)
-    return levels.expand(len(x))

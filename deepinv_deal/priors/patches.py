@@ -9,7 +9,7 @@ import torch
 from deepinv.optim.prior import Prior
 from torch import Tensor, nn
 
-from deepinv_deal._batch import inner
+from deepinv_deal._batch import as_batch, inner
 from deepinv_deal.operators import PatchDictionary
 from deepinv_deal.operators.patches import Boundary
 from deepinv_deal.priors.penalties import (
@@ -142,7 +142,7 @@ class PatchPrior(Prior):
         scale = 1.0 if sigma is None else sigma / self.sigma
         return self.problem(
             ImageSystem.identity(x),
-            lambda_reg=(scale * self.lambda_reg).reshape(-1).expand(len(x)),
+            lambda_reg=as_batch(scale * self.lambda_reg, x),
         )
 
     @full_precision

@@ -10,6 +10,7 @@ from deepinv.optim.prior import Prior
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deepinv_deal._batch import as_batch
 from deepinv_deal.operators import MultiConv
 from deepinv_deal.operators.multi_conv import Convolution
 from deepinv_deal.priors.attentive_l1 import (
@@ -297,8 +298,7 @@ class AttentiveL1Prior(Prior):
         if lambda_reg is None:
             weight = self.default_lambda(None, b)
         else:
-            weight = torch.as_tensor(lambda_reg, dtype=b.dtype, device=b.device)
-            weight = weight.reshape(-1).expand(len(b))
+            weight = as_batch(lambda_reg, b)
         return AttentiveL1Equation(
             H, b, weight, self.bind(), box, inner_max_iter, inner
         )

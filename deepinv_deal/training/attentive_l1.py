@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +14,7 @@ from deepinv_deal.priors import AttentiveL1Prior
 from deepinv_deal.solvers import AdjointOptions, attach_gradient, fixed_point
 from deepinv_deal.training.data import Problems
 from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
-from deepinv_deal.weights import load_l1_prior, save_l1_prior
+from deepinv_deal.weights import load_l1_prior
 
 #: Models by their names in the recipe.
 MODELS: dict[str, type[SAFI] | type[MMR]] = {"safi": SAFI, "mmr": MMR}
@@ -91,10 +90,6 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
     def load_prior(self, pretrained: str) -> AttentiveL1Prior:
         """Returns the prior with the weights of ``recipe.init``."""
         return load_l1_prior(pretrained, MODELS[self.recipe.model].prior_type)
-
-    def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
-        """Writes the weights of the prior in training, atomically."""
-        save_l1_prior(self.prior, path, metadata)
 
     def describe(self, prior: AttentiveL1Prior) -> dict[str, Any]:
         """Returns what the recipe says about a prior, by the names it uses."""

@@ -17,9 +17,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from deepinv_deal._batch import central
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.training.data import DenoisingSampler, Problems, load_images
-from deepinv_deal.weights.files import checked, read_weights, replacing, write_weights
+from deepinv_deal.weights.files import (
+    checked,
+    find_weights,
+    read_weights,
+    replacing,
+    write_weights,
+)
 
 R = TypeVar("R", bound="Recipe")
 P = TypeVar("P", bound=nn.Module)
@@ -219,7 +226,7 @@ class Trainer(ABC, Generic[R, P]):
     def load_prior(self, pretrained: str) -> P:
         """Returns the prior with the weights of ``recipe.init``."""
         prior = self.new_prior()
-        state, _ = read_weights(pretrained, type(prior))
+        state, _ = read_weights(find_weights(pretrained, type(prior)), type(prior))
         return checked(prior, state, pretrained)
 
     def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
@@ -456,9 +463,7 @@ def _validation_problems(
         rng = torch.Generator().manual_seed(recipe.seed)
         pairs = []
         for image in images[: recipe.val_images]:
-            h, w = (min(n, recipe.val_size) for n in image.shape[-2:])
-            top, left = (image.shape[-2] - h) // 2, (image.shape[-1] - w) // 2
-            x = image[None, :, top : top + h, left : left + w].float() / 255
+            x = central(image[None], recipe.val_size).float() / 255
             pairs.append((x, x + sigma * torch.randn(x.shape, generator=rng)))
         problems.append((sigma, pairs))
     return problems

@@ -6,31 +6,17 @@ import deepinv as dinv
 import pytest
 import torch
 from helpers import gradients_equal_finite_differences, random
-from problems import TIGHT, images
+from problems import TIGHT, OwnPrior, images
 
 from deepinv_deal import DEAL, interpret, tune
-from deepinv_deal.operators import MultiConv
-from deepinv_deal.priors import AttentiveQuadratic, AttentiveQuadraticPrior
-
-
-class Own(AttentiveQuadraticPrior):
-    """Two learned filters; their mask falls with the response."""
-
-    def __init__(self):
-        super().__init__(in_channels=1)
-        self.W = MultiConv((1, 2), kernel_size=3)
-        self.c = torch.nn.Parameter(torch.tensor(0.3))
-
-    def regularizer(self, sigma):
-        W, c = self.W.operator(), self.c + sigma[:, None, None, None]
-        return AttentiveQuadratic(W, lambda x: 1 / (1 + (W(x) / c).square()))
+from deepinv_deal.priors import AttentiveQuadraticPrior
 
 
 @pytest.fixture
 def own():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Own().double()
+        return OwnPrior().double()
 
 
 def test_a_regularizer_of_ones_own_is_solved_tuned_and_looked_into(own, rng):

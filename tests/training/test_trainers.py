@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from trainers import KINDS, SMALL, options, take
+from problems import OwnPrior
+from trainers import KINDS, SMALL, options, take, weights_after
 
 from deepinv_deal.cli import main
+from deepinv_deal.training import AttentiveQuadraticTrainer, DEALRecipe
 
 
 @pytest.fixture(params=KINDS)
@@ -88,3 +90,26 @@ def test_a_folder_that_cannot_be_made_is_named(folder, tmp_path, capsys):
     command = ["train", "deal", f"--data={folder}", f"--out={tmp_path / 'file'}"]
     assert main([*command, "--steps=1"]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+class OwnTrainer(AttentiveQuadraticTrainer):
+    def new_prior(self):
+        return OwnPrior()
+
+
+def test_a_regularizer_of_ones_own_is_trained_stored_and_taken_up(folder, tmp_path):
+    def start(out, **changes):
+        settings = SMALL | {"lr": 0.01} | changes
+        return OwnTrainer(DEALRecipe(data=str(folder), out=str(out), **settings))
+
+    first = start(tmp_path / "first")
+    before = weights_after(first, 0)
+    first.train()
+    assert not torch.equal(weights_after(first, 0), before)
+    last = str(tmp_path / "first" / "last.safetensors")
+    second = start(tmp_path / "second", init=last)
+    assert torch.equal(weights_after(second, 0), weights_after(first, 0))
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors"):
+        start(tmp_path / "third", init="nowhere.safetensors")
+    with pytest.raises(ValueError, match="not a weights file of DEALPrior"):
+        KINDS["deal"].start(folder, tmp_path / "fourth", init=last)
