@@ -101,7 +101,8 @@ class _ChangedPrior(AttentiveQuadraticPrior):
         """Returns the filters, and the changed mask as a function."""
         regularizer = self.unchanged.regularizer(sigma)
         attention = _ChangedMask(regularizer.attention, self.rule)
-        return replace(regularizer, attention=attention)
+        # A rule may look at the whole image.
+        return replace(regularizer, attention=attention, reach=None)
 
 
 class _ChangedNetwork(nn.Module):

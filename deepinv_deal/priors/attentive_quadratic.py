@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deepinv_deal._batch import as_batch, expand, inner, norm
 from deepinv_deal.operators import MultiConvOperator
+from deepinv_deal.operators.row_blocks import in_row_blocks
 from deepinv_deal.priors.preconditioning import Preconditioner, Preconditioning
 from deepinv_deal.solvers import SolverResult, full_precision, solve_equation
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
@@ -37,10 +38,14 @@ class AttentiveQuadratic:
     :param MultiConvOperator W: the analysis operator.
     :param Callable attention: maps images ``(B, C, H, W)`` to masks ``(B, N, H, W)``,
         one for every filter.
+    :param int reach: rows that a pixel of the mask sees on each side, in an image that
+        is continued by zeros in every layer. Large images are then treated in blocks
+        of rows. ``None``: the mask is evaluated at once.
     """
 
     W: MultiConvOperator
     attention: Callable[[Tensor], Tensor]
+    reach: int | None = None
 
     def _split(self, x: Tensor) -> Tensor:
         """Moves independent image channels into the batch."""
@@ -48,7 +53,12 @@ class AttentiveQuadratic:
 
     def mask(self, x: Tensor) -> Tensor:
         """Returns the masks of ``x (B, C, H, W)``, shape ``(B * parts, N, H, W)``."""
-        return self.attention(self._split(x))
+        x = self._split(x)
+        if self.reach is None:
+            return self.attention(x)
+        return in_row_blocks(
+            self.attention, x, reach=self.reach, channels=self.W.out_channels
+        )
 
     def analyse(self, x: Tensor) -> Tensor:
         """Returns the filter responses :math:`W x`, ``(B * parts, N, H, W)``."""
@@ -65,7 +75,17 @@ class AttentiveQuadratic:
 
     def normal(self, x: Tensor, squared_mask: Tensor) -> Tensor:
         r"""Returns :math:`W^{\top} (m^2 \odot W x)`, the gradient at a frozen mask."""
-        return self.adjoint(squared_mask * self.analyse(x), x)
+
+        def normal(x: Tensor, squared_mask: Tensor) -> Tensor:
+            return self.W.adjoint(squared_mask * self.W(x))
+
+        return in_row_blocks(
+            normal,
+            self._split(x),
+            squared_mask,
+            reach=2 * self.W.reach,
+            channels=self.W.out_channels,
+        ).view_as(x)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ class BoundMask:
     phi: tuple[BoundSpline, BoundSpline, BoundSpline]
     alpha: Tensor  # (B, N, 1, 1)
 
+    @property
+    def reach(self) -> int:
+        """Rows that a pixel of a mask sees on each side."""
+        return self.W.reach + sum(v.shape[-1] // 2 for v in self.V)
+
     def __call__(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, H, W)
         """Returns the masks of ``x``."""
         t = self.phi[0](self.W(x).abs())
@@ -151,7 +156,8 @@ class DEALPrior(AttentiveQuadraticPrior):
         :param torch.Tensor sigma: noise levels in [0, 1] units, ``(B,)``.
         """
         levels = GRAY_LEVELS * sigma
-        return AttentiveQuadratic(self.W.operator(), self.mask_network.bind(levels))
+        mask = self.mask_network.bind(levels)
+        return AttentiveQuadratic(self.W.operator(), mask, mask.reach)
 
 
 def _conv3x3(n: int) -> nn.Parameter:

@@ -1,0 +1,45 @@
+"""Evaluation of local maps in blocks of rows, which bounds the memory they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: Largest size in bytes of the features of one block, all channels of one layer.
+BLOCK_BYTES = 2**28
+
+
+def in_row_blocks(
+    function: Callable[..., Tensor], *inputs: Tensor, reach: int, channels: int
+) -> Tensor:
+    """
+    Evaluates ``function(*inputs)`` block by block where its features would be large.
+
+    Every block is evaluated with ``reach`` more rows on each side, which are then cut
+    off: the result is the same. It is not done while gradients are recorded, since the
+    features are kept for them anyway.
+
+    :param Callable function: maps ``(B, C, H, W)`` to ``(B, C', H, W)``; an output
+        pixel sees no further than ``reach`` rows, and rows beyond the inputs are zero
+        in every layer.
+    :param torch.Tensor inputs: tensors ``(B, C, H, W)`` of equal B, H and W.
+    :param int reach: rows that an output pixel sees on each side.
+    :param int channels: largest number of channels of the features.
+    """
+    batch, _, height, width = inputs[0].shape
+    row_bytes = batch * width * channels * inputs[0].element_size()
+    # Blocks of a few rows would compute mostly what is cut off.
+    rows = max(BLOCK_BYTES // row_bytes, 4 * reach)
+    if rows >= height or torch.is_grad_enabled():
+        return function(*inputs)
+    out: Tensor | None = None
+    for first in range(0, height, rows):
+        low, end = max(0, first - reach), min(first + rows, height)
+        part = function(*(t[..., low : end + reach, :] for t in inputs))
+        if out is None:
+            out = part.new_empty(batch, part.shape[1], height, width)
+        out[..., first:end, :] = part[..., first - low : end - low, :]
+    assert out is not None
+    return out
