@@ -226,6 +226,7 @@ def solve_jointly(
     rtol: float,
     max_iter: int,
     adjoint: AdjointOptions | None = None,
+    rough: bool = False,
 ) -> tuple[Tensor, SolverResult]:
     """
     Minimises over image and coefficients by the better solver, with gradients.
@@ -239,6 +240,8 @@ def solve_jointly(
     :param float rtol: tolerance, see the solvers.
     :param int max_iter: largest number of iterations.
     :param AdjointOptions adjoint: settings of the backward pass.
+    :param bool rough: whether the solution may be so far from a minimiser that only
+        approximate gradients exist.
     :return: the image and the solver's result.
     """
     with torch.no_grad():
@@ -250,7 +253,7 @@ def solve_jointly(
         else:
             result = eliminated_fista(problem, x, a, rtol=rtol, max_iter=max_iter)
     options = adjoint or AdjointOptions(jacobian_free=True)
-    image, _ = problem.differentiable(result.x, result.state[0], options)
+    image, _ = problem.differentiable(result.x, result.state[0], options, rough=rough)
     return image, result
 
 

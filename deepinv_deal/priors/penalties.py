@@ -14,6 +14,10 @@ from torch.nn import functional as F
 
 from deepinv_deal.solvers.proximal import soft_threshold
 
+#: Slope at which derivatives of proximal maps are cut off on request. At 1, systems of
+#: redundant atoms would be singular.
+LARGEST_SLOPE = 0.99
+
 #: Largest number of steps of the Newton method that inverts a proximal map.
 NEWTON_STEPS = 60
 
@@ -38,11 +42,14 @@ class Penalty(Protocol):
         """Returns R(a) of every sample, ``(B,)``."""
         ...
 
-    def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
+    def jacobian(
+        self, v: Tensor, *, contractive: bool = False
+    ) -> Callable[[Tensor, float], Tensor]:
         r"""
         Returns ``apply(e, power)``: powers of the derivative of ``prox`` at ``v``.
 
-        The derivative :math:`S` is symmetric and positive semidefinite.
+        The derivative :math:`S` is symmetric and positive semidefinite. For penalties
+        that are not convex it may exceed 1; ``contractive`` keeps it below 1.
         """
         ...
 
@@ -66,7 +73,12 @@ class L1Penalty:
         """Returns R(a), ``(B,)``."""
         return (self.threshold * a.abs()).flatten(1).sum(1)
 
-    def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
+    def jacobian(
+        self,
+        v: Tensor,
+        *,
+        contractive: bool = False,  # noqa: ARG002 - it never exceeds 1
+    ) -> Callable[[Tensor, float], Tensor]:
         """Returns powers of the derivative of ``prox``: the support."""
         active = (v.abs() > self.threshold).to(v.dtype)
         return lambda e, _power: active * e
@@ -110,7 +122,12 @@ class GroupPenalty:
         size = active * square.where(active, 1).sqrt()
         return (self.threshold * size).flatten(1).sum(1)
 
-    def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
+    def jacobian(
+        self,
+        v: Tensor,
+        *,
+        contractive: bool = False,  # noqa: ARG002 - it never exceeds 1
+    ) -> Callable[[Tensor, float], Tensor]:
         r"""
         Returns powers of the derivative of ``prox``, one matrix per block.
 
@@ -236,10 +253,14 @@ class WeaklyConvexPenalty:
         values = self.threshold.square() * envelope - 0.5 * (v - a).square()
         return values.flatten(1).sum(1)
 
-    def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
+    def jacobian(
+        self, v: Tensor, *, contractive: bool = False
+    ) -> Callable[[Tensor, float], Tensor]:
         """Returns powers of the derivative of ``prox``, a diagonal."""
         q = self._power(v / self.threshold)
         slope = q / (1 + q) * (1 + self.order / (1 + q))
+        if contractive:
+            slope = slope.clamp_max(LARGEST_SLOPE)
         return lambda e, power: slope**power * e
 
 

@@ -274,12 +274,15 @@ class SynthesisProblem:
     # -- derivative --------------------------------------------------------------
 
     def differentiable(
-        self, x: Tensor, a: Tensor, options: AdjointOptions
+        self, x: Tensor, a: Tensor, options: AdjointOptions, *, rough: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Attaches implicit gradients to a solution (x, a) without constraints."""
+        """
+        Attaches implicit gradients to a solution (x, a) without constraints; a
+        ``rough`` one may be far from a minimiser, see :class:`CoefficientEquation`.
+        """
         if not torch.is_grad_enabled():
             return x, a
-        a = attach_gradient(CoefficientEquation(self), a, options)
+        a = attach_gradient(CoefficientEquation(self, rough=rough), a, options)
         return (self.image(a, init=x), a) if a.requires_grad else (x, a)
 
 
@@ -330,10 +333,14 @@ class CoefficientEquation:
     :param SynthesisProblem problem: the problem.
     :param torch.Tensor features: features of a given image: the coefficients of that
         image (a lasso) instead of the joint problem.
+    :param bool rough: keep S below 1 where the penalty is not convex, so that the
+        systems are positive definite at any coefficients. Gradients then are those of a
+        convex model of the problem, hence approximate.
     """
 
     problem: SynthesisProblem
     features: Tensor | None = None
+    rough: bool = False
 
     def _preimage(self, a: Tensor) -> Tensor:
         p = self.problem
@@ -355,7 +362,7 @@ class CoefficientEquation:
     def adjoint_solver(self, x: Tensor) -> LinearSolve:
         r"""Returns the solver of :math:`-F_a^{\top} w = v` at coefficients ``x``."""
         with torch.no_grad():
-            S = self.problem.penalty.jacobian(self._preimage(x))
+            S = self.problem.penalty.jacobian(self._preimage(x), contractive=self.rough)
         if self.features is not None and isinstance(self.problem.penalty, L1Penalty):
             return _active_set_solver(self, S)
 

@@ -150,10 +150,18 @@ class DictionaryTrainer(
     def load_prior(
         self, pretrained: str
     ) -> PatchSynthesisPrior | SmoothPlusSparsePrior:
-        """Returns the prior with the weights of ``recipe.init``."""
-        if self.recipe.model == "patch":
-            return load_patch_prior(pretrained, PatchSynthesisPrior)
-        return load_patch_prior(pretrained, SmoothPlusSparsePrior)
+        """
+        Returns the prior with the weights of ``recipe.init``; weights of the other
+        penalty or of another noise level give their atoms only.
+        """
+        new = self.new_prior()
+        prior = load_patch_prior(pretrained, type(new))
+        if _purpose(prior) == _purpose(new) or self.describe(prior) | {
+            "model": self.recipe.model
+        } != self.describe(new):
+            return prior
+        new.dictionary.load_state_dict(prior.dictionary.state_dict())
+        return new
 
     def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
         """Writes the weights of the prior in training, atomically."""
@@ -216,6 +224,12 @@ class DictionaryTrainer(
                 rtol=recipe.rtol,
                 max_iter=recipe.max_iter if start is None else recipe.warm_max_iter,
                 adjoint=AdjointOptions(jacobian_free=True, rtol=recipe.adjoint_rtol),
+                rough=True,
             )
         loss = (x_hat - problems.x).abs().mean()
         return loss, result.state[0].detach()
+
+
+def _purpose(prior: PatchSynthesisPrior | SmoothPlusSparsePrior) -> tuple[Any, ...]:
+    """What the thresholds of a prior were learned for."""
+    return getattr(prior, "penalty_name", None), round(255 * prior.sigma.item(), 3)

@@ -106,10 +106,28 @@ def test_initial_weights_of_another_model_are_named(folder, tmp_path):
     path = tmp_path / "weights.safetensors"
     save_patch_prior(start(folder, tmp_path).prior, path)
     assert start(folder, tmp_path, init=str(path)).step == 0
-    with pytest.raises(ValueError, match="has model='cpr', the recipe says 'ncpr'"):
-        start(folder, tmp_path, "ncpr", init=str(path))
+    with pytest.raises(ValueError, match="not a weights file of PatchSynthesisPrior"):
+        start(folder, tmp_path, "patch", init=str(path))
     with pytest.raises(ValueError, match="has num_atoms=6, the recipe says 7"):
         start(folder, tmp_path, num_atoms=7, init=str(path))
+
+
+@pytest.mark.parametrize("change", [{"model": "ncpr"}, {"sigma": 5 / 255}])
+def test_other_penalties_and_noise_levels_start_from_the_atoms_only(
+    folder, tmp_path, change
+):
+    path = tmp_path / "weights.safetensors"
+    first = start(folder, tmp_path / "first")
+    weights_after(first, 2)
+    save_patch_prior(first.prior, path)
+    same = start(folder, tmp_path / "same", init=str(path)).prior
+    assert torch.equal(same.log_scale, first.prior.log_scale)
+    fresh = start(folder, tmp_path / "fresh", **change).prior
+    other = start(folder, tmp_path / "other", init=str(path), **change).prior
+    assert torch.equal(other.dictionary.atoms, first.prior.dictionary.atoms)
+    for name in ("sigma", "lambda_reg", "log_beta", "log_scale"):
+        assert torch.equal(getattr(other, name), getattr(fresh, name)), name
+    assert other.penalty_name == fresh.penalty_name
 
 
 def test_bad_settings_are_named(folder, tmp_path):
