@@ -142,9 +142,10 @@ def test_evaluate_gives_the_published_settings_to_the_model():
         x_hat = model(y, physics, sigma=15 / 255, lambda_reg=2.5).clamp(0, 1)
     mse = float((x_hat - x).square().mean())
     assert scores[-1].psnr == pytest.approx(-10 * np.log10(mse), abs=1e-3)
-    other = evaluate(model, task, data, lambda_reg=0.1, sigma=30, progress=False)
+    one = data[:1]
+    other = evaluate(model, task, one, lambda_reg=0.1, sigma=30, progress=False)
     assert other[0].lambda_reg == pytest.approx(0.1)
-    same_weight = evaluate(model, task, data, lambda_reg=0.1, progress=False)
+    same_weight = evaluate(model, task, one, lambda_reg=0.1, progress=False)
     assert other[0].psnr != same_weight[0].psnr
 
 
@@ -231,7 +232,7 @@ def test_total_variation_is_the_minimum_and_knows_a_real_image():
         return 0.5 * (physics.A(z) - y).square().sum() + weight * tv
 
     x_hat = TotalVariation()(y, physics, lambda_reg=weight)
-    best = objective(TotalVariation(max_iter=2000)(y, physics, lambda_reg=weight))
+    best = objective(TotalVariation(max_iter=800)(y, physics, lambda_reg=weight))
     assert objective(x_hat) < 1.001 * best
     assert objective(TotalVariation(max_iter=1)(y, physics, weight)) > 1.05 * best
     for other in (x, physics.A_adjoint(y), torch.zeros_like(x)):

@@ -110,7 +110,9 @@ def photograph(size):
 @pytest.mark.parametrize(
     "physics",
     [
-        pytest.param(Denoising(noise(25 / 255)), id="denoising"),
+        pytest.param(
+            Denoising(noise(25 / 255)), id="denoising", marks=pytest.mark.slow
+        ),
         pytest.param(
             Blur(
                 dinv.physics.functional.gaussian_blur((5, 5), (0.7, 0.7)),
@@ -184,7 +186,9 @@ def test_the_result_says_what_the_model_gives(model, x):
 pytestmark = pytest.mark.filterwarnings("ignore:Tuning stopped at max_trials")
 
 
-@pytest.mark.parametrize("tune_sigma", [False, True])
+@pytest.mark.parametrize(
+    "tune_sigma", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_candidates_in_one_batch_give_what_they_give_one_by_one(x, tune_sigma):
     data = [(x, blur()(x)), (x[:1], blur()(x[:1]) + 0.01)]
     model = random_model(rtol=1e-4)

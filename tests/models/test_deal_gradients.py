@@ -146,7 +146,7 @@ class Problem:
         ("denoising", 2),
         ("denoising", 3),
         ("inpainting", 2),
-        ("blur", 2),
+        ("blur", 1),
     ],
 )
 def test_exact_gradients_equal_finite_differences(physics, batch):

@@ -91,7 +91,9 @@ def restoration_cases():
 
 
 @pytest.mark.parametrize(("operator", "channels"), list(restoration_cases()))
-@pytest.mark.parametrize("size", [(32, 37), (25, 129)])
+@pytest.mark.parametrize(
+    "size", [(32, 37), pytest.param((25, 129), marks=pytest.mark.slow)]
+)
 def test_restoration(shipped, monkeypatch, operator, channels, size):
     tests = shipped("test_models")
     seen = []
@@ -216,10 +218,17 @@ ALGORITHMS = {
     "test_pnp_algo": ["PGD", "HQS", "DRS", "ADMM", "PDCP", "FISTA"],
     "test_red_algo": ["GD", "PGD", "FISTA"],
 }
+#: The others take the same calls of the prior.
+LONG = ("FISTA", "ADMM", "DRS")
 
 
 @pytest.mark.parametrize(
-    ("name", "algorithm"), [(n, a) for n, names in ALGORITHMS.items() for a in names]
+    ("name", "algorithm"),
+    [
+        pytest.param(name, algorithm, marks=[pytest.mark.slow] * (algorithm in LONG))
+        for name, algorithms in ALGORITHMS.items()
+        for algorithm in algorithms
+    ],
 )
 def test_plug_and_play(shipped, monkeypatch, name, algorithm):
     tests = shipped("test_optim")
@@ -261,7 +270,9 @@ class Counting(DEAL):
         return super().forward(y, physics, **kwargs)
 
 
-@pytest.mark.parametrize("compute_eval_losses", [True, False])
+@pytest.mark.parametrize(
+    "compute_eval_losses", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_trainer_passes(shipped, monkeypatch, tmp_path, compute_eval_losses):
     tests = shipped("test_trainer")
     monkeypatch.setattr(tests, "DummyModel", Counting)

@@ -86,7 +86,10 @@ PHYSICS = [
         lambda: dinv.physics.Blur(FILTER, padding="circular"), True, id="circular-blur"
     ),
     pytest.param(
-        lambda: dinv.physics.Blur(FILTER, padding="valid"), False, id="valid-blur"
+        lambda: dinv.physics.Blur(FILTER, padding="valid"),
+        False,
+        id="valid-blur",
+        marks=pytest.mark.slow,
     ),
 ]
 

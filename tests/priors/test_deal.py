@@ -98,7 +98,10 @@ def residual_by_reference(reference, x, b, physics, sigma, lambda_reg):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("problem", ["denoising", "inpainting", "blur"])
+@pytest.mark.parametrize(
+    "problem",
+    ["denoising", "inpainting", pytest.param("blur", marks=pytest.mark.slow)],
+)
 def test_fixed_point_solves_the_equation_of_the_reference(pair, problem):
     reference, prior = pair
     x = images(2, prior.in_channels, 9, 8)

@@ -21,6 +21,8 @@ from deepinv_deal.solvers import (
 )
 
 KINDS = [pytest.param(SAFIPrior, id="safi"), pytest.param(MMRPrior, id="mmr")]
+#: For what does not depend on where the mask comes from, and takes long.
+ONE_KIND = [KINDS[0], pytest.param(MMRPrior, id="mmr", marks=pytest.mark.slow)]
 INNER = ["admm", "fista"]
 
 
@@ -405,7 +407,7 @@ def test_exact_gradients_are_finite_differences(kind, problem):
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_KIND)
 def test_jacobian_free_gradients_are_those_with_the_mask_frozen(kind):
     prior, y = random_l1_prior(kind), noisy_images(1)
     weight = torch.tensor([0.3 / float(prior.bind().nu)], dtype=DOUBLE)
@@ -455,7 +457,7 @@ def test_small_and_large_weights_are_solved_too(kind, weight):
     torch.testing.assert_close(*solutions, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_KIND)
 def test_stiff_and_soft_samples_of_a_batch_are_solved_as_alone(kind):
     """Their systems are solved in two ways, chosen for each sample."""
     y, prior = noisy_images(2), random_l1_prior(kind)
