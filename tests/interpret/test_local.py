@@ -75,6 +75,7 @@ def test_the_stability_constant_is_that_of_the_matrix(problem):
     assert stability_constant(problem.at) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_divergence_is_the_trace_of_the_matrix(problem):
     expected = float(torch.trace(problem.A @ problem.sensitivity))
     assert divergence(problem.at, batch_size=72) == pytest.approx(expected, rel=1e-5)
@@ -116,6 +117,7 @@ def test_the_spectral_radius_predicts_the_observed_rate(name):
     assert asymptotic_rate(residuals) == pytest.approx(spectral_radius(at), rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_bounds_of_the_paper_hold(problem):
     at = problem.at
     bounds = conservative_bounds(at)

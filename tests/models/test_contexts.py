@@ -45,7 +45,14 @@ def changed(model):
     return model
 
 
-@pytest.fixture(scope="module", params=MODELS)
+# The weakly convex dictionary runs the code of the others, for longer.
+SLOW = {"NCPR": [pytest.mark.slow]}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=SLOW.get(name, [])) for name in MODELS],
+)
 def case(request):
     """A function that makes the model, the model after use, and its answer."""
     make = MODELS[request.param]

@@ -12,6 +12,16 @@ def start(folder, out, **changes):
     return KINDS["safi"].start(folder, out, **settings)
 
 
+#: Steps large enough for the masks to move away from 1/2, where they all start.
+ACCURATE = {"rtol": 1e-3, "depth": 20, "warm_depth": 3}
+
+
+@pytest.fixture(scope="module")
+def plain(folder, tmp_path_factory):
+    """The weights after some steps with these settings."""
+    return weights_after(start(folder, tmp_path_factory.mktemp("out"), **ACCURATE), 4)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -26,11 +36,8 @@ def start(folder, out, **changes):
     ],
     ids=str,
 )
-def test_each_setting_changes_the_training(folder, tmp_path, change):
-    # Steps large enough for the masks to move away from 1/2, where they all start.
-    accurate = {"rtol": 1e-3, "depth": 20, "warm_depth": 3}
-    plain = weights_after(start(folder, tmp_path, **accurate), 4)
-    changed = weights_after(start(folder, tmp_path, **(accurate | change)), 4)
+def test_each_setting_changes_the_training(folder, tmp_path, plain, change):
+    changed = weights_after(start(folder, tmp_path, **(ACCURATE | change)), 4)
     assert plain.shape != changed.shape or not torch.equal(plain, changed)
 
 

@@ -282,6 +282,19 @@ def test_a_few_steps_lower_the_loss_on_the_same_patches(folder, tmp_path):
     assert min(losses[-3:]) < 0.9 * losses[0]
 
 
+def train(folder, out, **settings):
+    """The weights after some steps."""
+    # Accurate adjoints: Jacobian-free answers are the first rough ones.
+    settings = {"steps": 100, "adjoint_rtol": 1e-4, **settings}
+    return weights_after(DEALTrainer(recipe(folder, out, **settings), resume=False), 3)
+
+
+@pytest.fixture(scope="module")
+def plain(folder, tmp_path_factory):
+    """The weights after some steps with the usual settings."""
+    return train(folder, tmp_path_factory.mktemp("out"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -298,14 +311,8 @@ def test_a_few_steps_lower_the_loss_on_the_same_patches(folder, tmp_path):
         pytest.param({"lr": 1e-4}, id="lr"),
     ],
 )
-def test_each_setting_changes_the_training(folder, tmp_path, change):
-    def train(**settings):
-        # Accurate adjoints: Jacobian-free answers are the first rough ones.
-        settings = {"steps": 100, "adjoint_rtol": 1e-4, **settings}
-        trainer = DEALTrainer(recipe(folder, tmp_path, **settings), resume=False)
-        return weights_after(trainer, 3)
-
-    assert not torch.equal(train(), train(**change))
+def test_each_setting_changes_the_training(folder, tmp_path, plain, change):
+    assert not torch.equal(plain, train(folder, tmp_path, **change))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from trainers import KINDS, slopes_of_the_loss, weights_after
@@ -47,6 +49,21 @@ def test_the_gradient_is_that_of_the_loss(folder, tmp_path, model):
     assert slope == pytest.approx(difference, rel=1e-2)
 
 
+ACCURATE = {"adjoint_rtol": 1e-4, "steps": 100}
+
+
+@pytest.fixture(scope="module")
+def plain(folder, tmp_path_factory):
+    """A function that gives the weights of a model after some steps."""
+
+    @cache
+    def weights(model):
+        out = tmp_path_factory.mktemp(model)
+        return weights_after(start(folder, out, model, **ACCURATE), 4)
+
+    return weights
+
+
 @pytest.mark.parametrize(
     ("model", "change"),
     [
@@ -62,11 +79,9 @@ def test_the_gradient_is_that_of_the_loss(folder, tmp_path, model):
         ("patch", {"rtol": 0.3}),
     ],
 )
-def test_each_setting_changes_the_training(folder, tmp_path, model, change):
-    settings = {"adjoint_rtol": 1e-4, "steps": 100}
-    plain = weights_after(start(folder, tmp_path, model, **settings), 4)
-    changed = weights_after(start(folder, tmp_path, model, **(settings | change)), 4)
-    assert not torch.equal(plain, changed)
+def test_each_setting_changes_the_training(folder, tmp_path, plain, model, change):
+    changed = weights_after(start(folder, tmp_path, model, **(ACCURATE | change)), 4)
+    assert not torch.equal(plain(model), changed)
 
 
 def test_sizes_are_those_of_the_recipe_and_published_ones_by_default(folder, tmp_path):
