@@ -130,12 +130,12 @@ def test_constructors_and_calls_need_no_network(monkeypatch):
 def test_a_failed_write_leaves_the_old_file(file, monkeypatch, tmp_path):
     old = file.read_bytes()
 
-    def fill_the_disk(tensors, path, header):
+    def fill_the_disk(path, data):
         with open(path, "wb") as opened:
-            opened.write(b"half of a fi")
+            opened.write(data[: len(data) // 2])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("deepinv_deal.weights.files.save_file", fill_the_disk)
+    monkeypatch.setattr("pathlib.Path.write_bytes", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
         save_prior(random_prior(seed=1, dtype=torch.float32), file)
     assert file.read_bytes() == old

@@ -1,6 +1,8 @@
 """The commands, end to end on tiny files."""
 
 import csv
+import subprocess
+import sys
 
 import deepinv as dinv
 import numpy as np
@@ -383,3 +385,9 @@ def test_dictionaries_are_evaluated_with_weights_of_the_caller(
 def test_a_solver_is_not_for_deal(folder, capsys):
     assert main(["evaluate", "--data", folder, "--solver", "admm"]) == 2
     assert "--solver is not for --method deal" in capsys.readouterr().err
+
+
+def test_the_package_is_a_command():
+    command = [sys.executable, "-m", "deepinv_deal", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "demo" in shown.stdout

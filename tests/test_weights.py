@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import deepinv as dinv
 import pytest
@@ -10,11 +11,12 @@ import torch
 from problems import random_prior
 from safetensors.torch import load_file, save_file
 
-from deepinv_deal import DEAL
+from deepinv_deal import DEAL, SmoothPlusSparse
 from deepinv_deal.weights import (
     BUNDLED,
     convert_state_dict,
     deal,
+    files,
     load_prior,
     save_prior,
 )
@@ -41,6 +43,12 @@ def assert_same_weights(a, b):
     )
 
 
+def test_files_are_as_readable_as_others(file):
+    other = file.with_name("other")
+    other.touch()
+    assert file.stat().st_mode == other.stat().st_mode
+
+
 def test_a_saved_prior_is_loaded_with_its_norm_rule(prior, file):
     loaded = load_prior(file)
     assert_same_weights(loaded, prior)
@@ -48,10 +56,17 @@ def test_a_saved_prior_is_loaded_with_its_norm_rule(prior, file):
     assert loaded.num_filters == 5
 
 
+FORMS = {"DEALPrior": DEAL, "SmoothPlusSparsePrior": SmoothPlusSparse}
+
+
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_weights_load_and_denoise_without_network(name):
-    model = DEAL(pretrained=name)
-    x = torch.full((1, model.prior[0].in_channels, 40, 40), 0.5)
+    form = FORMS[BUNDLED[name]]
+    model = form(pretrained=name)
+    assert (Path(files.__file__).parent / f"{name}.md").is_file(), "the model card"
+    with pytest.raises(ValueError, match=f"pretrained='x' is unknown.*'{name}'"):
+        form(pretrained="x")
+    x = torch.full((1, 1, 40, 40), 0.5)
     x[..., 20:] = 0.8
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     y = x + 25 / 255 * noise

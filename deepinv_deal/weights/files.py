@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
 #: Names of the weights in this package, ``NAME.safetensors``, and what they are for.
-BUNDLED = {"deal_gray": "DEALPrior"}
+BUNDLED = {"deal_gray": "DEALPrior", "cpr_25": "SmoothPlusSparsePrior"}
 
 
 @contextmanager
@@ -48,7 +48,10 @@ def write_weights(
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, {"format": format_of(type(module)), **header})
+        # Not save_file, whose files nobody else may read.
+        temporary.write_bytes(
+            save(tensors, {"format": format_of(type(module)), **header})
+        )
 
 
 def read_weights(
