@@ -53,11 +53,18 @@ class AttentiveQuadratic:
 
     def mask(self, x: Tensor) -> Tensor:
         """Returns the masks of ``x (B, C, H, W)``, shape ``(B * parts, N, H, W)``."""
+        return self._attend(self.attention, x)
+
+    def squared_mask(self, x: Tensor) -> Tensor:
+        """Returns their squares, without holding the masks of a large image too."""
+        return self._attend(lambda split: self.attention(split).square(), x)
+
+    def _attend(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x = self._split(x)
         if self.reach is None:
-            return self.attention(x)
+            return function(x)
         return in_row_blocks(
-            self.attention, x, reach=self.reach, channels=self.W.out_channels
+            function, x, reach=self.reach, channels=self.W.out_channels
         )
 
     def analyse(self, x: Tensor) -> Tensor:
@@ -170,7 +177,7 @@ class FrozenSystem:
 
     def __init__(self, equation: AttentiveEquation, x: Tensor):
         self.equation, self.x = equation, x
-        self.squared_mask = equation.regularizer.mask(x).square()
+        self.squared_mask = equation.regularizer.squared_mask(x)
 
     def A(self, v: Tensor) -> Tensor:
         r"""Applies :math:`H + \lambda W^{\top} m^2 W`."""
@@ -380,7 +387,7 @@ class AttentiveQuadraticPrior(Prior):
         Returns the field :math:`W^{\top}(M_\sigma(x)^2 \odot W x)`, shape of ``x``.
         """
         bound = self.bind(sigma, x)
-        return bound.normal(x, bound.mask(x).square())
+        return bound.normal(x, bound.squared_mask(x))
 
     @full_precision
     def prox(
