@@ -13,7 +13,8 @@ CPR describes every patch of an image as smooth plus sparse
 The patch :math:`P_k x` of 13 x 13 pixels at position k is a combination of its mean and
 120 learned *free atoms* Q, which cost nothing, and of a few of 200 learned atoms D,
 which cost :math:`R(a)`, a norm of groups of neighbouring coefficients. All of it is
-**convex**: there is one minimum, and every solver that finds it gives the same image.
+**convex**: there are no local minima, and in denoising every solver that finds the
+minimum gives the same image.
 """
 
 # %%

@@ -18,8 +18,8 @@ def in_row_blocks(
     Evaluates ``function(*inputs)`` block by block where its features would be large.
 
     Every block is evaluated with ``reach`` more rows on each side, which are then cut
-    off: the result is the same. It is not done while gradients are recorded, since the
-    features are kept for them anyway.
+    off: the result is the same. It is not done where gradients are enabled, since the
+    features may have to be kept for them.
 
     :param Callable function: maps ``(B, C, H, W)`` to ``(B, C', H, W)``; an output
         pixel sees no further than ``reach`` rows, and rows beyond the inputs are zero
@@ -29,9 +29,9 @@ def in_row_blocks(
     :param int channels: largest number of channels of the features.
     """
     batch, _, height, width = inputs[0].shape
-    row_bytes = batch * width * channels * inputs[0].element_size()
+    row_bytes = max(1, batch * width * channels * inputs[0].element_size())
     # Blocks of a few rows would compute mostly what is cut off.
-    rows = max(BLOCK_BYTES // row_bytes, 4 * reach)
+    rows = max(BLOCK_BYTES // row_bytes, 4 * reach, 1)
     if rows >= height or torch.is_grad_enabled():
         return function(*inputs)
     out: Tensor | None = None

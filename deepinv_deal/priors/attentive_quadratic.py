@@ -39,8 +39,8 @@ class AttentiveQuadratic:
     :param Callable attention: maps images ``(B, C, H, W)`` to masks ``(B, N, H, W)``,
         one for every filter.
     :param int reach: rows that a pixel of the mask sees on each side, in an image that
-        is continued by zeros in every layer. Large images are then treated in blocks
-        of rows. ``None``: the mask is evaluated at once.
+        is continued by zeros in every layer. The mask of a large image is then
+        evaluated in blocks of rows. ``None``: at once, for masks that see more.
     """
 
     W: MultiConvOperator
@@ -86,12 +86,11 @@ class AttentiveQuadratic:
         def normal(x: Tensor, squared_mask: Tensor) -> Tensor:
             return self.W.adjoint(squared_mask * self.W(x))
 
+        split, channels = self._split(x), self.W.out_channels
+        squared_mask = squared_mask.expand(len(split), channels, *x.shape[2:])
+        reach = 2 * self.W.reach
         return in_row_blocks(
-            normal,
-            self._split(x),
-            squared_mask,
-            reach=2 * self.W.reach,
-            channels=self.W.out_channels,
+            normal, split, squared_mask, reach=reach, channels=channels
         ).view_as(x)
 
 

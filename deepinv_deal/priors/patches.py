@@ -226,7 +226,6 @@ def solve_jointly(
     rtol: float,
     max_iter: int,
     adjoint: AdjointOptions | None = None,
-    rough: bool = False,
 ) -> tuple[Tensor, SolverResult]:
     """
     Minimises over image and coefficients by the better solver, with gradients.
@@ -240,8 +239,6 @@ def solve_jointly(
     :param float rtol: tolerance, see the solvers.
     :param int max_iter: largest number of iterations.
     :param AdjointOptions adjoint: settings of the backward pass.
-    :param bool rough: whether the solution may be so far from a minimiser that only
-        approximate gradients exist.
     :return: the image and the solver's result.
     """
     with torch.no_grad():
@@ -253,7 +250,7 @@ def solve_jointly(
         else:
             result = eliminated_fista(problem, x, a, rtol=rtol, max_iter=max_iter)
     options = adjoint or AdjointOptions(jacobian_free=True)
-    image, _ = problem.differentiable(result.x, result.state[0], options, rough=rough)
+    image, _ = problem.differentiable(result.x, result.state[0], options)
     return image, result
 
 

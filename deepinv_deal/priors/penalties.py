@@ -2,6 +2,7 @@ r"""Sparsity penalties of coefficients: proximal map, value, and its derivative.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,10 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepinv_deal.solvers.proximal import soft_threshold
-
-#: Slope at which derivatives of proximal maps are cut off on request. At 1, systems of
-#: redundant atoms would be singular.
-LARGEST_SLOPE = 0.99
 
 #: Largest number of steps of the Newton method that inverts a proximal map.
 NEWTON_STEPS = 60
@@ -42,14 +39,11 @@ class Penalty(Protocol):
         """Returns R(a) of every sample, ``(B,)``."""
         ...
 
-    def jacobian(
-        self, v: Tensor, *, contractive: bool = False
-    ) -> Callable[[Tensor, float], Tensor]:
+    def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
         r"""
         Returns ``apply(e, power)``: powers of the derivative of ``prox`` at ``v``.
 
-        The derivative :math:`S` is symmetric and positive semidefinite. For penalties
-        that are not convex it may exceed 1; ``contractive`` keeps it below 1.
+        The derivative :math:`S` is symmetric and positive semidefinite.
         """
         ...
 
@@ -73,12 +67,7 @@ class L1Penalty:
         """Returns R(a), ``(B,)``."""
         return (self.threshold * a.abs()).flatten(1).sum(1)
 
-    def jacobian(
-        self,
-        v: Tensor,
-        *,
-        contractive: bool = False,  # noqa: ARG002 - it never exceeds 1
-    ) -> Callable[[Tensor, float], Tensor]:
+    def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
         """Returns powers of the derivative of ``prox``: the support."""
         active = (v.abs() > self.threshold).to(v.dtype)
         return lambda e, _power: active * e
@@ -122,12 +111,7 @@ class GroupPenalty:
         size = active * square.where(active, 1).sqrt()
         return (self.threshold * size).flatten(1).sum(1)
 
-    def jacobian(
-        self,
-        v: Tensor,
-        *,
-        contractive: bool = False,  # noqa: ARG002 - it never exceeds 1
-    ) -> Callable[[Tensor, float], Tensor]:
+    def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
         r"""
         Returns powers of the derivative of ``prox``, one matrix per block.
 
@@ -188,10 +172,14 @@ class WeaklyConvexPenalty:
     :param torch.Tensor threshold: the :math:`l_j > 0`, broadcastable to ``(B, p, H',
         W')``.
     :param float order: the exponent :math:`1 < g \leq 2`.
+    :param float largest_slope: where to cut off the derivative of :math:`T`, which may
+        exceed 1. Below 1, gradients of solutions exist at any coefficients, not only
+        near a minimiser, but are approximate, at a minimiser too.
     """
 
     threshold: Tensor
     order: float = 2.0
+    largest_slope: float = math.inf
 
     @property
     def weak_convexity(self) -> float:
@@ -253,14 +241,11 @@ class WeaklyConvexPenalty:
         values = self.threshold.square() * envelope - 0.5 * (v - a).square()
         return values.flatten(1).sum(1)
 
-    def jacobian(
-        self, v: Tensor, *, contractive: bool = False
-    ) -> Callable[[Tensor, float], Tensor]:
+    def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
         """Returns powers of the derivative of ``prox``, a diagonal."""
         q = self._power(v / self.threshold)
         slope = q / (1 + q) * (1 + self.order / (1 + q))
-        if contractive:
-            slope = slope.clamp_max(LARGEST_SLOPE)
+        slope = slope.clamp_max(self.largest_slope)
         return lambda e, power: slope**power * e
 
 

@@ -274,15 +274,12 @@ class SynthesisProblem:
     # -- derivative --------------------------------------------------------------
 
     def differentiable(
-        self, x: Tensor, a: Tensor, options: AdjointOptions, *, rough: bool = False
+        self, x: Tensor, a: Tensor, options: AdjointOptions
     ) -> tuple[Tensor, Tensor]:
-        """
-        Attaches implicit gradients to a solution (x, a) without constraints; a
-        ``rough`` one may be far from a minimiser, see :class:`CoefficientEquation`.
-        """
+        """Attaches implicit gradients to a solution (x, a) without constraints."""
         if not torch.is_grad_enabled():
             return x, a
-        a = attach_gradient(CoefficientEquation(self, rough=rough), a, options)
+        a = attach_gradient(CoefficientEquation(self), a, options)
         return (self.image(a, init=x), a) if a.requires_grad else (x, a)
 
 
@@ -333,14 +330,10 @@ class CoefficientEquation:
     :param SynthesisProblem problem: the problem.
     :param torch.Tensor features: features of a given image: the coefficients of that
         image (a lasso) instead of the joint problem.
-    :param bool rough: keep S below 1 where the penalty is not convex, so that the
-        systems are positive definite at any coefficients. Gradients then are those of a
-        convex model of the problem, hence approximate.
     """
 
     problem: SynthesisProblem
     features: Tensor | None = None
-    rough: bool = False
 
     def _preimage(self, a: Tensor) -> Tensor:
         p = self.problem
@@ -362,7 +355,7 @@ class CoefficientEquation:
     def adjoint_solver(self, x: Tensor) -> LinearSolve:
         r"""Returns the solver of :math:`-F_a^{\top} w = v` at coefficients ``x``."""
         with torch.no_grad():
-            S = self.problem.penalty.jacobian(self._preimage(x), contractive=self.rough)
+            S = self.problem.penalty.jacobian(self._preimage(x))
         if self.features is not None and isinstance(self.problem.penalty, L1Penalty):
             return _active_set_solver(self, S)
 

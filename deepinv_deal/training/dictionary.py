@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deepinv_deal.models.patches import PatchSynthesis, SmoothPlusSparse
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
 from deepinv_deal.priors.patches import PenaltyName, solve_jointly
+from deepinv_deal.priors.penalties import WeaklyConvexPenalty
 from deepinv_deal.priors.synthesis import ImageSystem
 from deepinv_deal.priors.synthesis_solvers import coordinate_descent
 from deepinv_deal.solvers import AdjointOptions
@@ -44,6 +45,10 @@ ACCURACY = {
     "patch": (3e-3, 50, 10),
 }
 
+#: Slope at which derivatives of the weakly convex model are cut off, since solutions in
+#: training are not accurate. At 1, systems of redundant atoms would be singular.
+LARGEST_SLOPE = 0.99
+
 
 @dataclass
 class DictionaryRecipe(SingleLevelRecipe):
@@ -67,6 +72,9 @@ class DictionaryRecipe(SingleLevelRecipe):
     :param int pool: number of batches in rotation; a batch comes back after ``pool``
         steps.
     :param int reuse: number of steps that use the same noisy patch.
+    :param str init: weights to start from, as the model's ``pretrained`` names them
+        (bundled name or path); those of the other penalty or of another noise level
+        give their atoms only. ``None``: random.
     :param str model: ``"cpr"``, ``"ncpr"`` or ``"patch"``, the convex model.
     :param int num_atoms: number of atoms; ``None``: as published, 200 or, for
         ``"patch"``, 128.
@@ -179,9 +187,10 @@ class DictionaryTrainer(
         """
         new = self.new_prior()
         prior = load_patch_prior(pretrained, type(new))
-        if _purpose(prior) == _purpose(new) or self.describe(prior) | {
-            "model": self.recipe.model
-        } != self.describe(new):
+        same_size = self.describe(prior) | {"model": self.recipe.model} == (
+            self.describe(new)
+        )
+        if _purpose(prior) == _purpose(new) or not same_size:
             return prior
         new.dictionary.load_state_dict(prior.dictionary.state_dict())
         return new
@@ -196,11 +205,12 @@ class DictionaryTrainer(
         """Returns what the recipe says about a prior, by the names it uses."""
         names = {penalty: model for model, penalty in PENALTIES.items()}
         smooth = isinstance(prior, SmoothPlusSparsePrior)
+        # Sizes first: the other penalty may start from the same atoms.
         return {
-            "model": names.get(prior.penalty_name) if smooth else "patch",
             "num_atoms": len(prior.dictionary.atoms),
             "atom_size": prior.dictionary.patch_size,
             "num_free_atoms": len(prior.dictionary.free_atoms) if smooth else None,
+            "model": names.get(prior.penalty_name) if smooth else "patch",
         }
 
     def new_model(self) -> PatchSynthesis | SmoothPlusSparse:
@@ -233,6 +243,9 @@ class DictionaryTrainer(
         """
         recipe = self.recipe
         problem = self.prior.problem(ImageSystem.identity(problems.y))
+        if isinstance(problem.penalty, WeaklyConvexPenalty):
+            penalty = replace(problem.penalty, largest_slope=LARGEST_SLOPE)
+            problem = replace(problem, penalty=penalty)
         rtol, max_iter = recipe.accuracy(new=start is None)
         a = problem.zero_coefficients() if start is None else start
         if recipe.model == "patch":
@@ -248,12 +261,11 @@ class DictionaryTrainer(
                 rtol=rtol,
                 max_iter=max_iter,
                 adjoint=AdjointOptions(jacobian_free=True, rtol=recipe.adjoint_rtol),
-                rough=True,
             )
         loss = (x_hat - problems.x).abs().mean()
         return loss, result.state[0].detach()
 
 
 def _purpose(prior: PatchSynthesisPrior | SmoothPlusSparsePrior) -> tuple[Any, ...]:
-    """What the thresholds of a prior were learned for."""
-    return getattr(prior, "penalty_name", None), round(255 * prior.sigma.item(), 3)
+    """What the thresholds of a prior were learned for: penalty and gray levels."""
+    return getattr(prior, "penalty_name", None), round(255 * prior.sigma.item())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import images, random_model, random_prior, relative_error
 
-from deepinv_deal.operators import row_blocks
+from deepinv_deal.operators import MultiConvOperator, row_blocks
 from deepinv_deal.operators.row_blocks import in_row_blocks
 
 
@@ -31,26 +31,47 @@ def test_blocks_give_what_the_whole_gives_and_see_few_rows(height, small_blocks)
     with torch.no_grad():
         whole = twice(x, w)
         seen.clear()
-        assert torch.equal(in_row_blocks(twice, x, w, reach=2, channels=1), whole)
+        blocks = in_row_blocks(twice, x, w, reach=2, channels=1)
+    torch.testing.assert_close(blocks, whole, rtol=0, atol=1e-13)
     assert max(seen) <= 12  # 8 rows and 2 on each side
     assert len(seen) == -(-height // 8)
     seen.clear()
     x.requires_grad_()
     assert torch.equal(in_row_blocks(twice, x, w, reach=2, channels=1), whole)
-    assert seen == [height], "recorded for a gradient, features are kept anyway"
+    assert seen == [height]
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_regularizer_and_mask_are_those_of_the_whole_image(channels, monkeypatch):
     prior = random_prior(3 if channels == 3 else 1, 4)
     x = images(2, channels, 203, 6)
+    heights = []
+    convolve = MultiConvOperator.__call__
+
+    def recorded(self, x):
+        heights.append(x.shape[-2])
+        return convolve(self, x)
+
     with torch.no_grad():
         regularizer = prior.bind(0.1, x)
         mask = regularizer.mask(x)
         normal = regularizer.normal(x, mask.square())
         monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(MultiConvOperator, "__call__", recorded)
         assert relative_error(regularizer.mask(x), mask) < 1e-14
+        assert relative_error(regularizer.squared_mask(x), mask.square()) < 1e-14
         assert relative_error(regularizer.normal(x, mask.square()), normal) < 1e-14
+        one = torch.ones((), dtype=x.dtype)  # the same for all, as any tensor may be
+        all_in = regularizer.normal(x, one.expand_as(mask))
+        assert relative_error(regularizer.normal(x, one), all_in) == 0
+    assert max(heights) < 203
+
+
+def test_blocks_of_nothing_and_of_single_rows(small_blocks):
+    with torch.no_grad():
+        for x in (images(1, 1, 5, 6)[:0], images(1, 1, 5, 6)):
+            out = in_row_blocks(lambda x: 2 * x, x, reach=0, channels=1)
+            assert torch.equal(out, 2 * x)
 
 
 def test_an_image_is_reconstructed_and_differentiated_in_blocks(monkeypatch):

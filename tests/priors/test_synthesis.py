@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -309,38 +310,43 @@ def test_implicit_gradients_equal_finite_differences(kind, exact, rng):
     gradients_equal_finite_differences(run, [y, *map(parameters.get, names)], rng)
 
 
-def test_rough_systems_are_solved_at_any_coefficients(rng):
+def cut_off(problem, slope):
+    return replace(problem, penalty=replace(problem.penalty, largest_slope=slope))
+
+
+def test_slopes_cut_off_give_systems_that_are_solved_at_any_coefficients(rng):
     prior = small_prior("weakly_convex", rng, boundary="circular")
     problem = prior.problem(ImageSystem.identity(images(1, 1, 6, 7)))
     a = random(rng, *problem.zero_coefficients().shape)
     v = random(rng, *a.shape)
     rtol = torch.full((1,), 1e-8, dtype=v.dtype)
-    for rough in (False, True):
+    for slope, solved in ((2.0, False), (0.99, True)):
         with torch.no_grad():
-            equation = CoefficientEquation(problem, rough=rough)
+            equation = CoefficientEquation(cut_off(problem, slope))
             result = equation.adjoint_solver(a)(v, rtol)
         # Far from a minimiser, the exact system is indefinite.
-        assert result.converged.all() == rough
+        assert result.converged.all() == solved
 
 
 @pytest.mark.parametrize(("factor", "equal"), [(1.0, False), (30.0, True)])
-def test_rough_gradients_are_exact_below_the_thresholds(rng, factor, equal):
+def test_gradients_are_exact_where_no_slope_is_cut_off(rng, factor, equal):
     prior = small_prior("weakly_convex", rng, boundary="circular")
     prior.lambda_reg.mul_(factor)
 
-    def gradient(rough):
+    def gradient(slope):
         problem = prior.problem(ImageSystem.identity(images(1, 1, 6, 7)))
         options = AdjointOptions(jacobian_free=True, rtol=1e-12)
         y, start = problem.data.b, problem.zero_coefficients()
         with torch.no_grad():
             result = eliminated_fista(problem, y, start, rtol=1e-12, max_iter=5000)
-        x, _ = problem.differentiable(result.x, result.state[0], options, rough=rough)
+        problem = cut_off(problem, slope)
+        x, _ = problem.differentiable(result.x, result.state[0], options)
         loss = (x * images(1, 1, 6, 7, seed=1)).sum()
         return torch.autograd.grad(loss, prior.dictionary.atoms)[0]
 
-    exact = gradient(False)
+    exact = gradient(math.inf)
     assert exact.norm() > 0
-    assert (relative_error(gradient(True), exact) < 1e-8) == equal
+    assert (relative_error(gradient(0.99), exact) < 1e-8) == equal
 
 
 def test_two_step_gradients_equal_finite_differences(rng):

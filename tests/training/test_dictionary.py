@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import pytest
 import torch
 from trainers import KINDS, slopes_of_the_loss, weights_after
 
+from deepinv_deal import ConvergenceWarning
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
 from deepinv_deal.weights import load_patch_prior, save_patch_prior
 
@@ -143,6 +145,36 @@ def test_other_penalties_and_noise_levels_start_from_the_atoms_only(
     for name in ("sigma", "lambda_reg", "log_beta", "log_scale"):
         assert torch.equal(getattr(other, name), getattr(fresh, name)), name
     assert other.penalty_name == fresh.penalty_name
+
+
+def test_a_level_in_decimals_is_the_level_of_the_weights(folder, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    first = start(folder, tmp_path / "first")  # 25 gray levels
+    weights_after(first, 2)
+    save_patch_prior(first.prior, path)
+    again = start(folder, tmp_path / "again", init=str(path), sigma=0.098).prior
+    assert torch.equal(again.log_scale, first.prior.log_scale)
+
+
+def test_weakly_convex_models_are_trained_with_accurate_solutions(folder, tmp_path):
+    recipe = start(folder, tmp_path, "ncpr").recipe
+    assert recipe.accuracy(new=True) == (2e-4, 150)
+    assert recipe.accuracy(new=False) == (2e-4, 40)
+    assert start(folder, tmp_path).recipe.accuracy(new=False) == (3e-3, 10)
+    given = {"rtol": 0.1, "max_iter": 7, "warm_max_iter": 5}
+    recipe = start(folder, tmp_path, "ncpr", **given).recipe
+    assert recipe.accuracy(new=True) == (0.1, 7)
+    assert recipe.accuracy(new=False) == (0.1, 5)
+
+
+def test_gradients_of_the_weakly_convex_model_exist_in_training(folder, tmp_path):
+    training = start(folder, tmp_path, "ncpr", adjoint_rtol=1e-6, max_iter=5)
+    problems = training.sampler.batch(0, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        loss, _ = training.loss(problems, None)
+        loss.backward()
+    assert training.prior.dictionary.atoms.grad.norm() > 0
 
 
 def test_bad_settings_are_named(folder, tmp_path):
