@@ -98,6 +98,7 @@ class DictionaryRecipe(SingleLevelRecipe):
     rtol: float | None = None  # type: ignore[assignment]
     pool: int = 32
     reuse: int = 4
+    init: str | None = None
 
     model: DictionaryModel = "cpr"
     num_atoms: int | None = None
