@@ -51,7 +51,7 @@ FAULTS = (
     Fault(
         "mask not squared",
         "priors/attentive_quadratic.py",
-        "self.squared_mask = equation.regularizer.mask(x).square()",
+        "self.squared_mask = equation.regularizer.squared_mask(x)",
         "self.squared_mask = equation.regularizer.mask(x)",
         ("models/test_deal.py::test_convergence_means_that_the_forces_balance",),
     ),

@@ -11,7 +11,7 @@ import torch
 from problems import random_prior
 from safetensors.torch import load_file, save_file
 
-from deepinv_deal import DEAL, SmoothPlusSparse
+from deepinv_deal import DEAL, MMR, SmoothPlusSparse
 from deepinv_deal.weights import (
     BUNDLED,
     convert_state_dict,
@@ -66,6 +66,8 @@ def test_bundled_weights_load_and_denoise_without_network(name):
     assert (Path(files.__file__).parent / f"{name}.md").is_file(), "the model card"
     with pytest.raises(ValueError, match=f"pretrained='x' is unknown.*'{name}'"):
         form(pretrained="x")
+    with pytest.raises(ValueError, match=f"'{name}' holds weights of a"):
+        MMR(pretrained=name)
     x = torch.full((1, 1, 40, 40), 0.5)
     x[..., 20:] = 0.8
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))

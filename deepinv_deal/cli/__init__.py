@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from deepinv_deal.cli.demo import add_demo
 from deepinv_deal.cli.denoise import add_denoise
@@ -48,7 +49,11 @@ def _keep_freed_memory() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="deepinv-deal", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="deepinv-deal",
+        description="Denoise and reconstruct images; train and evaluate models.",
+    )
+    parser.add_argument("--version", action="version", version=version("deepinv-deal"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_demo, add_denoise, add_reconstruct, add_evaluate, add_train):
         add(commands)

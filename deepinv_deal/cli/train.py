@@ -96,6 +96,14 @@ def _train(args: argparse.Namespace) -> int:
     trainer = args.trainer(args.recipe(**settings), resume=not args.restart)
     if trainer.step:
         print(f"Resuming at step {trainer.step} ({trainer.elapsed:.0f} s).")
+    if trainer.progress() >= 1:
+        print("The training is complete. To go on, start one with --init WEIGHTS.")
+    weights = sum(p.numel() for p in trainer.prior.parameters())
+    print(
+        f"{weights:,} parameters on {trainer.device}; {trainer.state_path} is written "
+        f"every {trainer.checkpoint_interval:.0f} s.",
+        flush=True,
+    )
     best = trainer.train()
     print(f"{trainer.step} steps in {trainer.elapsed:.0f} s.")
     print(

@@ -20,6 +20,7 @@ from deepinv_deal.models.image_operator import (
     check_complex_mode,
     check_init,
     check_measurements,
+    doubt_noise_level,
     intensity,
     is_noise_level,
     per_sample,
@@ -368,7 +369,8 @@ class DEAL(FixedPointOptim, Denoiser):
                     "level."
                 )
             sigma = _estimated(b.detach())
-            notes.append(f"The noise level was estimated: {sigma.tolist()}.")
+            levels = ", ".join(f"{s:.4g}" for s in sigma.tolist())
+            notes.append(f"The noise level was estimated: sigma={levels}.")
         if sigma is None and own is None and operator.denoising:
             raise ValueError(
                 "sigma is missing: give the noise level, in units of the image, as "
@@ -377,7 +379,10 @@ class DEAL(FixedPointOptim, Denoiser):
         if sigma is None and not operator.denoising:
             # The model's own hyperparameter is relative to images in [0, 1].
             return per_sample("sigma", DEFAULT_SIGMA if own is None else own, b)
-        return per_sample("sigma", own if sigma is None else sigma, b) / scale
+        level = per_sample("sigma", own if sigma is None else sigma, b)
+        if operator.denoising:
+            doubt_noise_level(level, b, stacklevel=7)
+        return level / scale
 
     def _lambda(
         self, lambda_reg: float | Tensor | None, operator: ImageOperator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Number
 from typing import Any, Literal
 
@@ -315,6 +316,27 @@ def check_complex_mode(complex_mode: str) -> None:
     if complex_mode not in ("real_imag", "real"):
         raise ValueError(
             f"complex_mode must be 'real_imag' or 'real', got {complex_mode!r}."
+        )
+
+
+def doubt_noise_level(level: Tensor, y: Tensor, stacklevel: int) -> None:
+    """
+    Warns of noise levels that cannot be in the unit of the image.
+
+    :param torch.Tensor level: noise levels, ``(B,)``.
+    :param torch.Tensor y: noisy images ``(B, C, H, W)``.
+    :param int stacklevel: as in ``warnings.warn``.
+    """
+    largest = y.detach().abs().flatten(1).amax(1)
+    level = level.detach()
+    wrong = ((level > largest) & (largest > 0)).nonzero().flatten().tolist()
+    if wrong:
+        i = wrong[0]
+        warnings.warn(
+            f"sigma={level[i].item():.4g} is larger than every value of the image (at "
+            f"most {largest[i].item():.4g}). Its unit is that of the image: for images "
+            "in [0, 1], divide gray levels by 255.",
+            stacklevel=stacklevel + 1,
         )
 
 

@@ -16,6 +16,7 @@ from deepinv_deal.models.image_operator import (
     check_complex_mode,
     check_init,
     check_measurements,
+    doubt_noise_level,
     is_noise_level,
     per_sample,
 )
@@ -278,6 +279,8 @@ class SynthesisModel(Reconstructor, Denoiser):
         if sigma is None:
             sigma = self.prior.sigma if self.sigma is None else self.sigma
         level = _positive("sigma", sigma, operator.b)
+        if operator.denoising:
+            doubt_noise_level(level, operator.b, stacklevel=7)
         own = self.lambda_reg if lambda_reg is None else lambda_reg
         if own is not None:
             return level, _positive("lambda_reg", own, operator.b)

@@ -62,7 +62,7 @@ class Recipe:
     :param int patch_size: side of the patches.
     :param float lr: learning rate after the warm-up.
     :param float lr_final: learning rate at the end of the cosine.
-    :param int warmup: number of warm-up steps.
+    :param int warmup: number of warm-up steps; at most a tenth of the training.
     :param str init: weights to start from, as the model's ``pretrained`` names them
         (bundled name or path); ``None``: random.
     :param int reuse: number of steps that use the same noisy patch.
@@ -74,7 +74,8 @@ class Recipe:
     :param int val_every: steps between two validations.
     :param int val_images: number of validation images used.
     :param int val_size: side of their centre crops.
-    :param float checkpoint_every: seconds between two checkpoints.
+    :param float checkpoint_every: seconds between two checkpoints; at most a tenth of
+        ``time_budget``.
     :param int seed: seed of everything random.
     :param str device: ``"cpu"``, ``"cuda"``, ...
     """
@@ -143,12 +144,20 @@ class SingleLevelRecipe(Recipe):
     """
     Settings of the trainings at one noise level.
 
-    :param float sigma: noise level ([0, 1] units).
+    :param float sigma: noise level of images in [0, 1]; 0.098 for 25 gray levels.
     """
 
     sigma: float = 25 / 255
 
     positive: ClassVar[tuple[str, ...]] = (*Recipe.positive, "sigma")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma >= 1:
+            raise ValueError(
+                f"sigma must be below 1, since images are in [0, 1], got {self.sigma}. "
+                "For 25 gray levels give 25 / 255 = 0.098."
+            )
 
     @property
     def noise(self) -> tuple[float, float]:
@@ -289,13 +298,21 @@ class Trainer(ABC, Generic[R, P]):
                 self._validate(sum(losses) / len(losses))
                 losses.clear()
                 self.elapsed = offset + time.monotonic() - start
-            if time.monotonic() - last_save > recipe.checkpoint_every:
+            if time.monotonic() - last_save > self.checkpoint_interval:
                 self.save()
                 last_save = time.monotonic()
         bar.close()
         self.save()
         self.save_prior(self.out / "last.safetensors", {})
         return self.best
+
+    @property
+    def checkpoint_interval(self) -> float:
+        """Seconds between two checkpoints, less in short trainings."""
+        recipe = self.recipe
+        if recipe.time_budget is None:
+            return recipe.checkpoint_every
+        return min(recipe.checkpoint_every, recipe.time_budget / 10)
 
     def progress(self) -> float:
         """Returns the fraction of the training that is done."""
@@ -307,7 +324,9 @@ class Trainer(ABC, Generic[R, P]):
     def _learning_rate(self) -> float:
         recipe = self.recipe
         cosine = 0.5 * (1 + math.cos(math.pi * min(self.progress(), 1.0)))
-        warm = min(1.0, (self.step + 1) / max(recipe.warmup, 1))
+        warm = (self.step + 1) / max(recipe.warmup, 1)
+        # In a short training, no more than the first tenth.
+        warm = min(1.0, max(warm, 10 * self.progress()))
         return warm * (recipe.lr_final + (recipe.lr - recipe.lr_final) * cosine)
 
     def train_step(self) -> float:
@@ -381,7 +400,11 @@ class Trainer(ABC, Generic[R, P]):
         }
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
-        tqdm.write(json.dumps(entry))
+        levels = ", ".join(f"{v:.2f} dB at {k}" for k, v in psnr.items())
+        tqdm.write(
+            f"step {self.step}, {self.elapsed:.0f} s: loss {loss:.4g}, {levels}, mean "
+            f"{mean:.2f} dB{' (best)' * (mean > self.best)}"
+        )
         if mean > self.best:
             self.best = mean
             self.save_prior(self.out / "best.safetensors", {"log": json.dumps(entry)})

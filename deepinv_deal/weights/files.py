@@ -137,13 +137,18 @@ def find_weights(
         or ``.pth`` file.
     :param type kind: class of the module.
     :param list also: other names that the caller takes, for the error.
-    :raises ValueError: for an unknown name.
+    :raises ValueError: for an unknown name, or one of another class.
     :raises FileNotFoundError: if the file does not exist.
     """
     name = os.fspath(pretrained)
     known = bundled(kind)
     if name in known:
         return Path(__file__).parent / f"{name}.safetensors"
+    if name in BUNDLED:
+        raise ValueError(
+            f"pretrained={name!r} holds weights of a {BUNDLED[name]}, not of a "
+            f"{kind.__name__}."
+        )
     path = Path(name)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         names = "".join(f"{choice!r}, " for choice in (*known, *also))

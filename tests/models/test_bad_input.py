@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from deepinv.utils import TensorList
-from problems import DOUBLE, images, random_model, random_prior
+from problems import DOUBLE, MODELS, images, random_model, random_prior
 
 from deepinv_deal import DEAL
 
@@ -293,3 +293,13 @@ def test_error_leaves_the_model_usable(gray):
     with pytest.raises(ValueError):
         gray(with_value(math.nan), sigma=0.1)
     assert torch.equal(gray(image(), sigma=0.1), expected)
+
+
+@pytest.mark.parametrize("name", ["DEAL", "CPR", "two-step"])
+def test_noise_levels_in_another_unit_than_the_image_are_doubted(name):
+    model, y = MODELS[name](max_iter=2, warn=False), image()
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=r"sigma=25 is larger .*divide gray level"):
+            model(y, sigma=25.0)
+        model(255 * y, sigma=25.0)  # in gray levels both
+        model(0 * y, sigma=25.0)  # nothing to compare with

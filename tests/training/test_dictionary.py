@@ -182,3 +182,5 @@ def test_bad_settings_are_named(folder, tmp_path):
         start(folder, tmp_path, "deal")
     with pytest.raises(ValueError, match="sigma must be positive, got -1"):
         start(folder, tmp_path, sigma=-1)
+    with pytest.raises(ValueError, match="sigma must be below 1.*got 25.*0.098"):
+        start(folder, tmp_path, sigma=25)

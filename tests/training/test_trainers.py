@@ -92,6 +92,21 @@ def test_a_folder_that_cannot_be_made_is_named(folder, tmp_path, capsys):
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
+def test_short_trainings_warm_up_and_are_saved_in_time(folder, tmp_path):
+    def start(**changes):
+        return KINDS["cpr"].start(folder, tmp_path, **({"steps": None} | changes))
+
+    long = start(time_budget=7200.0, warmup=200)
+    assert long.checkpoint_interval == 60
+    short = start(time_budget=20.0, warmup=200)
+    assert short.checkpoint_interval == 2
+    rates = []
+    for short.elapsed in (0.0, 1.0, 2.0):
+        rates.append(short._learning_rate())
+    assert rates[0] < rates[1] < rates[2]
+    assert rates[2] > 0.9 * short.recipe.lr
+
+
 class OwnTrainer(AttentiveQuadraticTrainer):
     def new_prior(self):
         return OwnPrior()
