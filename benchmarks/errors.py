@@ -104,6 +104,7 @@ CASES = {
     ),
     "Weights": (
         "DEAL(pretrained='deal_grey')",
+        "DEAL(pretrained='cpr_25')",
         "DEAL(pretrained='missing.safetensors')",
         "DEAL(pretrained='malicious.pth')",
         "DEAL(pretrained='truncated.safetensors')",
