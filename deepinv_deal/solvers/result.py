@@ -104,12 +104,13 @@ class SolverResult:
         if not failed:
             return
         judged = self.weighted_residual
+        measure = "relative residual" if judged is self.residual else "imbalance"
         worst = max(failed, key=lambda i: float(judged[i].nan_to_num(torch.inf)))
         message = (
             f"{what} did not converge for {len(failed)} of {len(self.status)} samples "
             f"(index {', '.join(map(str, failed[:8]))}{', ...' * (len(failed) > 8)}). "
             f"Worst: {Status(int(self.status[worst])).name} after "
-            f"{int(self.n_iter[worst])} iterations, relative residual "
+            f"{int(self.n_iter[worst])} iterations, {measure} "
             f"{float(judged[worst]):.1e}, asked for {rtol:.1e}. {advice}"
         )
         if strict:

@@ -642,7 +642,7 @@ def test_unconverged_sample_is_reported_once(y):
     model = random_model(max_iter=4, rtol=1e-8)
     easy = model(y[:1], sigma=1e-5)
     y = torch.cat([easy, y[1:]])
-    with pytest.warns(ConvergenceWarning) as caught:
+    with pytest.warns(ConvergenceWarning, match="imbalance") as caught:
         x_hat, info = model(
             y, sigma=[1e-5, 0.1], lambda_reg=[1e-12, 5.0], return_info=True
         )
