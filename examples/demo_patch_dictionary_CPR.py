@@ -55,7 +55,7 @@ print(f"{info.solver}: {info.n_iter.item()} iterations, {psnr(x_hat, x).item():.
 # The atoms, those that this image uses most first, and the smoothest of the free atoms.
 
 usage = interpret.atom_usage(model, info)
-figure = interpret.plot_atoms(usage, num_atoms=40)
+interpret.plot_atoms(usage, num_atoms=36)
 
 # %%
 # Averaged over all patches that see a pixel, the free atoms give a smooth image, and
@@ -64,9 +64,9 @@ figure = interpret.plot_atoms(usage, num_atoms=40)
 
 parts = interpret.decompose(model, x_hat, info)
 sparsity = interpret.sparsity_map(model, x_hat, info)
-figure = interpret.plot_decomposition(parts, sparsity)
 share = (info.coefficients != 0).float().mean().item()
 print(f"{100 * share:.1f} % of the coefficients are not zero")
+interpret.plot_decomposition(parts, sparsity)
 
 # %%
 # One minimum
