@@ -4,6 +4,7 @@ import urllib.request
 from importlib.metadata import metadata
 
 from sphinx.util.nodes import make_refnode
+from sphinx_gallery.scrapers import figure_rst
 
 import deepinv_deal
 
@@ -150,7 +151,28 @@ def setup(app):
 
 # -- Gallery ---------------------------------------------------------------------
 
+
+def show_last_expression(block, block_vars, gallery_conf):
+    """
+    Saves the figure that a block ends with, as a notebook would show it.
+
+    Figures of :mod:`deepinv_deal.interpret` are not pyplot's, so the scraper of
+    matplotlib does not find them.
+    """
+    from matplotlib.figure import Figure
+
+    figure = block_vars["example_globals"].get("___")
+    new = isinstance(figure, Figure) and figure.canvas.manager is None
+    if not new or hasattr(figure, "in_gallery"):
+        return ""
+    figure.in_gallery = True
+    path = next(block_vars["image_path_iterator"])
+    figure.savefig(path, dpi=100)
+    return figure_rst([path], gallery_conf["src_dir"])
+
+
 sphinx_gallery_conf = {
+    "image_scrapers": ("matplotlib", show_last_expression),
     "examples_dirs": ["../examples"],
     "gallery_dirs": ["auto_examples"],
     "filename_pattern": "/demo_",
