@@ -392,9 +392,9 @@ class SmoothPlusSparse(SynthesisModel):
         the backward pass.
     :param SmoothPlusSparsePrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
-    :param str pretrained: ``"cpr_25"`` (bundled: CPR, for noise of 25 gray levels),
-        path of a ``.safetensors`` file of this package or of a ``.pth`` file of the
-        authors, or ``None`` for random weights.
+    :param str pretrained: ``"cpr_25"`` or ``"ncpr_25"`` (bundled: CPR and NCPR, for
+        noise of 25 gray levels), path of a ``.safetensors`` file of this package or of
+        a ``.pth`` file of the authors, or ``None`` for random weights.
     :raises ValueError: for bad settings or a checkpoint of another model.
     :raises FileNotFoundError: for a missing checkpoint.
     """

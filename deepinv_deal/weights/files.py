@@ -16,7 +16,11 @@ from torch import Tensor, nn
 Module = TypeVar("Module", bound=nn.Module)
 
 #: Names of the weights in this package, ``NAME.safetensors``, and what they are for.
-BUNDLED = {"deal_gray": "DEALPrior", "cpr_25": "SmoothPlusSparsePrior"}
+BUNDLED = {
+    "deal_gray": "DEALPrior",
+    "cpr_25": "SmoothPlusSparsePrior",
+    "ncpr_25": "SmoothPlusSparsePrior",
+}
 
 
 @contextmanager
