@@ -125,9 +125,10 @@ def _decode(file: Path) -> np.ndarray:
             if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
                 return np.asarray(image).astype(np.uint16)
             if image.mode == "F":
-                return np.asarray(image)
+                return np.array(image)
             gray = image.mode in ("1", "L", "LA")
-            return np.asarray(image.convert("L" if gray else "RGB"))
+            # A copy: torch warns of arrays that cannot be written.
+            return np.array(image.convert("L" if gray else "RGB"))
     except UnidentifiedImageError as error:
         raise ValueError(f"{file} is not a readable image.") from error
 

@@ -37,15 +37,20 @@ rng = torch.Generator().manual_seed(0)
 y = x + sigma * torch.randn(x.shape, generator=rng)
 psnr = dinv.metric.PSNR()
 
+
+def show_result(x, y, x_hat, name):
+    dinv.utils.plot(
+        [x, y, x_hat],
+        titles=["image", name, "CPR"],
+        subtitles=["", *(f"{psnr(z, x).item():.2f} dB" for z in (y, x_hat))],
+        figsize=(8, 3),
+    )
+
+
 model = SmoothPlusSparse(pretrained="cpr_25")
 with torch.no_grad():
     x_hat, info = model(y, sigma=sigma, return_info=True)
-dinv.utils.plot(
-    [x, y, x_hat],
-    titles=["image", "noisy", "CPR"],
-    subtitles=["", *(f"{psnr(z, x).item():.2f} dB" for z in (y, x_hat))],
-    figsize=(8, 3),
-)
+show_result(x, y, x_hat, "noisy")
 print(f"{info.solver}: {info.n_iter.item()} iterations, {psnr(x_hat, x).item():.2f} dB")
 
 # %%
@@ -118,12 +123,7 @@ y = blur(x)
 tuned = tune(model, blur, [validation], precision=4.0)
 with torch.no_grad():
     x_hat, info = model(y, blur, return_info=True, **tuned.settings)
-dinv.utils.plot(
-    [x, y, x_hat],
-    titles=["image", "blurred", "CPR"],
-    subtitles=["", *(f"{psnr(z, x).item():.2f} dB" for z in (y, x_hat))],
-    figsize=(8, 3),
-)
+show_result(x, y, x_hat, "blurred")
 print(f"lambda {tuned.lambda_reg:.2g}, {psnr(x_hat, x).item():.2f} dB")
 
 # %%

@@ -1,7 +1,7 @@
 """The commands, end to end on tiny files."""
 
 import csv
-import subprocess
+import runpy
 import sys
 
 import deepinv as dinv
@@ -387,7 +387,9 @@ def test_a_solver_is_not_for_deal(folder, capsys):
     assert "--solver is not for --method deal" in capsys.readouterr().err
 
 
-def test_the_package_is_a_command():
-    command = [sys.executable, "-m", "deepinv_deal", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "demo" in shown.stdout
+def test_the_package_is_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["deepinv-deal", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("deepinv_deal", run_name="__main__")
+    assert end.value.code == 0
+    assert "demo" in capsys.readouterr().out

@@ -7,8 +7,8 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
+from deepinv_deal import __version__
 from deepinv_deal.cli.demo import add_demo
 from deepinv_deal.cli.denoise import add_denoise
 from deepinv_deal.cli.evaluate import add_evaluate
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="deepinv-deal",
         description="Denoise and reconstruct images; train and evaluate models.",
     )
-    parser.add_argument("--version", action="version", version=version("deepinv-deal"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_demo, add_denoise, add_reconstruct, add_evaluate, add_train):
         add(commands)

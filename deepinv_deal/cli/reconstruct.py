@@ -258,7 +258,7 @@ def _mri(args: argparse.Namespace) -> tuple[Any, Any, Picture]:
 
     from deepinv_deal.files import Picture, read_array
 
-    y = torch.from_numpy(read_array(args.input).copy())
+    y = torch.from_numpy(read_array(args.input))
     expected = 3 if args.coil_maps else 2
     if not y.is_complex() or y.ndim != expected:
         raise ValueError(

@@ -280,7 +280,7 @@ class SynthesisModel(Reconstructor, Denoiser):
             sigma = self.prior.sigma if self.sigma is None else self.sigma
         level = _positive("sigma", sigma, operator.b)
         if operator.denoising:
-            doubt_noise_level(level, operator.b, stacklevel=7)
+            doubt_noise_level(level, operator.b, stacklevel=6)
         own = self.lambda_reg if lambda_reg is None else lambda_reg
         if own is not None:
             return level, _positive("lambda_reg", own, operator.b)

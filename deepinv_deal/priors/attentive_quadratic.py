@@ -136,9 +136,8 @@ class AttentiveEquation:
         """
         Returns F(x), shape of ``x``; with the given mask instead of that of ``x``.
         """
-        if mask is None:
-            mask = self.mask(x)
-        return self.b - self.H(x) - self.force(x, mask.square())
+        squares = self.regularizer.squared_mask(x) if mask is None else mask.square()
+        return self.b - self.H(x) - self.force(x, squares)
 
     def mask(self, x: Tensor) -> Tensor:
         """Returns the masks of an iterate, to be given to a call."""

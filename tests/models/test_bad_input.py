@@ -299,7 +299,9 @@ def test_error_leaves_the_model_usable(gray):
 def test_noise_levels_in_another_unit_than_the_image_are_doubted(name):
     model, y = MODELS[name](max_iter=2, warn=False), image()
     with torch.no_grad():
-        with pytest.warns(UserWarning, match=r"sigma=25 is larger .*divide gray level"):
+        message = r"sigma=25 is larger .*divide gray level"
+        with pytest.warns(UserWarning, match=message) as caught:
             model(y, sigma=25.0)
+        assert caught[0].filename == __file__
         model(255 * y, sigma=25.0)  # in gray levels both
         model(0 * y, sigma=25.0)  # nothing to compare with
