@@ -137,14 +137,23 @@ class MultiConvOperator:
 
 class CollapsedOperator(MultiConvOperator):
     r"""
-    The same map as :class:`MultiConvOperator`, with all layers merged into one kernel.
+    The same map as :class:`MultiConvOperator` of two layers, merged into one kernel.
 
     A composition of convolutions is one convolution with a kernel of size
-    :math:`1 + \sum_i (k_i - 1)`, which costs less where the layers between have many
-    channels. It differs only near the border, where the layers cut off what leaves the
-    image: that frame is computed layer by layer, so the two classes agree.
+    :math:`k_1 + k_2 - 1`, which costs less where there are many channels in between. It
+    differs only near the border, where the second layer does not see what the first one
+    carried out of the image. With the restriction :math:`R` to the image,
 
-    :param tuple kernels: as for :class:`MultiConvOperator`.
+    .. math::
+        R\, C_2\, R\, C_1 = R\, C_2 C_1 - R\, C_2 (I - R)\, C_1 .
+
+    The last term, the *leak*, passes through a ring of half a kernel around the image,
+    from a frame of the same width to that frame. Along an edge it is a convolution in
+    one dimension, with the lines of the frame as channels; the corners of the ring,
+    which two edges count, are subtracted once. So the two classes agree, and the border
+    costs next to nothing.
+
+    :param tuple kernels: two layers with kernels of the same size.
     """
 
     def __init__(self, kernels: Sequence[Tensor]):
@@ -156,89 +165,84 @@ class CollapsedOperator(MultiConvOperator):
         kernel = super().__call__(dirac).flip(-2, -1).transpose(0, 1)
         self.whole = Convolution(kernel)
         self.adjoint_whole = Convolution(kernel.flip(-2, -1).transpose(0, 1))
-        #: Width of the frame that the layers cut.
-        self.frame = r - self.layers[0].pad
-
-    @cached_property
-    def normal_whole(self) -> Convolution:
-        r"""The convolution :math:`W^{\top} W` away from the border."""
-        # Symmetric, so correlation and convolution agree.
-        return Convolution(self.normal_kernel().flip(-2, -1).transpose(0, 1))
+        #: Width of the ring outside and of the frame inside the image.
+        self.frame = kernels[0].shape[-1] // 2
+        # Rotations by 90 degrees bring every edge and every corner to the top left.
+        rotated = [[k.rot90(i, (2, 3)) for k in kernels] for i in range(4)]
+        self.edges = [_edge_leak(*pair) for pair in rotated]
+        self.corners = [_corner_leak(*pair) for pair in rotated]
 
     @staticmethod
     def pays(kernels: Sequence[Tensor]) -> bool:
         """Tells whether one kernel takes less than half the multiplications."""
-        size = 1 + sum(kernel.shape[-1] - 1 for kernel in kernels)
-        if size == kernels[0].shape[-1]:  # later layers cut nothing: no frame
+        sizes = [kernel.shape[-1] for kernel in kernels]
+        if len(sizes) != 2 or sizes[0] != sizes[1] or sizes[0] == 1:
             return False
-        merged = kernels[-1].shape[0] * kernels[0].shape[1] * size**2
+        merged = kernels[-1].shape[0] * kernels[0].shape[1] * (2 * sizes[0] - 1) ** 2
         return 2 * merged < sum(kernel.numel() for kernel in kernels)
-
-    def _strips(self, size: torch.Size, n: int) -> list[tuple[slice, ...]] | None:
-        """
-        Four pieces of width ``n`` along the border: two of rows, two of columns.
-        """
-        height, width = size[2:]
-        if min(height, width) < 2 * n:
-            return None
-        every = slice(None)
-        return [
-            (every, every, slice(0, n)),
-            (every, every, slice(height - n, height)),
-            (every, every, every, slice(0, n)),
-            (every, every, every, slice(width - n, width)),
-        ]
-
-    def _framed(
-        self,
-        whole: Callable[[Tensor], Tensor],
-        exact: Callable[[Tensor], Tensor],
-        x: Tensor,
-        frame: int,
-        reach: int,
-    ) -> Tensor:
-        """Applies one kernel, then the exact map to what determines the frame."""
-        strips = self._strips(x.shape, frame + reach)
-        if strips is None:
-            return exact(x)
-        z = whole(x)
-        for (first, last), dim in ((strips[:2], 2), (strips[2:], 3)):
-            low, high = exact(torch.cat([x[first], x[last]])).split(len(x))
-            z.narrow(dim, 0, frame).copy_(low.narrow(dim, 0, frame))
-            end, size = high.shape[dim] - frame, z.shape[dim] - frame
-            z.narrow(dim, size, frame).copy_(high.narrow(dim, end, frame))
-        return z
 
     def __call__(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H, W)
         """Applies :math:`W`."""
-        return self._framed(self.whole, super().__call__, x, self.frame, self.reach)
-
-    def normal(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_in, H, W)
-        r"""Applies :math:`W^{\top} W`, without forming :math:`W x`."""
-        frame = self.reach + self.frame
-        return self._framed(self.normal_whole, super().normal, x, frame, 2 * self.reach)
+        if min(x.shape[-2:]) < self.frame:
+            return super().__call__(x)
+        return self._without_leak(self.whole(x), x, self.edges, self.corners)
 
     def adjoint(self, z: Tensor) -> Tensor:  # (B, C_out, H, W) -> (B, C_in, H, W)
         r"""Applies :math:`W^{\top}`."""
-        strips = self._strips(z.shape, self.frame + self.reach)
-        if strips is None:
+        if min(z.shape[-2:]) < self.frame:
             return super().adjoint(z)
-        e = self.frame
-        x = self.adjoint_whole(z)
-        # Rows of the frame are taken whole, its columns without the corners.
-        for rows, (first, last) in ((True, strips[:2]), (False, strips[2:])):
-            low, high = torch.zeros_like(z[first]), torch.zeros_like(z[last])
-            if rows:
-                low[..., :e, :], high[..., -e:, :] = z[..., :e, :], z[..., -e:, :]
-            else:
-                low[..., e:-e, :e] = z[..., e:-e, :e]
-                high[..., e:-e, -e:] = z[..., e:-e, -e:]
-            frame = torch.cat([low, high])
-            change = super().adjoint(frame) - self.adjoint_whole(frame)
-            low, high = change.split(len(z))
-            x[first] += low
-            x[last] += high
-        return x
+        edges = [edge.transpose(0, 1).flip(-1) for edge in self.edges]
+        corners = [corner.mT for corner in self.corners]
+        return self._without_leak(self.adjoint_whole(z), z, edges, corners)
+
+    def _without_leak(
+        self,
+        out: Tensor,
+        x: Tensor,
+        edges: Sequence[Tensor],
+        corners: Sequence[Tensor],
+    ) -> Tensor:
+        """Subtracts from the frame of ``out`` what leaks from that of ``x``."""
+        n, every = self.frame, slice(None)
+        low, high = slice(None, n), slice(-n, None)
+        # In the order in which counterclockwise rotations bring them to the (left) top.
+        strips = [(low, every), (every, high), (high, every), (every, low)]
+        squares = [(low, low), (low, high), (high, high), (high, low)]
+        for i in range(4):
+            edge, corner = (..., *strips[i]), (..., *squares[i])
+            lines = x[edge].rot90(i, (2, 3)).flatten(1, 2)  # (B, C n, length)
+            leak = F.conv1d(lines, edges[i], padding=edges[i].shape[-1] // 2)
+            out[edge] -= leak.unflatten(1, (-1, n)).rot90(-i, (2, 3))
+            twice = x[corner].rot90(i, (2, 3)).flatten(1) @ corners[i]
+            out[corner] += twice.unflatten(1, (-1, n, n)).rot90(-i, (2, 3))
+        return out
+
+
+def _edge_leak(first: Tensor, second: Tensor) -> Tensor:
+    """
+    Returns what two layers carry over the top edge and back, from the first n rows of a
+    wide image to the same, as the kernel of a convolution along the edge.
+
+    :return: shape ``(C_out n, C_in n, 4 n + 1)``, n half a kernel.
+    """
+    n, c = first.shape[-1] // 2, first.shape[1]
+    rows = torch.eye(c * n, dtype=first.dtype, device=first.device)
+    ring = F.conv2d(F.pad(rows.view(-1, c, n, 1), (2 * n, 2 * n, 2 * n, 0)), first)
+    leak = F.conv2d(F.pad(ring, (2 * n, 2 * n, 0, 2 * n)), second)
+    # The response to a Dirac is the flipped kernel: conv1d is a correlation.
+    return leak.flatten(1, 2).transpose(0, 1).flip(-1)
+
+
+def _corner_leak(first: Tensor, second: Tensor) -> Tensor:
+    """
+    Returns what two layers carry over the corner at the top left and back, as a matrix.
+
+    :return: shape ``(C_in n n, C_out n n)``, n half a kernel.
+    """
+    n, c = first.shape[-1] // 2, first.shape[1]
+    pixels = torch.eye(c * n * n, dtype=first.dtype, device=first.device)
+    ring = F.conv2d(F.pad(pixels.view(-1, c, n, n), (2 * n, 0, 2 * n, 0)), first)
+    return F.conv2d(F.pad(ring, (0, 2 * n, 0, 2 * n)), second).flatten(1)
 
 
 class MultiConv(nn.Module):
