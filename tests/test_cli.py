@@ -3,6 +3,7 @@
 import csv
 import runpy
 import sys
+from pathlib import Path
 
 import deepinv as dinv
 import numpy as np
@@ -15,8 +16,8 @@ from deepinv_deal import DEAL
 from deepinv_deal.cli import main
 from deepinv_deal.evaluation import make_kernel
 from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask
-from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
-from deepinv_deal.weights import save_patch_prior, save_prior
+from deepinv_deal.priors import MMRPrior, PatchSynthesisPrior, SmoothPlusSparsePrior
+from deepinv_deal.weights import save_l1_prior, save_patch_prior, save_prior
 
 SIZE = (14, 12)
 FAST = ["--rtol", "1e-2"]
@@ -357,34 +358,89 @@ def test_rivals_are_evaluated_by_the_same_protocol(folder, method, capsys):
     assert (15 < psnr < 21) if method == "adjoint" else psnr > 21
 
 
-@pytest.mark.parametrize("method", ["smooth-plus-sparse", "patch-synthesis"])
-def test_dictionaries_are_evaluated_with_weights_of_the_caller(
-    folder, tmp_path, method, capsys
-):
-    command = ["evaluate", "--data", folder, "--method", method, "--sigma", "25"]
-    assert main(command) == 2
-    assert "give --pretrained FILE" in capsys.readouterr().err
-    smooth = method == "smooth-plus-sparse"
-    prior = SmoothPlusSparsePrior if smooth else PatchSynthesisPrior
-    options = {"num_free_atoms": 4} if smooth else {}
-    path = tmp_path / "weights.safetensors"
-    save_patch_prior(prior(num_atoms=8, patch_size=4, **options), path)
+@pytest.fixture(scope="module")
+def other_weights(tmp_path_factory):
+    """Weights files of the models that are not DEAL."""
+    path = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    priors = {
+        "smooth-plus-sparse": SmoothPlusSparsePrior(
+            num_atoms=8, patch_size=4, num_free_atoms=4
+        ),
+        "patch-synthesis": PatchSynthesisPrior(8, 4),
+        "mmr": MMRPrior(3),
+    }
+    for name, prior in priors.items():
+        save = save_l1_prior if name == "mmr" else save_patch_prior
+        save(prior, path / f"{name}.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("name", ["smooth-plus-sparse", "patch-synthesis", "mmr"])
+def test_the_weights_tell_the_model(folder, other_weights, tmp_path, name, capsys):
+    weights = str(other_weights / f"{name}.safetensors")
+    command = ["evaluate", "--data", folder, "--sigma", "25", "--pretrained", weights]
     table = tmp_path / "scores.csv"
-    command += ["--pretrained", str(path), "--csv", str(table)]
+    command += ["--csv", str(table), "--rtol", "0.05"]
     psnr = []
-    for own in ([], ["--lambda-reg", "0.02"], ["--solver", "ipalm"]):
+    for own in ([], ["--method", name], ["--lambda-reg", "0.02"]):
         assert main([*command, *own]) == 0
         with open(table, newline="") as file:
             psnr.append([float(row["psnr"]) for row in csv.DictReader(file)])
     assert min(map(min, psnr)) > 15
-    assert psnr[0] != psnr[1]
-    assert main([*command, "--solver", "none"]) == 2
-    assert "solver must be one of" in capsys.readouterr().err
+    assert psnr[0] == psnr[1] != psnr[2]
+    if name == "mmr":
+        assert main([*command, "--solver", "admm"]) == 2
+        assert "--solver is not for MMR" in capsys.readouterr().err
+    else:
+        assert main([*command, "--solver", "none"]) == 2
+        assert "solver must be one of" in capsys.readouterr().err
+    assert main([*command, "--method", "deal"]) == 2
+    assert "is not a weights file of DEALPrior" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["smooth-plus-sparse", "mmr"])
+def test_other_models_denoise_and_reconstruct(
+    folder, other_weights, tmp_path, name, capsys
+):
+    weights = ["--pretrained", str(other_weights / f"{name}.safetensors")]
+    weights += ["--rtol", "0.1"]
+    figure = tmp_path / "figure.png"
+    out = str(tmp_path / "out.npy")
+    source = str(next(Path(folder).iterdir()))
+    command = ["denoise", source, out, *weights, "--figure", str(figure)]
+    assert main([*command, "--sigma", "25"]) == 0
+    said = capsys.readouterr()
+    assert ("inner iterations" in said.out) == (name == "mmr")
+    assert ("sigma was ignored" in said.err) == (name == "mmr")
+    assert figure.stat().st_size > 1000
+    assert not np.array_equal(np.load(out), load(source) / 255)
+    assert main([*command, "--sigma", "estimate"]) == 2
+    assert "needs a number" in capsys.readouterr().err
+    blur = ["reconstruct", "blur", source, out, "--kernel", "gaussian:1", *weights]
+    assert main(blur) == (2 if name == "mmr" else 0)
+    if name == "mmr":
+        assert "lambda_reg is missing" in capsys.readouterr().err
+    else:
+        assert main([*blur, "--lambda-reg", "0.001"]) == 0
+
+
+def test_a_method_without_weights_is_named(folder, capsys):
+    for method, words in (
+        ("smooth-plus-sparse", "needs --pretrained: cpr_25"),
+        ("patch-synthesis", "needs --pretrained: a file"),
+    ):
+        assert main(["evaluate", "--data", folder, "--method", method]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["evaluate", "--data", folder, "--pretrained", "weights.pth"]) == 2
+    assert "does not say which model it is for" in capsys.readouterr().err
+    assert main(["evaluate", "--data", folder, "--pretrained", "no.safetensors"]) == 2
+    assert "'no.safetensors' does not exist" in capsys.readouterr().err
 
 
 def test_a_solver_is_not_for_deal(folder, capsys):
     assert main(["evaluate", "--data", folder, "--solver", "admm"]) == 2
-    assert "--solver is not for --method deal" in capsys.readouterr().err
+    assert "--solver is not for DEAL" in capsys.readouterr().err
 
 
 def test_the_package_is_a_command(monkeypatch, capsys):

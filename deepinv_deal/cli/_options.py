@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,12 +13,24 @@ if TYPE_CHECKING:
 Commands = argparse._SubParsersAction  # its type parameter exists for checkers only
 
 
-def add_model_options(
-    parser: argparse.ArgumentParser, *, pretrained: str | None = "deal_gray"
-) -> None:
-    """Adds the options of :func:`make_model`."""
+#: Models by their names on the command line.
+MODELS = {
+    "deal": "DEAL",
+    "safi": "SAFI",
+    "mmr": "MMR",
+    "smooth-plus-sparse": "SmoothPlusSparse",
+    "patch-synthesis": "PatchSynthesis",
+}
+
+DEFAULT_WEIGHTS = "deal_gray"
+
+
+def add_solver_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the weights and the accuracy of a model."""
     parser.add_argument(
-        "--pretrained", default=pretrained, help="weights: name or file"
+        "--pretrained",
+        metavar="WEIGHTS",
+        help=f"bundled name or file; if unset, {DEFAULT_WEIGHTS}",
     )
     parser.add_argument(
         "--rtol", type=float, help="tolerance; if unset, that of the model"
@@ -29,14 +42,61 @@ def add_model_options(
     )
 
 
-def make_model(args: argparse.Namespace, kind: Any = None, **kwargs: Any) -> Any:
-    """Makes the model that the options describe: DEAL unless ``kind`` is another."""
-    from deepinv_deal import DEAL
+def add_model_options(
+    parser: argparse.ArgumentParser, others: Sequence[str] = (), text: str = ""
+) -> None:
+    """
+    Adds the options of :func:`make_model`.
 
-    for name in ("pretrained", "rtol", "max_iter"):
-        if getattr(args, name) is not None:
-            kwargs[name] = getattr(args, name)
-    return (kind or DEAL)(**kwargs)
+    :param argparse.ArgumentParser parser: the command.
+    :param list others: methods beside the models.
+    :param str text: what to say about them.
+    """
+    add_solver_options(parser)
+    parser.add_argument(
+        "--method",
+        choices=(*MODELS, *others),
+        help=f"model; if unset, the one that the weights are for{text}",
+    )
+    parser.add_argument("--solver", help="solver of the dictionary models")
+
+
+def make_model(args: argparse.Namespace, **options: Any) -> Any:
+    """Makes the model that the arguments describe, silent about convergence."""
+    import deepinv_deal
+    from deepinv_deal.weights import BUNDLED, owner
+
+    weights = args.pretrained
+    if args.method is None:  # the weights tell
+        prior = owner(weights or DEFAULT_WEIGHTS)
+        known = {f"{name}Prior": name for name in MODELS.values()}
+        if prior not in known:
+            raise ValueError(f"{weights} holds weights of a {prior}, not of a model.")
+        name = known[prior]
+    else:
+        name = MODELS[args.method]
+        bundled = [k for k, prior in BUNDLED.items() if prior == f"{name}Prior"]
+        if weights is None and len(bundled) != 1:
+            raise ValueError(
+                f"--method {args.method} needs --pretrained: "
+                f"{', '.join(bundled) or 'a file, for it has no bundled weights'}."
+            )
+        weights = weights or bundled[0]
+    if args.solver is not None:
+        if name not in ("SmoothPlusSparse", "PatchSynthesis"):
+            raise ValueError(f"--solver is not for {name}, only for dictionary models.")
+        options["solver"] = args.solver
+    for option in ("rtol", "max_iter"):
+        if getattr(args, option) is not None:
+            options[option] = getattr(args, option)
+    kind = getattr(deepinv_deal, name)
+    return kind(pretrained=weights or DEFAULT_WEIGHTS, warn=False, **options)
+
+
+def channels_of(model: Any) -> int:
+    """Returns the number of channels that the filters or atoms of a model have."""
+    prior = model.prior
+    return int((prior[0] if hasattr(prior, "__getitem__") else prior).in_channels)
 
 
 def add_outcome_options(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +104,8 @@ def add_outcome_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--figure",
         metavar="FILE",
-        help="also draw measurement, result, mean mask and convergence",
+        help="also draw measurement, result, convergence and, where there is one, the "
+        "mean mask",
     )
     parser.add_argument(
         "--strict",
@@ -56,9 +117,11 @@ def add_outcome_options(parser: argparse.ArgumentParser) -> None:
 def report(name: str, info: ReconstructionInfo, seconds: float) -> bool:
     """Prints how a reconstruction went; returns whether all of it converged."""
     converged = bool(info.converged.all())
+    inner = int(info.inner_iter.sum())
     print(
-        f"{name}: {int(info.n_iter.max())} iterations, {int(info.cg_iter.sum())} "
-        f"conjugate gradient steps, imbalance {float(info.imbalance.max()):.1e} "
+        f"{name}: {int(info.n_iter.max())} iterations, "
+        + (f"{inner} inner iterations, " if inner else "")
+        + f"imbalance {float(info.imbalance.max()):.1e} "
         f"({'converged' if converged else 'NOT converged'}), {seconds:.1f} s"
     )
     for note in info.notes:

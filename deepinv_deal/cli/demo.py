@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from deepinv_deal.cli._options import Commands, add_model_options, make_model
+from deepinv_deal.cli._options import Commands, add_solver_options, make_model
 
 #: Hyperparameters of the demo's inpainting problem: 1 was better than 0.3 by 0.2 dB on
 #: two other photographs.
@@ -23,8 +23,8 @@ def add_demo(commands: Commands[argparse.ArgumentParser]) -> None:
     demo.add_argument(
         "--size", type=int, default=256, help="side of the image in pixels"
     )
-    add_model_options(demo)
-    demo.set_defaults(run=_demo)
+    add_solver_options(demo)
+    demo.set_defaults(run=_demo, method="deal", solver=None)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from deepinv_deal.cli._options import (
     Commands,
     add_model_options,
     add_outcome_options,
+    channels_of,
     make_model,
     report,
 )
@@ -65,7 +66,11 @@ def _level(text: str) -> float | str:
 def _denoise(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    model = make_model(args, warn=False)
+    model = make_model(args)
+    if args.sigma == "estimate" and type(model).__name__ != "DEAL":
+        raise ValueError(
+            f"--sigma estimate is for DEAL; {type(model).__name__} needs a number."
+        )
     jobs = _jobs(Path(args.input), Path(args.output))
     if args.figure and len(jobs) > 1:
         raise ValueError("--figure draws one image; INPUT is a folder of several.")
@@ -110,7 +115,7 @@ def _one(model: Any, source: str, target: Path, args: argparse.Namespace) -> boo
     from deepinv_deal.files import read_picture, write_picture
 
     picture = read_picture(source, args.white)
-    x, channels = picture.x, model.prior[0].in_channels
+    x, channels = picture.x, channels_of(model)
     if channels == 1:
         x = x.transpose(0, 1)  # the channels of a colour image one by one
     elif x.shape[1] != channels:

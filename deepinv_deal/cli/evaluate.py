@@ -6,22 +6,20 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from deepinv_deal.cli._options import Commands, add_model_options, make_model
+from deepinv_deal.cli._options import (
+    Commands,
+    add_model_options,
+    channels_of,
+    make_model,
+)
 
 if TYPE_CHECKING:
     from deepinv.models import Reconstructor
 
     from deepinv_deal.evaluation import Task
 
-#: Models of this package by their names on the command line.
-MODELS = {
-    "deal": "DEAL",
-    "safi": "SAFI",
-    "mmr": "MMR",
-    "smooth-plus-sparse": "SmoothPlusSparse",
-    "patch-synthesis": "PatchSynthesis",
-}
-METHODS = (*MODELS, "tv", "adjoint")
+#: Rivals, and what models improve on.
+OTHERS = ("tv", "adjoint")
 
 
 def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -62,18 +60,13 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
         type=float,
         help="noise level of the model, gray levels; if unset, the published one",
     )
-    add_model_options(evaluate, pretrained=None)
-    evaluate.add_argument("--solver", help="solver of the dictionary models")
-    evaluate.add_argument("--csv", help="file for one line per image and condition")
-    evaluate.add_argument(
-        "--method",
-        choices=METHODS,
-        default="deal",
-        help="a model of this package (--pretrained FILE unless it has bundled "
-        "weights), deepinv's total variation (needs --tune or --lambda-reg), or the "
-        "adjoint (the noisy or zero-filled image); the last two on gray images, "
-        "without the options of the models",
+    add_model_options(
+        evaluate,
+        OTHERS,
+        "; 'tv' is deepinv's total variation (needs --tune or --lambda-reg), 'adjoint' "
+        "the noisy or zero-filled image, both gray",
     )
+    evaluate.add_argument("--csv", help="file for one line per image and condition")
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -118,8 +111,9 @@ def _method(args: argparse.Namespace, task: Task) -> tuple[Reconstructor, int]:
     """Returns the method, and the number of channels of its images."""
     from deepinv_deal.evaluation import Adjoint, TotalVariation
 
-    if args.method in MODELS:
-        return _model(args, task)
+    if args.method not in OTHERS:
+        model = make_model(args, **({"complex_mode": "real"} if task.mri else {}))
+        return model, channels_of(model)
     if args.method == "adjoint":
         if args.tune or args.lambda_reg is not None:
             raise ValueError("--method adjoint has no weight: no --tune, --lambda-reg.")
@@ -130,23 +124,3 @@ def _method(args: argparse.Namespace, task: Task) -> tuple[Reconstructor, int]:
             "images, or --lambda-reg."
         )
     return TotalVariation(real=task.mri), 1
-
-
-def _model(args: argparse.Namespace, task: Task) -> tuple[Reconstructor, int]:
-    """Returns a model of this package, and the number of channels of its images."""
-    import deepinv_deal
-    from deepinv_deal.models.patches import SynthesisModel
-
-    kind = getattr(deepinv_deal, MODELS[args.method])
-    if args.pretrained is None and args.method != "deal":
-        raise ValueError(
-            f"--method {args.method} has no bundled weights: give --pretrained FILE."
-        )
-    options: dict[str, object] = {"complex_mode": "real"} if task.mri else {}
-    if args.solver is not None:
-        if not issubclass(kind, SynthesisModel):
-            raise ValueError(f"--solver is not for --method {args.method}.")
-        options["solver"] = args.solver
-    model = make_model(args, kind, warn=False, **options)
-    prior = model.prior if issubclass(kind, SynthesisModel) else model.prior[0]
-    return model, prior.in_channels

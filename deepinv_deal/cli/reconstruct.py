@@ -10,6 +10,7 @@ from deepinv_deal.cli._options import (
     Commands,
     add_model_options,
     add_outcome_options,
+    channels_of,
     make_model,
     report,
 )
@@ -87,12 +88,16 @@ def _operator(
     )
     parser.add_argument("input", help="measurements: image, .npy, .npz:NAME, ...")
     parser.add_argument("output", help="image, .npy or .pt")
-    parser.add_argument("--lambda-reg", type=float, default=1.0, help="weight")
+    parser.add_argument(
+        "--lambda-reg",
+        type=float,
+        help="weight; if unset, 1 for DEAL and the learned one for dictionaries",
+    )
     parser.add_argument(
         "--sigma-model",
         type=float,
-        default=15.0,
-        help="noise level of the model, gray levels",
+        help="noise level of the model, gray levels; if unset, 15 for DEAL and that of "
+        "the training for dictionaries",
     )
     if name != "mri":
         parser.add_argument(
@@ -115,16 +120,16 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
 
     y, physics, like = load(args)
     kind = {"complex_mode": args.complex_mode} if load is _mri else {}
-    model = make_model(args, warn=False, **kind)
+    model = make_model(args, **kind)
     # The channels of a colour image one by one, if the filters are gray.
-    split = load is not _mri and model.prior[0].in_channels == 1
+    split = load is not _mri and channels_of(model) == 1
     y = y.transpose(0, 1) if split else y
     start = time.perf_counter()
     with torch.no_grad():
         x_hat, info = model(
             y,
             physics,
-            sigma=args.sigma_model / 255,
+            sigma=None if args.sigma_model is None else args.sigma_model / 255,
             lambda_reg=args.lambda_reg,
             return_info=True,
         )
@@ -195,7 +200,8 @@ def _draw(
     if is_mri:
         first, x_hat = _magnitude(first), _magnitude(x_hat)
         first, x_hat = first / first.max(), x_hat / x_hat.max()
-    panel = Panel(f"lambda {args.lambda_reg:g}", truth, first, x_hat, info, "(adjoint)")
+    weight = float(info.lambda_reg[0])
+    panel = Panel(f"lambda {weight:.3g}", truth, first, x_hat, info, "(adjoint)")
     plot_reconstructions([panel]).savefig(args.figure, dpi=110)
 
 

@@ -40,23 +40,25 @@ class Panel:
 
 def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
     """
-    Draws measurement, reconstruction, mean mask, ground truth and convergence.
+    Draws ground truth, measurement, reconstruction, mean mask and convergence.
 
     The mean mask shows where the model lowers the penalty: dark means that filter
     responses are left alone (edges, texture), bright that they are suppressed (flat
     regions). Several samples of one panel are its channels, solved one by one, or real
-    and imaginary part: the mask is their mean, the residual that of the worst.
+    and imaginary part: the mask is their mean, the residual that of the worst. Models
+    with a dictionary have no mask.
 
     :param list panels: one :class:`Panel` per row.
     :return: the figure; ``figure.savefig(path)`` writes it.
     """
     truth = int(any(panel.x is not None for panel in panels))  # a column for it?
-    figure = new_figure(12.5 + 3.5 * truth, 3.6 * len(panels))
+    masks = int(any(panel.info.has_mask for panel in panels))
+    figure = new_figure(9 + 3.5 * (truth + masks), 3.6 * len(panels))
     grid = figure.subplots(
         len(panels),
-        4 + truth,
+        3 + truth + masks,
         squeeze=False,
-        width_ratios=[1] * (2 + truth) + [1.12, 1.25],
+        width_ratios=[1] * (2 + truth) + [1.12] * masks + [1.25],
     )
     for axes, panel in zip(grid, panels, strict=True):
         pictures = [
@@ -69,13 +71,16 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
                 axis.set_axis_off()
                 continue
             show(axis, image[0], title)
-        show(
-            axes[-2],
-            panel.info.mask.mean((0, 1)),
-            "mean mask\n1: smoothed, 0: left alone",
-            cmap="magma",
-            colorbar=True,
-        )
+        if panel.info.has_mask:
+            show(
+                axes[-2],
+                panel.info.mask.mean((0, 1)),
+                "mean mask\n1: smoothed, 0: left alone",
+                cmap="magma",
+                colorbar=True,
+            )
+        elif masks:
+            axes[-2].set_axis_off()
         axes[0].set_ylabel(panel.title, fontsize=TITLE)
         history = panel.info.history.amax(1).cpu().numpy()
         axes[-1].semilogy(range(len(history)), history, "o-", markersize=3)
@@ -90,10 +95,10 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
             xytext=(2, 4),
             color="gray",
         )
-        steps = int(panel.info.cg_iter.sum())
+        steps = int(panel.info.inner_iter.sum())
         axes[-1].set_xlabel("outer iteration")
         axes[-1].set_title(
-            f"relative nonlinear residual\n{steps} CG iterations",
+            f"relative nonlinear residual\n{steps} inner iterations",
             fontsize=TITLE,
         )
         axes[-1].grid(alpha=0.3)

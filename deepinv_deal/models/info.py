@@ -70,6 +70,11 @@ class ReconstructionInfo:
         """``inner_iter``, by the name of DEAL's inner solver, conjugate gradients."""
         return self.inner_iter
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether :attr:`mask` exists: not for models with a dictionary."""
+        return self.compute_mask is not None or "mask" in self.__dict__
+
     @cached_property
     def mask(self) -> Tensor:
         """

@@ -4,8 +4,7 @@ The multi-convolution :math:`W`: several convolutions without anything in betwee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Literal
 
 import torch

@@ -5,7 +5,7 @@ from deepinv_deal.weights.deal import (
     load_prior,
     save_prior,
 )
-from deepinv_deal.weights.files import BUNDLED
+from deepinv_deal.weights.files import BUNDLED, owner
 from deepinv_deal.weights.patches import (
     convert_patch_checkpoint,
     load_patch_prior,
@@ -25,6 +25,7 @@ __all__ = [
     "load_l1_prior",
     "load_patch_prior",
     "load_prior",
+    "owner",
     "save_l1_prior",
     "save_patch_prior",
     "save_prior",

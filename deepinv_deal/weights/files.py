@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,14 +70,9 @@ def read_weights(
     :return: the state dict and the header.
     :raises ValueError: if it is damaged or belongs to another class.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file: {error}"
-        ) from error
+    with _opened(path) as file:
+        header = file.metadata() or {}
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     expected = format_of(kind)
     if header.get("format") != expected:
         raise ValueError(
@@ -84,6 +80,18 @@ def read_weights(
             f"{header.get('format')!r}, expected {expected!r}."
         )
     return state, header
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Opens a safetensors file; a damaged one is an error that names it."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file: {error}"
+        ) from error
 
 
 def format_of(kind: type[nn.Module]) -> str:
@@ -126,6 +134,32 @@ def checked(module: Module, state: Mapping[str, Any], source: str) -> Module:
 def bundled(kind: type[nn.Module]) -> list[str]:
     """Returns the names of the weights in this package that are for a class."""
     return [name for name, owner in BUNDLED.items() if owner == kind.__name__]
+
+
+def owner(pretrained: str | os.PathLike[str]) -> str:
+    """
+    Returns the name of the class of prior whose weights a bundled name or file holds.
+
+    :param str pretrained: a bundled name, or the path of a ``.safetensors`` file.
+    :raises ValueError: if neither says it.
+    :raises FileNotFoundError: if the file does not exist.
+    """
+    name = os.fspath(pretrained)
+    if name in BUNDLED:
+        return BUNDLED[name]
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise FileNotFoundError(f"The weights file {name!r} does not exist.")
+        with _opened(path) as file:
+            header = file.metadata() or {}
+        found = re.fullmatch(r"deepinv_deal\.(\w+)/1", header.get("format", ""))
+        if found:
+            return found[1]
+    raise ValueError(
+        f"pretrained={name!r} does not say which model it is for. Bundled weights are "
+        f"{', '.join(BUNDLED)}; files of this package are .safetensors."
+    )
 
 
 def find_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from skimage.data import astronaut
 from trainers import KINDS, slopes_of_the_loss, weights_after
 
 
@@ -39,6 +40,22 @@ def plain(folder, tmp_path_factory):
 def test_each_setting_changes_the_training(folder, tmp_path, plain, change):
     changed = weights_after(start(folder, tmp_path, **(ACCURATE | change)), 4)
     assert plain.shape != changed.shape or not torch.equal(plain, changed)
+
+
+@pytest.mark.parametrize("model", ["safi", "mmr"])
+def test_the_first_weights_denoise(folder, tmp_path, model):
+    """At both noise levels, the filters being an orthonormal transform."""
+    x = torch.from_numpy(astronaut()[:128:2, 128:256:2, 1] / 255.0).float()[None, None]
+    for sigma in (0.03, 0.1):
+        prior = start(folder, tmp_path, model=model, num_filters=50, sigma=sigma).prior
+        waves = prior.W.weight[0][:48].flatten(1)
+        torch.testing.assert_close(waves @ waves.T, torch.eye(48))
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        y = x + sigma * noise
+        with torch.no_grad():
+            x_hat = KINDS[model].model(prior=prior)(y)
+        gain = 10 * torch.log10((y - x).square().mean() / (x_hat - x).square().mean())
+        assert gain > (1.0 if sigma < 0.05 else 3.0)
 
 
 @pytest.mark.parametrize("model", ["safi", "mmr"])
