@@ -473,6 +473,9 @@ class FrozenL1:
             (W p)_S = (v_w)_S, \quad p = 0 \text{ off } D,
 
         by the same ADMM, and :math:`q` on :math:`S` is its multiplier times :math:`-t`.
+        In denoising, :math:`H = I`, conjugate gradients find the multiplier :math:`u`
+        from :math:`W_S D W_S^{\top} u = W_S D v_x - (v_w)_S`, a singular but consistent
+        system, and :math:`p = D (v_x - W_S^{\top} u)`.
 
         :param torch.Tensor v: cotangent, shape of the pair.
         :param torch.Tensor rtol: tolerance on the relative residual, ``(B,)``.
@@ -486,28 +489,54 @@ class FrozenL1:
             descent = equation.b - equation.normal(self.x) - self.force
             target = self.x + t * descent
             free = target == equation.clamp(target)
-        rho, _ = (expand(r, self.x) for r in self.rho)
         v_norm = norm(v).where(norm(v) != 0, 1)
+        solve = self._constrained if equation.H is not None else self._projected
+        result, p, multiplier = solve(v_x, v_w, inside, free, rtol * v_norm)
+        result.residual = result.residual / v_norm
+        rest = v_x - equation.normal(p) - W.adjoint(multiplier)
+        p = torch.where(free, p, t * rest)
+        q = torch.where(inside, -t * multiplier, v_w - W.analyse(p * free))
+        result.x = equation.pair(p, q)
+        return result
+
+    def _projected(
+        self, v_x: Tensor, v_w: Tensor, inside: Tensor, free: Tensor, atol: Tensor
+    ) -> tuple[SolverResult, Tensor, Tensor]:
+        """The solution for denoising by conjugate gradients, with its multiplier."""
+        W = self.equation.regularizer
+        rhs = (W.analyse(v_x * free) - v_w) * inside
+        size = norm(rhs).where(norm(rhs) != 0, 1)
+        result = conjugate_gradient(
+            lambda u: W.analyse(W.adjoint(u) * free) * inside,
+            rhs,
+            rtol=atol / size,
+            max_iter=self.equation.inner_max_iter,
+            verify=False,
+        )
+        result.residual = result.residual * size
+        return result, free * (v_x - W.adjoint(result.x)), result.x
+
+    def _constrained(
+        self, v_x: Tensor, v_w: Tensor, inside: Tensor, free: Tensor, atol: Tensor
+    ) -> tuple[SolverResult, Tensor, Tensor]:
+        """The solution for any operator by ADMM, with its multiplier."""
+        equation, W = self.equation, self.equation.regularizer
+        rho, _ = (expand(r, self.x) for r in self.rho)
 
         def prox(d: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return v_w.where(inside, d[0]), *(s * free for s in d[1:])
 
-        def forces(state: ADMMState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            p = state.x * free
-            multiplier = rho * state.u[0] * inside
-            rest = v_x - equation.normal(p) - W.adjoint(multiplier)
-            return p, multiplier, rest, v_w - W.analyse(p)
+        def solution(state: ADMMState) -> tuple[Tensor, Tensor]:
+            return state.x * free, rho * state.u[0] * inside
 
         def measure(state: ADMMState, _old: ADMMState) -> Tensor:
-            _, _, rest, gap = forces(state)
-            return torch.hypot(norm(rest * free), norm(gap * inside)) / v_norm
+            p, multiplier = solution(state)
+            rest = v_x - equation.normal(p) - W.adjoint(multiplier)
+            gap = v_w - W.analyse(p)
+            return torch.hypot(norm(rest * free), norm(gap * inside))
 
         zero_x, zero_w = torch.zeros_like(v_x), torch.zeros_like(v_w)
         splits = (zero_w, zero_x)[: 1 if equation.box is None else 2]
         start = ADMMState(zero_x, prox(splits), splits, Kx=splits)
-        result = self._split(v_x, prox, start, measure, rtol, accurate=True)
-        p, multiplier, rest, gap = forces(result.state)
-        p = torch.where(free, p, t * rest)
-        q = torch.where(inside, -t * multiplier, gap)
-        result.x = equation.pair(p, q)
-        return result
+        result = self._split(v_x, prox, start, measure, atol, accurate=True)
+        return result, *solution(result.state)

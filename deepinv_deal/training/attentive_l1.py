@@ -69,12 +69,14 @@ class AttentiveL1Recipe(SingleLevelRecipe):
 
     :param int patch_size: side of the patches.
     :param int batch_size: patches per step.
-    :param float lr: learning rate after the warm-up; a hundredth of it for
-        :math:`\lambda`, which is of order 0.01, and five times for splines and scales,
-        which are of order 1.
+    :param float lr: learning rate after the warm-up, of kernels with one input channel.
+        A tenth of it is for those with many, whose many small gradients are mostly
+        noise; five times for splines and scales, which are of order 1, and a hundredth
+        for :math:`\lambda`, which is of order 0.01.
     :param float rtol: tolerance (imbalance of forces) at which the iteration stops.
-    :param float adjoint_rtol: tolerance of the backward pass. Half of the exact
-        backward pass's time is saved by 0.3, and hardly any more by larger values.
+    :param float adjoint_rtol: tolerance of the backward pass. Where a solution is
+        almost not differentiable, a rough answer is the smoother one: do not expect a
+        better training from a small value.
     :param int pool: number of batches in rotation; a batch comes back after ``pool``
         steps.
     :param str model: ``"safi"`` or ``"mmr"``.
@@ -148,8 +150,10 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
         if isinstance(self.prior, MMRPrior):
             curves.append(self.prior.potential.scale)
         grouped = {id(p) for p in (weight, *curves)}
-        others = [p for p in self.prior.parameters() if id(p) not in grouped]
-        return [(1.0, others), (5.0, curves), (0.01, [weight])]
+        kernels = [p for p in self.prior.parameters() if id(p) not in grouped]
+        dense = [p for p in kernels if p.shape[1] > 1]
+        thin = [p for p in kernels if p.shape[1] == 1]
+        return [(1.0, thin), (0.1, dense), (5.0, curves), (0.01, [weight])]
 
     def after_step(self) -> None:
         """Keeps the weight positive: at zero it would have no gradient."""
