@@ -171,6 +171,11 @@ class LinearSpline(nn.Module):
         values = knots if init is None else init(knots)
         self.coefficients = nn.Parameter(values.repeat(num_splines, 1))
 
+    @property
+    def knots(self) -> Tensor:
+        """The knots, shape ``(K,)``."""
+        return torch.linspace(self.x_min, self.x_max, self.coefficients.shape[1])
+
     def constrained_coefficients(self) -> Tensor:
         """
         Returns the values at the knots with the slope bounds met, shape ``(n, K)``.

@@ -120,6 +120,7 @@ def photograph(size):
                 noise_model=noise(10 / 255),
             ),
             id="blur",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             Inpainting(

@@ -66,7 +66,7 @@ def _add_model(
             continue
         kind = str(field.type).split(" | ")[0]
         default = None if field.default is MISSING else field.default
-        description = " ".join(documented[field.name].split()).replace("%", "%%")
+        description = _plain(documented[field.name]).replace("%", "%%")
         options: dict[str, object] = {"help": description, "default": default}
         if field.default is MISSING:
             options["required"] = True
@@ -85,6 +85,12 @@ def _add_model(
         help="start anew, do not resume from OUT/state.pt",
     )
     command.set_defaults(run=_train, recipe=recipe, trainer=trainer, **fixed)
+
+
+def _plain(text: str) -> str:
+    """Turns the markup of a docstring into words for the terminal."""
+    text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text)
+    return " ".join(re.sub(r"``|\\", "", text).split())
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from scipy.fft import idctn
 from torch import Tensor, nn
 
 from deepinv_deal.models.safi import MMR, SAFI
-from deepinv_deal.priors import AttentiveL1Prior, MMRPrior
+from deepinv_deal.priors import AttentiveL1Prior, MMRPrior, SAFIPrior
 from deepinv_deal.solvers import AdjointOptions, attach_gradient, fixed_point
 from deepinv_deal.training.data import Problems
 from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
@@ -20,9 +20,9 @@ from deepinv_deal.weights import load_l1_prior
 #: Models by their names in the recipe.
 MODELS: dict[str, type[SAFI] | type[MMR]] = {"safi": SAFI, "mmr": MMR}
 
-#: First weight lambda and scale of MMR's potential, for a noise level of 1: the best of
-#: a few with the filters below.
-FIRST_LAMBDA, FIRST_SCALE = {"safi": 0.05, "mmr": 0.04}, 0.05
+#: First weight lambda, and first scale of MMR's potential, for a noise level of 1: the
+#: best of a few with the filters below.
+FIRST_LAMBDA, FIRST_SCALE = 0.04, 0.05
 
 
 @torch.no_grad()
@@ -30,27 +30,47 @@ def start_from_cosines(prior: AttentiveL1Prior, sigma: float) -> None:
     r"""
     Makes a prior with random weights one that denoises.
 
-    The first layer becomes the discrete cosine transform, by rising frequency, and the
-    second one the identity. Filters beyond the 48 that are not constant stay random.
-    Thresholds are proportional to the noise level.
+    The first layer of W becomes the discrete cosine transform, by rising frequency, and
+    the second one the identity. Filters beyond the 48 that are not constant stay
+    random. The mask falls with the local mean of the absolute responses: for MMR by the
+    scale of its potential, for SAFI by a network of the same cosines, absolute values,
+    and means over 7 x 7 pixels twice. Thresholds are proportional to the noise level.
 
     :param AttentiveL1Prior prior: the prior, changed in place.
     :param float sigma: noise level of images in [0, 1].
     """
     first, second = prior.W.weight
-    k = first.shape[-1]
-    waves = sorted(((i, j) for i in range(k) for j in range(k)), key=sum)[1:]
-    for filter_, wave in zip(first, waves, strict=False):
-        spectrum = torch.zeros(k, k, dtype=torch.float64)
-        spectrum[wave] = 1
-        filter_.copy_(torch.from_numpy(idctn(spectrum.numpy(), norm="ortho")))
-    second.zero_()
-    second.diagonal(dim1=0, dim2=1)[k // 2, k // 2] = 1
+    _cosines(first)
+    _identity(second)
+    prior.lambda_reg.fill_(FIRST_LAMBDA * sigma)
     if isinstance(prior, MMRPrior):
         prior.potential.scale.fill_(FIRST_SCALE / sigma)
-        prior.lambda_reg.fill_(FIRST_LAMBDA["mmr"] * sigma)
-    else:
-        prior.lambda_reg.fill_(FIRST_LAMBDA["safi"] * sigma)
+    elif isinstance(prior, SAFIPrior):
+        network = prior.mask_network
+        _cosines(network.V[0])
+        for kernel, scale in ((network.V[1], 1.0), (network.V[2], 0.1 / sigma)):
+            kernel.zero_()
+            kernel.diagonal().fill_(scale / kernel[0, 0].numel())
+        t = prior.splines()[0].knots
+        curves = (t.abs(), t, (2 - 40 * t).clamp(-2, 2))
+        for spline, curve in zip(prior.splines(), curves, strict=True):
+            spline.coefficients.copy_(curve)
+
+
+def _cosines(kernels: Tensor) -> None:
+    """Sets kernels ``(N, 1, k, k)`` to those of the discrete cosine transform."""
+    k = kernels.shape[-1]
+    waves = sorted(((i, j) for i in range(k) for j in range(k)), key=sum)[1:]
+    for kernel, wave in zip(kernels, waves, strict=False):
+        spectrum = torch.zeros(k, k, dtype=torch.float64)
+        spectrum[wave] = 1
+        kernel.copy_(torch.from_numpy(idctn(spectrum.numpy(), norm="ortho")))
+
+
+def _identity(kernels: Tensor) -> None:
+    """Sets kernels ``(N, N, k, k)`` to those of the identity."""
+    kernels.zero_()
+    kernels.diagonal()[kernels.shape[-1] // 2, kernels.shape[-1] // 2] = 1
 
 
 @dataclass
@@ -75,8 +95,7 @@ class AttentiveL1Recipe(SingleLevelRecipe):
         for :math:`\lambda`, which is of order 0.01.
     :param float rtol: tolerance (imbalance of forces) at which the iteration stops.
     :param float adjoint_rtol: tolerance of the backward pass. Where a solution is
-        almost not differentiable, a rough answer is the smoother one: do not expect a
-        better training from a small value.
+        almost not differentiable, a rough answer is the smoother one.
     :param int pool: number of batches in rotation; a batch comes back after ``pool``
         steps.
     :param str model: ``"safi"`` or ``"mmr"``.

@@ -59,6 +59,14 @@ def test_weights_files_give_the_model_that_was_trained(folder, tmp_path, name):
         other.model(pretrained=tmp_path / "weights.safetensors")
 
 
+def test_the_help_has_no_markup(capsys, name):
+    with pytest.raises(SystemExit):
+        main(["train", name, "--help"])
+    out = capsys.readouterr().out
+    assert "learning rate" in out
+    assert not set(out) & set("`\\")
+
+
 def test_the_command_trains(folder, tmp_path, capsys, name):
     settings = SMALL | KINDS[name].settings | {"steps": 2}
     settings.pop("model", None)
