@@ -16,7 +16,12 @@ from deepinv_deal import DEAL
 from deepinv_deal.cli import main
 from deepinv_deal.evaluation import make_kernel
 from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask
-from deepinv_deal.priors import MMRPrior, PatchSynthesisPrior, SmoothPlusSparsePrior
+from deepinv_deal.priors import (
+    MMRPrior,
+    PatchSynthesisPrior,
+    SAFIPrior,
+    SmoothPlusSparsePrior,
+)
 from deepinv_deal.weights import save_l1_prior, save_patch_prior, save_prior
 
 SIZE = (14, 12)
@@ -352,6 +357,8 @@ def test_the_weight_can_be_tuned_on_other_images(folder, capsys):
 @pytest.mark.parametrize("method", ["tv", "adjoint"])
 def test_rivals_are_evaluated_by_the_same_protocol(folder, method, capsys):
     command = ["evaluate", "--data", folder, "--method", method, "--sigma", "25"]
+    assert main([*command, "--rtol", "1"]) == 2
+    assert f"--rtol is for models, not for --method {method}" in capsys.readouterr().err
     if method == "adjoint":
         assert main([*command, "--tune", folder]) == 2
         assert "no weight" in capsys.readouterr().err
@@ -373,29 +380,34 @@ def other_weights(tmp_path_factory):
         ),
         "patch-synthesis": PatchSynthesisPrior(8, 4),
         "mmr": MMRPrior(3),
+        "safi": SAFIPrior(3),
     }
     for name, prior in priors.items():
-        save = save_l1_prior if name == "mmr" else save_patch_prior
+        save = save_l1_prior if name in ("mmr", "safi") else save_patch_prior
         save(prior, path / f"{name}.safetensors")
     return path
 
 
-@pytest.mark.parametrize("name", ["smooth-plus-sparse", "patch-synthesis", "mmr"])
+@pytest.mark.parametrize(
+    "name", ["smooth-plus-sparse", "patch-synthesis", "mmr", "safi"]
+)
 def test_the_weights_tell_the_model(folder, other_weights, tmp_path, name, capsys):
     weights = str(other_weights / f"{name}.safetensors")
     command = ["evaluate", "--data", folder, "--sigma", "25", "--pretrained", weights]
     table = tmp_path / "scores.csv"
     command += ["--csv", str(table), "--rtol", "0.05"]
     psnr = []
-    for own in ([], ["--method", name], ["--lambda-reg", "0.02"]):
+    l1 = name in ("mmr", "safi")
+    solver = [] if l1 else [["--solver", "ipalm"]]
+    for own in ([], ["--method", name], ["--lambda-reg", "0.02"], *solver):
         assert main([*command, *own]) == 0
         with open(table, newline="") as file:
             psnr.append([float(row["psnr"]) for row in csv.DictReader(file)])
     assert min(map(min, psnr)) > 15
-    assert psnr[0] == psnr[1] != psnr[2]
-    if name == "mmr":
+    assert psnr[0] == psnr[1] and psnr[0] not in psnr[2:]
+    if l1:
         assert main([*command, "--solver", "admm"]) == 2
-        assert "--solver is not for MMR" in capsys.readouterr().err
+        assert f"--solver is not for {name.upper()}" in capsys.readouterr().err
     else:
         assert main([*command, "--solver", "none"]) == 2
         assert "solver must be one of" in capsys.readouterr().err
@@ -425,8 +437,11 @@ def test_other_models_denoise_and_reconstruct(
     assert main(blur) == (2 if name == "mmr" else 0)
     if name == "mmr":
         assert "lambda_reg is missing" in capsys.readouterr().err
-    else:
-        assert main([*blur, "--lambda-reg", "0.001"]) == 0
+    denoised = np.load(out)
+    known = save(tmp_path / "known.png", np.ones((20, 18)))
+    inpainting = ["reconstruct", "inpainting", source, out, "--mask", known, *weights]
+    assert main([*inpainting, "--lambda-reg", "0.3"]) == 0
+    assert not np.allclose(np.load(out), denoised)
 
 
 def test_a_method_without_weights_is_named(folder, capsys):
@@ -437,7 +452,8 @@ def test_a_method_without_weights_is_named(folder, capsys):
         assert main(["evaluate", "--data", folder, "--method", method]) == 2
         assert words in capsys.readouterr().err
     assert main(["evaluate", "--data", folder, "--pretrained", "weights.pth"]) == 2
-    assert "does not say which model it is for" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "does not say which model it is for" in said and "add --method deal" in said
     assert main(["evaluate", "--data", folder, "--pretrained", "no.safetensors"]) == 2
     assert "'no.safetensors' does not exist" in capsys.readouterr().err
 

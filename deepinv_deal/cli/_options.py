@@ -30,7 +30,7 @@ def add_solver_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrained",
         metavar="WEIGHTS",
-        help=f"bundled name or file; if unset, {DEFAULT_WEIGHTS}",
+        help=f"bundled name, 'download' or file; if unset, {DEFAULT_WEIGHTS}",
     )
     parser.add_argument(
         "--rtol", type=float, help="tolerance; if unset, that of the model"
@@ -56,7 +56,7 @@ def add_model_options(
     parser.add_argument(
         "--method",
         choices=(*MODELS, *others),
-        help=f"model; if unset, the one that the weights are for{text}",
+        help=f"model; if unset, the one that the weights say they are for{text}",
     )
     parser.add_argument("--solver", help="solver of the dictionary models")
 
@@ -64,15 +64,13 @@ def add_model_options(
 def make_model(args: argparse.Namespace, **options: Any) -> Any:
     """Makes the model that the arguments describe, silent about convergence."""
     import deepinv_deal
-    from deepinv_deal.weights import BUNDLED, owner
+    from deepinv_deal.models import SynthesisModel
+    from deepinv_deal.weights import BUNDLED
 
     weights = args.pretrained
-    if args.method is None:  # the weights tell
-        prior = owner(weights or DEFAULT_WEIGHTS)
-        known = {f"{name}Prior": name for name in MODELS.values()}
-        if prior not in known:
-            raise ValueError(f"{weights} holds weights of a {prior}, not of a model.")
-        name = known[prior]
+    if args.method is None:
+        weights = weights or DEFAULT_WEIGHTS
+        name = _model_of(weights)
     else:
         name = MODELS[args.method]
         bundled = [k for k, prior in BUNDLED.items() if prior == f"{name}Prior"]
@@ -82,15 +80,34 @@ def make_model(args: argparse.Namespace, **options: Any) -> Any:
                 f"{', '.join(bundled) or 'a file, for it has no bundled weights'}."
             )
         weights = weights or bundled[0]
+    kind = getattr(deepinv_deal, name)
     if args.solver is not None:
-        if name not in ("SmoothPlusSparse", "PatchSynthesis"):
+        if not issubclass(kind, SynthesisModel):
             raise ValueError(f"--solver is not for {name}, only for dictionary models.")
         options["solver"] = args.solver
     for option in ("rtol", "max_iter"):
         if getattr(args, option) is not None:
             options[option] = getattr(args, option)
-    kind = getattr(deepinv_deal, name)
-    return kind(pretrained=weights or DEFAULT_WEIGHTS, warn=False, **options)
+    return kind(pretrained=weights, warn=False, **options)
+
+
+def _model_of(weights: str) -> str:
+    """Returns the name of the model that weights are for."""
+    from deepinv_deal.weights import owner
+
+    if weights == "download":  # the authors' DEAL
+        return "DEAL"
+    try:
+        prior = owner(weights)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} For others, as the authors' files, add --method "
+            f"{', '.join(MODELS)}."
+        ) from error
+    known = {f"{name}Prior": name for name in MODELS.values()}
+    if prior not in known:
+        raise ValueError(f"{weights} holds weights of a {prior}, not of a model.")
+    return known[prior]
 
 
 def channels_of(model: Any) -> int:

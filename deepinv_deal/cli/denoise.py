@@ -66,8 +66,10 @@ def _level(text: str) -> float | str:
 def _denoise(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from deepinv_deal import DEAL
+
     model = make_model(args)
-    if args.sigma == "estimate" and type(model).__name__ != "DEAL":
+    if args.sigma == "estimate" and not isinstance(model, DEAL):
         raise ValueError(
             f"--sigma estimate is for DEAL; {type(model).__name__} needs a number."
         )

@@ -114,6 +114,12 @@ def _method(args: argparse.Namespace, task: Task) -> tuple[Reconstructor, int]:
     if args.method not in OTHERS:
         model = make_model(args, **({"complex_mode": "real"} if task.mri else {}))
         return model, channels_of(model)
+    for name in ("pretrained", "solver", "rtol", "max_iter"):
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option} is for models, not for --method {args.method}."
+            )
     if args.method == "adjoint":
         if args.tune or args.lambda_reg is not None:
             raise ValueError("--method adjoint has no weight: no --tune, --lambda-reg.")

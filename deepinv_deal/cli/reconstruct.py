@@ -91,13 +91,14 @@ def _operator(
     parser.add_argument(
         "--lambda-reg",
         type=float,
-        help="weight; if unset, 1 for DEAL and the learned one for dictionaries",
+        help="weight; if unset, 1 for DEAL and the learned one for dictionaries; SAFI "
+        "and MMR need it",
     )
     parser.add_argument(
         "--sigma-model",
         type=float,
         help="noise level of the model, gray levels; if unset, 15 for DEAL and that of "
-        "the training for dictionaries",
+        "the training for dictionaries; SAFI and MMR have none",
     )
     if name != "mri":
         parser.add_argument(

@@ -97,9 +97,9 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
         )
         steps = int(panel.info.inner_iter.sum())
         axes[-1].set_xlabel("outer iteration")
+        title = "relative nonlinear residual"
         axes[-1].set_title(
-            f"relative nonlinear residual\n{steps} inner iterations",
-            fontsize=TITLE,
+            f"{title}\n{steps} inner iterations" if steps else title, fontsize=TITLE
         )
         axes[-1].grid(alpha=0.3)
     return figure

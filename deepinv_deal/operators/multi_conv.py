@@ -170,6 +170,8 @@ class CollapsedOperator(MultiConvOperator):
         rotated = [[k.rot90(i, (2, 3)) for k in kernels] for i in range(4)]
         self.edges = [_edge_leak(*pair) for pair in rotated]
         self.corners = [_corner_leak(*pair) for pair in rotated]
+        self.adjoint_edges = [edge.transpose(0, 1).flip(-1) for edge in self.edges]
+        self.adjoint_corners = [corner.mT for corner in self.corners]
 
     @staticmethod
     def pays(kernels: Sequence[Tensor]) -> bool:
@@ -190,9 +192,8 @@ class CollapsedOperator(MultiConvOperator):
         r"""Applies :math:`W^{\top}`."""
         if min(z.shape[-2:]) < self.frame:
             return super().adjoint(z)
-        edges = [edge.transpose(0, 1).flip(-1) for edge in self.edges]
-        corners = [corner.mT for corner in self.corners]
-        return self._without_leak(self.adjoint_whole(z), z, edges, corners)
+        x = self.adjoint_whole(z)
+        return self._without_leak(x, z, self.adjoint_edges, self.adjoint_corners)
 
     def _without_leak(
         self,

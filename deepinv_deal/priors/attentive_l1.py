@@ -489,10 +489,8 @@ class FrozenL1:
             descent = equation.b - equation.normal(self.x) - self.force
             target = self.x + t * descent
             free = target == equation.clamp(target)
-        v_norm = norm(v).where(norm(v) != 0, 1)
         solve = self._constrained if equation.H is not None else self._projected
-        result, p, multiplier = solve(v_x, v_w, inside, free, rtol * v_norm)
-        result.residual = result.residual / v_norm
+        result, p, multiplier = solve(v_x, v_w, inside, free, rtol)
         rest = v_x - equation.normal(p) - W.adjoint(multiplier)
         p = torch.where(free, p, t * rest)
         q = torch.where(inside, -t * multiplier, v_w - W.analyse(p * free))
@@ -500,28 +498,29 @@ class FrozenL1:
         return result
 
     def _projected(
-        self, v_x: Tensor, v_w: Tensor, inside: Tensor, free: Tensor, atol: Tensor
+        self, v_x: Tensor, v_w: Tensor, inside: Tensor, free: Tensor, rtol: Tensor
     ) -> tuple[SolverResult, Tensor, Tensor]:
         """The solution for denoising by conjugate gradients, with its multiplier."""
         W = self.equation.regularizer
-        rhs = (W.analyse(v_x * free) - v_w) * inside
-        size = norm(rhs).where(norm(rhs) != 0, 1)
+        # Relative to the right-hand side: it is much smaller than v, and a tolerance
+        # relative to that would be met by no multiplier at all.
         result = conjugate_gradient(
             lambda u: W.analyse(W.adjoint(u) * free) * inside,
-            rhs,
-            rtol=atol / size,
+            (W.analyse(v_x * free) - v_w) * inside,
+            rtol=rtol,
             max_iter=self.equation.inner_max_iter,
             verify=False,
         )
-        result.residual = result.residual * size
         return result, free * (v_x - W.adjoint(result.x)), result.x
 
     def _constrained(
-        self, v_x: Tensor, v_w: Tensor, inside: Tensor, free: Tensor, atol: Tensor
+        self, v_x: Tensor, v_w: Tensor, inside: Tensor, free: Tensor, rtol: Tensor
     ) -> tuple[SolverResult, Tensor, Tensor]:
         """The solution for any operator by ADMM, with its multiplier."""
         equation, W = self.equation, self.equation.regularizer
         rho, _ = (expand(r, self.x) for r in self.rho)
+        size = joint_norm((v_x, v_w))
+        size = size.where(size != 0, 1)
 
         def prox(d: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return v_w.where(inside, d[0]), *(s * free for s in d[1:])
@@ -533,10 +532,10 @@ class FrozenL1:
             p, multiplier = solution(state)
             rest = v_x - equation.normal(p) - W.adjoint(multiplier)
             gap = v_w - W.analyse(p)
-            return torch.hypot(norm(rest * free), norm(gap * inside))
+            return torch.hypot(norm(rest * free), norm(gap * inside)) / size
 
         zero_x, zero_w = torch.zeros_like(v_x), torch.zeros_like(v_w)
         splits = (zero_w, zero_x)[: 1 if equation.box is None else 2]
         start = ADMMState(zero_x, prox(splits), splits, Kx=splits)
-        result = self._split(v_x, prox, start, measure, atol, accurate=True)
+        result = self._split(v_x, prox, start, measure, rtol, accurate=True)
         return result, *solution(result.state)

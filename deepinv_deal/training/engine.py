@@ -230,7 +230,7 @@ class Trainer(ABC, Generic[R, P]):
 
     @abstractmethod
     def new_prior(self) -> P:
-        """Returns a prior with random weights."""
+        """Returns the prior that training starts from without ``recipe.init``."""
 
     def load_prior(self, pretrained: str) -> P:
         """Returns the prior with the weights of ``recipe.init``."""

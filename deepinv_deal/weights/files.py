@@ -133,7 +133,7 @@ def checked(module: Module, state: Mapping[str, Any], source: str) -> Module:
 
 def bundled(kind: type[nn.Module]) -> list[str]:
     """Returns the names of the weights in this package that are for a class."""
-    return [name for name, owner in BUNDLED.items() if owner == kind.__name__]
+    return [name for name, prior in BUNDLED.items() if prior == kind.__name__]
 
 
 def owner(pretrained: str | os.PathLike[str]) -> str:

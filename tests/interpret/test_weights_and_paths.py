@@ -366,6 +366,7 @@ def test_every_figure_has_the_expected_axes():
     patch_model = dictionary("group")
     with torch.no_grad():
         patched, patch_info = patch_model(x, return_info=True)
+    patch_panel = Panel("b", x, x, patched, patch_info)
     parts = decompose(patch_model, patched, patch_info)
     sparsity = sparsity_map(patch_model, patched, patch_info)
     usage = atom_usage(patch_model, patch_info)
@@ -382,7 +383,8 @@ def test_every_figure_has_the_expected_axes():
         (plot_path(paths["zero"], x, num_columns=3), 8),
         (plot_path(paths["zero"], num_columns=2), 6),
         (plot_initializations(paths), 6),
-        (plot_reconstructions([panel, panel]), 10),
+        (plot_reconstructions([panel, patch_panel]), 10),
+        (plot_reconstructions([patch_panel]), 4),
         (plot_atoms(usage, 6, 4, columns=3), 3),
         (plot_atoms(only_constants, columns=3), 2),
         (plot_decomposition(parts), 4),

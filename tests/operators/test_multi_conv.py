@@ -62,16 +62,17 @@ def plain_adjoint(kernels, z):
 MERGED = (1, 20, 20)  # 20 channels in between: one 9x9 kernel is cheaper
 
 
+@pytest.mark.parametrize("channels", [MERGED, (3, 40, 40)], ids=["gray", "colour"])
 @pytest.mark.parametrize(
     "size",
     [(40, 31), (5, 4), (3, 30), (2, 2), (9, 1)],
     ids=lambda size: "x".join(map(str, size)),
 )
-def test_merged_layers_give_the_same_map_and_adjoint(size, rng):
-    W = multi_conv(rng, MERGED, normalization="none")
+def test_merged_layers_give_the_same_map_and_adjoint(channels, size, rng):
+    W = multi_conv(rng, channels, normalization="none")
     merged, layered = W.operator(), MultiConvOperator(W._zero_mean_kernels())
     assert isinstance(merged, CollapsedOperator)
-    x, z = random(rng, 2, 1, *size), random(rng, 2, 20, *size)
+    x, z = random(rng, 2, channels[0], *size), random(rng, 2, channels[2], *size)
     torch.testing.assert_close(merged(x), layered(x), rtol=0, atol=1e-12)
     torch.testing.assert_close(
         merged.adjoint(z), layered.adjoint(z), rtol=0, atol=1e-12
@@ -88,9 +89,10 @@ def test_layers_are_merged_only_where_that_is_cheaper(rng):
     assert not isinstance(three, CollapsedOperator)
 
 
-def test_gradients_flow_through_merged_layers(rng):
+@pytest.mark.parametrize("size", [(13, 14), (3, 9)], ids=["large", "small"])
+def test_gradients_flow_through_merged_layers(size, rng):
     W = multi_conv(rng, MERGED, normalization="none")
-    x, z = random(rng, 1, 1, 13, 14).requires_grad_(), random(rng, 1, 20, 13, 14)
+    x, z = random(rng, 1, 1, *size).requires_grad_(), random(rng, 1, 20, *size)
     gradients = []
     for make in (W.operator, lambda: MultiConvOperator(W._zero_mean_kernels())):
         value = inner(make()(x), z).sum() + inner(x, make().adjoint(z)).sum()

@@ -48,8 +48,11 @@ def test_the_first_weights_denoise(folder, tmp_path, model):
     x = torch.from_numpy(astronaut()[:128:2, 128:256:2, 1] / 255.0).float()[None, None]
     for sigma in (0.03, 0.1):
         prior = start(folder, tmp_path, model=model, num_filters=50, sigma=sigma).prior
-        waves = prior.W.weight[0][:48].flatten(1)
+        first, second = prior.W._zero_mean_kernels()
+        waves = first[:48].flatten(1)
         torch.testing.assert_close(waves @ waves.T, torch.eye(48))
+        own = second.diagonal().permute(2, 0, 1)  # each channel sees only itself
+        torch.testing.assert_close(own.square().sum(), second.square().sum())
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
         y = x + sigma * noise
         with torch.no_grad():
@@ -75,6 +78,33 @@ def test_the_gradient_is_that_of_the_loss(folder, tmp_path, model):
     weight = training.prior.W.weight[0]
     slope, difference = slopes_of_the_loss(training, weight, step=1e-6)
     assert slope == pytest.approx(difference, rel=1e-3)
+
+
+@pytest.mark.parametrize("model", ["safi", "mmr"])
+def test_every_weight_has_one_learning_rate(folder, tmp_path, model):
+    training = start(folder, tmp_path, model=model)
+    factors = {
+        id(p): factor for factor, group in training.parameter_groups() for p in group
+    }
+    prior = training.prior
+    expected = {
+        "lambda_reg": 0.01,
+        "W.weight.0": 1.0,
+        "W.weight.1": 0.1,
+        **{
+            "potential.scale": 5.0,
+            "potential.spline.coefficients": 5.0,
+            "potential.G.0": 1.0,
+            "mask_network.V.0": 1.0,
+            "mask_network.V.2": 0.1,
+            "mask_network.splines.1.coefficients": 5.0,
+        },
+    }
+    found = {name: factors.pop(id(p)) for name, p in prior.named_parameters()}
+    assert not factors  # nothing else is trained
+    for name, factor in found.items():
+        assert factor == expected.get(name, factor)
+    assert len(expected.keys() & found.keys()) == 6
 
 
 def test_the_weight_stays_positive(folder, tmp_path):
