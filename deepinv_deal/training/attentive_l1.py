@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -9,13 +10,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from scipy.fft import idctn
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from deepinv_deal.models.safi import MMR, SAFI
 from deepinv_deal.priors import AttentiveL1Prior, MMRPrior, SAFIPrior
 from deepinv_deal.solvers import AdjointOptions, attach_gradient, fixed_point
 from deepinv_deal.training.data import Problems
 from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
+from deepinv_deal.tuning import tune
 from deepinv_deal.weights import load_l1_prior
+from deepinv_deal.weights.files import read_weights, write_weights
 
 #: Models by their names in the recipe.
 MODELS: dict[str, type[SAFI] | type[MMR]] = {"safi": SAFI, "mmr": MMR}
@@ -85,8 +89,8 @@ class AttentiveL1Recipe(SingleLevelRecipe):
     differentiated implicitly; and instead of random filters, training starts from those
     of the discrete cosine transform, with which both models denoise from the first
     step. Further settings are those of :class:`SingleLevelRecipe` and :class:`Recipe`.
-    The weight :math:`\lambda` is trained too, and is best chosen anew at the end, by
-    :func:`deepinv_deal.tune`.
+    The weight :math:`\lambda` is trained too, and chosen anew at the end, on the
+    validation images, by :func:`deepinv_deal.tune`.
 
     :param int patch_size: side of the patches.
     :param int batch_size: patches per step.
@@ -168,6 +172,34 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
     def new_model(self) -> SAFI | MMR:
         """Returns the model that validation calls, around the prior in training."""
         return MODELS[self.recipe.model](prior=self.prior, warn=False)
+
+    def train(self) -> float:
+        r"""
+        Trains, then chooses :math:`\lambda` anew for the best weights.
+
+        :return: best mean validation PSNR in dB.
+        :raises FloatingPointError: as in :class:`Trainer`.
+        """
+        best, path = super().train(), self.out / "best.safetensors"
+        prior = self.load_prior(str(path)).to(self.device)
+        model = MODELS[self.recipe.model](prior=prior, warn=False)
+        problems = [
+            (x.to(self.device), y.to(self.device))
+            for _, level in self.validation
+            for x, y in level
+        ]
+        with warnings.catch_warnings():  # of a search that ends early: it may
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found = tune(
+                model, None, problems, spread=1.2, precision=1.05, max_trials=7
+            )
+        if found.best.score > best:
+            _, header = read_weights(path, type(prior))
+            with torch.no_grad():
+                prior.lambda_reg.fill_(found.lambda_reg)
+            write_weights(prior, path, header)
+            tqdm.write(f"lambda_reg {found.lambda_reg:.4g} instead of the learned one.")
+        return max(best, found.best.score)
 
     def parameter_groups(self) -> Sequence[tuple[float, Sequence[nn.Parameter]]]:
         """Returns factors on the learning rate, with the parameters they are for."""

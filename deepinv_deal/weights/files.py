@@ -21,6 +21,8 @@ BUNDLED = {
     "deal_gray": "DEALPrior",
     "cpr_25": "SmoothPlusSparsePrior",
     "ncpr_25": "SmoothPlusSparsePrior",
+    "mmr_25": "MMRPrior",
+    "safi_25": "SAFIPrior",
 }
 
 
