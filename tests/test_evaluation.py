@@ -132,7 +132,7 @@ def test_built_in_kernels_sum_to_one(text):
 def test_evaluate_gives_the_published_settings_to_the_model():
     model = random_model(rtol=0.2).float()
     task = TASKS["super-resolution-x2"](noise=[7.65])
-    data = [("a", photograph(1, 12, 10)), ("b", photograph(1, 10, 11))]
+    data = [("a", photograph()), ("b", photograph(1, 18, 20))]
     scores = evaluate(model, task, data, progress=False)
     assert [s.lambda_reg for s in scores] == pytest.approx([2.5] * 8)
     assert [s.image for s in scores] == ["a", "b"] * 4
@@ -223,7 +223,7 @@ def test_hdf5_files_are_read_by_name(tmp_path):
 
 def test_total_variation_is_the_minimum_and_knows_a_real_image():
     task = TASKS["mri-single-coil-4x"]()
-    x = task.ground_truth(photograph(1, 14, 12))
+    x = task.ground_truth(photograph())
     y, physics = task.conditions[0].measure(x)
     weight = 0.01
 

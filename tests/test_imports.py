@@ -37,6 +37,7 @@ for _part in (
 ):  # independent of another
     ALLOWED[_part] = PARTS | {"priors", "optim", "weights", "models", "files"}
 ALLOWED["evaluation"] |= {"tuning"}
+ALLOWED["training"] |= {"tuning"}  # SAFI and MMR: lambda is chosen anew at the end
 TOP = {"", "cli", "__main__"}
 FILES = sorted(ROOT.rglob("*.py"))
 

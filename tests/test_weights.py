@@ -11,7 +11,7 @@ import torch
 from problems import random_prior
 from safetensors.torch import load_file, save_file
 
-from deepinv_deal import DEAL, MMR, SmoothPlusSparse
+from deepinv_deal import DEAL, MMR, SAFI, PatchSynthesis, SmoothPlusSparse
 from deepinv_deal.weights import (
     BUNDLED,
     convert_state_dict,
@@ -56,7 +56,7 @@ def test_a_saved_prior_is_loaded_with_its_norm_rule(prior, file):
     assert loaded.num_filters == 5
 
 
-FORMS = {"DEALPrior": DEAL, "SmoothPlusSparsePrior": SmoothPlusSparse}
+FORMS = {f"{form.__name__}Prior": form for form in (DEAL, SmoothPlusSparse, MMR, SAFI)}
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -67,7 +67,7 @@ def test_bundled_weights_load_and_denoise_without_network(name):
     with pytest.raises(ValueError, match=f"pretrained='x' is unknown.*'{name}'"):
         form(pretrained="x")
     with pytest.raises(ValueError, match=f"'{name}' holds weights of a"):
-        MMR(pretrained=name)
+        PatchSynthesis(pretrained=name)
     x = torch.full((1, 1, 40, 40), 0.5)
     x[..., 20:] = 0.8
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))

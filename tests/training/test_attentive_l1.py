@@ -13,6 +13,12 @@ def start(folder, out, **changes):
     return KINDS["safi"].start(folder, out, **settings)
 
 
+def rough(training):
+    """Enough weight for coefficients of these hard images to be zero."""
+    training.prior.lambda_reg.data.fill_(0.3 / float(training.prior.bind().nu))
+    return training
+
+
 #: Steps large enough for the masks to move away from 1/2, where they all start.
 ACCURATE = {"rtol": 1e-3, "depth": 20, "warm_depth": 3}
 
@@ -20,7 +26,8 @@ ACCURATE = {"rtol": 1e-3, "depth": 20, "warm_depth": 3}
 @pytest.fixture(scope="module")
 def plain(folder, tmp_path_factory):
     """The weights after some steps with these settings."""
-    return weights_after(start(folder, tmp_path_factory.mktemp("out"), **ACCURATE), 4)
+    training = start(folder, tmp_path_factory.mktemp("out"), **ACCURATE)
+    return weights_after(rough(training), 4)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +45,8 @@ def plain(folder, tmp_path_factory):
     ids=str,
 )
 def test_each_setting_changes_the_training(folder, tmp_path, plain, change):
-    changed = weights_after(start(folder, tmp_path, **(ACCURATE | change)), 4)
+    training = rough(start(folder, tmp_path, **(ACCURATE | change)))
+    changed = weights_after(training, 4)
     assert plain.shape != changed.shape or not torch.equal(plain, changed)
 
 
