@@ -28,7 +28,7 @@ from skimage.transform import rescale
 
 from deepinv_deal import DEAL
 
-photo = rescale(coffee()[:, 50:450].mean(2) / 255, 0.4, anti_aliasing=True)
+photo = rescale(coffee()[:, 50:450].mean(2) / 255, 0.32, anti_aliasing=True)
 x = torch.from_numpy(photo).float()[None, None]
 model = DEAL()
 psnr = dinv.metric.PSNR()
