@@ -25,7 +25,7 @@ from deepinv_deal import DEAL, tune
 from deepinv_deal.evaluation import TotalVariation
 from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask
 
-size = (80, 80)
+size = (96, 96)
 
 
 def complex_image(photo):
