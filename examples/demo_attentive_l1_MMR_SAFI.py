@@ -59,8 +59,8 @@ dinv.utils.plot(
 # Where the penalty is lowered
 # ----------------------------
 #
-# The mean of all masks is dark along edges, where filter responses are left alone, and at
-# the border, where the zeros around the image look like an edge to MMR.
+# The mean of all masks is dark along edges, where filter responses are left alone, and
+# at the border, where the zeros around the image look like an edge to MMR.
 
 _, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
 for axis, (name, info) in zip(axes, infos.items(), strict=True):
