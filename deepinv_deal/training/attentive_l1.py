@@ -122,6 +122,7 @@ class AttentiveL1Recipe(SingleLevelRecipe):
     lr: float = 1e-3
     rtol: float = 2e-2
     adjoint_rtol: float = 1.0
+    init: str | None = None
     pool: int = 64
 
     model: Literal["safi", "mmr"] = "safi"
