@@ -222,15 +222,13 @@ def test_pictures_are_reconstructed(tmp_path, capsys, operator, channels):
     truth = save(tmp_path / "x.npy", photograph(channels))
     target = str(tmp_path / "x_hat.npy")
     command = ["reconstruct", operator, source, target, *options]
-    command += ["--lambda-reg", str(weight), "--truth", truth, "--rtol", "3e-3"]
+    command += ["--lambda-reg", str(weight), "--truth", truth, "--rtol", "3e-4"]
     assert main(command) == 0
     assert load(target).shape == photograph(channels).shape
     error = np.square(load(target) - photograph(channels)).mean()
     psnr = float(capsys.readouterr().out.split("PSNR ")[1].split(" dB")[0])
     assert psnr == pytest.approx(-10 * np.log10(error), abs=0.2)
     assert psnr > 18
-    if channels == 3:
-        return
     other = str(tmp_path / "other.npy")
     for extra in (["--lambda-reg", "5"], ["--sigma-model", "60"]):
         main([*command[:3], other, *command[4:], *extra])
@@ -267,8 +265,6 @@ def test_k_space_is_reconstructed(tmp_path, capsys, coils, corner):
     assert psnr > 20
     assert main(command) == 0  # the mask is where y is not zero
     np.testing.assert_allclose(load(target), given, atol=1e-4)
-    if coils == 4 or corner:
-        return
     assert main([*command, "--complex-mode", "real"]) == 0
     assert np.abs(load(target).imag).max() == 0 < np.abs(given.imag).max()
     picture = str(tmp_path / "x_hat.png")

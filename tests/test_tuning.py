@@ -120,7 +120,6 @@ def photograph(size):
                 noise_model=noise(10 / 255),
             ),
             id="blur",
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             Inpainting(

@@ -64,8 +64,9 @@ def add_model_options(
 def make_model(args: argparse.Namespace, **options: Any) -> Any:
     """Makes the model that the arguments describe, silent about convergence."""
     import deepinv_deal
+    from deepinv_deal import priors
     from deepinv_deal.models import SynthesisModel
-    from deepinv_deal.weights import BUNDLED
+    from deepinv_deal.weights import bundled
 
     weights = args.pretrained
     if args.method is None:
@@ -73,13 +74,13 @@ def make_model(args: argparse.Namespace, **options: Any) -> Any:
         name = _model_of(weights)
     else:
         name = MODELS[args.method]
-        bundled = [k for k, prior in BUNDLED.items() if prior == f"{name}Prior"]
-        if weights is None and len(bundled) != 1:
+        own = bundled(getattr(priors, f"{name}Prior"))
+        if weights is None and len(own) != 1:
             raise ValueError(
                 f"--method {args.method} needs --pretrained: "
-                f"{', '.join(bundled) or 'a file, for it has no bundled weights'}."
+                f"{', '.join(own) or 'a file, for it has no bundled weights'}."
             )
-        weights = weights or bundled[0]
+        weights = weights or own[0]
     kind = getattr(deepinv_deal, name)
     if args.solver is not None:
         if not issubclass(kind, SynthesisModel):

@@ -100,10 +100,9 @@ class AttentiveL1Recipe(SingleLevelRecipe):
         for :math:`\lambda`, which is of order 0.01.
     :param float rtol: tolerance (imbalance of forces) at which the iteration stops.
     :param float adjoint_rtol: tolerance of the backward pass. With 1, nothing is
-        solved: the multiplier of the constraints :math:`(W p)_S = 0` is zero. With the
-        48 filters of ``mmr_25`` this gradient has a cosine of 0.9 with that of 12
-        unrolled steps on the dual. Smaller values approach the derivative of a solution
-        that is almost not differentiable in W, and is no help (cosine 0.1 at 0.1).
+        solved: the multiplier of the constraints :math:`(W p)_S = 0` is zero, which
+        resembles the gradient of a dozen unrolled steps on the dual. Smaller values
+        approach the derivative of a solution that is almost not differentiable in W.
     :param str init: weights to start from, as the model's ``pretrained`` names them
         (bundled name or path); ``None``: the discrete cosine transform.
     :param int pool: number of batches in rotation; a batch comes back after ``pool``

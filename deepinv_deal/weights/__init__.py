@@ -5,7 +5,7 @@ from deepinv_deal.weights.deal import (
     load_prior,
     save_prior,
 )
-from deepinv_deal.weights.files import BUNDLED, owner
+from deepinv_deal.weights.files import BUNDLED, bundled, owner
 from deepinv_deal.weights.patches import (
     convert_patch_checkpoint,
     load_patch_prior,
@@ -19,6 +19,7 @@ from deepinv_deal.weights.safi import (
 
 __all__ = [
     "BUNDLED",
+    "bundled",
     "convert_l1_state_dict",
     "convert_patch_checkpoint",
     "convert_state_dict",

@@ -96,9 +96,13 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         ) from error
 
 
+#: What stands around the name of the class in the header's entry ``format``.
+_FORMAT = ("deepinv_deal.", "/1")
+
+
 def format_of(kind: type[nn.Module]) -> str:
     """Returns the name of the format of a class, as it stands in the header."""
-    return f"deepinv_deal.{kind.__name__}/1"
+    return kind.__name__.join(_FORMAT)
 
 
 def checked(module: Module, state: Mapping[str, Any], source: str) -> Module:
@@ -149,13 +153,11 @@ def owner(pretrained: str | os.PathLike[str]) -> str:
     name = os.fspath(pretrained)
     if name in BUNDLED:
         return BUNDLED[name]
-    path = Path(name)
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise FileNotFoundError(f"The weights file {name!r} does not exist.")
-        with _opened(path) as file:
+    if Path(name).suffix == ".safetensors":
+        with _opened(_existing(name)) as file:
             header = file.metadata() or {}
-        found = re.fullmatch(r"deepinv_deal\.(\w+)/1", header.get("format", ""))
+        pattern = r"(\w+)".join(map(re.escape, _FORMAT))
+        found = re.fullmatch(pattern, header.get("format", ""))
         if found:
             return found[1]
     raise ValueError(
@@ -189,13 +191,18 @@ def find_weights(
             f"pretrained={name!r} holds weights of a {BUNDLED[name]}, not of a "
             f"{kind.__name__}."
         )
-    path = Path(name)
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
+    if Path(name).suffix not in (".safetensors", ".pth", ".pt"):
         names = "".join(f"{choice!r}, " for choice in (*known, *also))
         raise ValueError(
             f"pretrained={name!r} is unknown. Give {names}None (random weights), or "
             "the path of a .safetensors or .pth file."
         )
+    return _existing(name)
+
+
+def _existing(name: str) -> Path:
+    """Returns the path of a weights file; a missing one is an error that names it."""
+    path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"The weights file {name!r} does not exist.")
     return path

@@ -99,14 +99,12 @@ def test_every_weight_has_one_learning_rate(folder, tmp_path, model):
         "lambda_reg": 0.01,
         "W.weight.0": 1.0,
         "W.weight.1": 0.1,
-        **{
-            "potential.scale": 5.0,
-            "potential.spline.coefficients": 5.0,
-            "potential.G.0": 1.0,
-            "mask_network.V.0": 1.0,
-            "mask_network.V.2": 0.1,
-            "mask_network.splines.1.coefficients": 5.0,
-        },
+        "potential.scale": 5.0,
+        "potential.spline.coefficients": 5.0,
+        "potential.G.0": 1.0,
+        "mask_network.V.0": 1.0,
+        "mask_network.V.2": 0.1,
+        "mask_network.splines.1.coefficients": 5.0,
     }
     found = {name: factors.pop(id(p)) for name, p in prior.named_parameters()}
     assert not factors  # nothing else is trained
