@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from deepinv_deal import __version__
+from deepinv_deal.cli.bench import add_bench
 from deepinv_deal.cli.demo import add_demo
 from deepinv_deal.cli.denoise import add_denoise
 from deepinv_deal.cli.evaluate import add_evaluate
@@ -55,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_demo, add_denoise, add_reconstruct, add_evaluate, add_train):
+    for add in (
+        add_demo,
+        add_denoise,
+        add_reconstruct,
+        add_evaluate,
+        add_train,
+        add_bench,
+    ):
         add(commands)
     return parser

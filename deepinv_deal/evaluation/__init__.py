@@ -11,9 +11,29 @@ from deepinv_deal.evaluation.run import (
     tune_task,
     write_csv,
 )
+from deepinv_deal.evaluation.speed import (
+    SPEED_TASKS,
+    ApplicationTimes,
+    Run,
+    application_times,
+    compare_speed,
+    deepinv_model,
+    plot_speed,
+    speed_table,
+    write_speed_csv,
+)
 from deepinv_deal.evaluation.tasks import TASKS, Condition, Task, make_kernel
 
 __all__ = [
+    "write_speed_csv",
+    "speed_table",
+    "plot_speed",
+    "deepinv_model",
+    "compare_speed",
+    "application_times",
+    "Run",
+    "ApplicationTimes",
+    "SPEED_TASKS",
     "PUBLISHED",
     "TASKS",
     "Adjoint",

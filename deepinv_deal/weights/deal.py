@@ -73,6 +73,18 @@ def convert_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {ours: state[theirs] for ours, theirs in _AUTHORS_KEYS.items()}
 
 
+def to_authors_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """
+    Converts a state dict of :class:`DEALPrior` to the authors' layout.
+
+    :param dict state: state dict of a prior with the norm rule ``"published"``.
+    :return: parameters by the names of the authors' code and of
+        ``deepinv.models.DEAL(...).model``; what these compute, their buffers, is left
+        out.
+    """
+    return {theirs: state[ours] for ours, theirs in _AUTHORS_KEYS.items()}
+
+
 def prior_from_state_dict(
     state: Mapping[str, Tensor],
     normalization: Normalization = "published",

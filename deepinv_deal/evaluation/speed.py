@@ -1,0 +1,763 @@
+r"""
+How much work and time solvers of the same equation need, until the same accuracy.
+
+What is counted is applications of :math:`W^{\top} M^2 W`, which take nearly all the
+time, until the *nonlinear* residual
+
+.. math::
+    \frac{\|b - H x - \lambda G(x)\|}{\|b\|}
+
+of an iterate is first below a target. The residual is evaluated by this package for all
+solvers, while their clocks are stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import deepinv as dinv
+import numpy as np
+import torch
+from deepinv.physics import (
+    MRI,
+    Blur,
+    Denoising,
+    Downsampling,
+    GaussianNoise,
+    Inpainting,
+    LinearPhysics,
+)
+from deepinv.physics.functional import gaussian_blur
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from deepinv_deal._batch import norm
+from deepinv_deal.evaluation.baselines import TotalVariation
+from deepinv_deal.evaluation.tasks import MRI_NOISE, Condition, Task, line_mask
+from deepinv_deal.models import DEAL
+from deepinv_deal.models.problem import Problem
+from deepinv_deal.priors import AttentiveEquation, AttentiveQuadratic, DEALPrior
+from deepinv_deal.solvers import fixed_point
+from deepinv_deal.weights.deal import to_authors_state_dict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Accuracies that runs are compared at.
+TARGETS = (1e-3, 1e-5)
+
+#: Accuracy of the reference solution, in double precision.
+REFERENCE_RTOL = 1e-10
+
+
+# -- tasks -----------------------------------------------------------------------------
+
+
+def _inpainting(x: Tensor) -> LinearPhysics:
+    rng = torch.Generator().manual_seed(0)
+    mask = (torch.rand(x.shape[1:], generator=rng) < 0.5).to(x)
+    return Inpainting(tuple(x.shape[1:]), mask=mask)
+
+
+def _super_resolution(x: Tensor) -> LinearPhysics:
+    kernel = gaussian_blur(sigma=(1.2, 1.2))
+    return Downsampling(tuple(x.shape[1:]), filter=kernel, factor=2, padding="circular")
+
+
+def _mri(x: Tensor) -> LinearPhysics:
+    size = (int(x.shape[-2]), int(x.shape[-1]))
+    return MRI(mask=line_mask(size, 4, 0.08), img_size=size)
+
+
+def _speed_task(name: str, *condition: Any, mri: bool = False) -> Task:
+    sigma = None if name == "denoising" else 15.0
+    return Task(name, (Condition("", *condition),), sigma=sigma, mri=mri)
+
+
+#: Noise (gray levels), physics and weight of the problems, by name.
+SPEED_TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _speed_task("denoising", 25.0, lambda _: Denoising(GaussianNoise(25 / 255))),
+        _speed_task("inpainting", 0.0, _inpainting, 1.0),
+        _speed_task(
+            "deblurring",
+            2.55,
+            lambda _: Blur(gaussian_blur(sigma=(1.6, 1.6)), padding="circular"),
+            0.5,
+        ),
+        _speed_task("super-resolution", 2.55, _super_resolution, 0.28),
+        _speed_task("mri", round(255 * MRI_NOISE, 2), _mri, 0.05, mri=True),
+    )
+}
+
+#: Weights of total variation for these tasks: near the best for a photograph.
+TV_WEIGHTS = {
+    "denoising": 0.08,
+    "inpainting": 0.02,
+    "deblurring": 0.002,
+    "super-resolution": 0.002,
+    "mri": 0.005,
+}
+
+
+# -- results ---------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    r"""
+    The work of one solver until one accuracy.
+
+    :param str task: name of the task.
+    :param str solver: name of the solver.
+    :param float target: nonlinear residual to reach; NaN for solvers of other problems.
+    :param bool reached: whether it was reached.
+    :param int applications: applications of :math:`W^{\top} M^2 W`.
+    :param int masks: evaluations of the mask.
+    :param int n_iter: outer iterations.
+    :param float seconds: wall time without the evaluation of residuals.
+    :param float memory: most memory used beyond that at the start, in MB; NaN where
+        the system does not tell.
+    :param float residual: nonlinear residual of the last iterate.
+    :param float distance: its relative distance to the reference solution; NaN without
+        reference.
+    :param float psnr: of the last iterate, clipped, dB.
+    :param list path: applications, seconds and residual after every outer iteration.
+    """
+
+    task: str
+    solver: str
+    target: float
+    reached: bool = False
+    applications: int = 0
+    masks: int = 0
+    n_iter: int = 0
+    seconds: float = 0.0
+    memory: float = math.nan
+    residual: float = math.nan
+    distance: float = math.nan
+    psnr: float = math.nan
+    path: list[tuple[int, float, float]] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class ApplicationTimes:
+    r"""
+    Seconds for one application, medians.
+
+    :param float normal: :math:`W^{\top} M^2 W` of this package.
+    :param float plain: the same by ``conv2d`` and ``conv_transpose2d`` of contiguous
+        tensors.
+    :param float step: one conjugate gradient step for denoising.
+    :param float mask: one mask.
+    """
+
+    normal: float
+    plain: float
+    step: float
+    mask: float
+
+
+class _Enough(Exception):  # noqa: N818 - control flow, not an error
+    """All targets are reached, or the time is used up."""
+
+
+@dataclass
+class _Watch:
+    """Counts the work of a run, and stops the clock while an iterate is judged."""
+
+    case: _Case
+    solver: str
+    targets: Sequence[float]
+    time_limit: float
+    applications: int = 0
+    masks: int = 0
+    n_iter: int = 0
+    paused: float = 0.0
+    start: float = 0.0
+    path: list[tuple[int, float, float]] = field(default_factory=list)
+    runs: dict[float, Run] = field(default_factory=dict)
+    x: Tensor | None = None
+
+    def look(self, x: Tensor) -> None:
+        """Judges the iterate after an outer iteration."""
+        now = self.case.clock()
+        self.x = x
+        residual = self.case.residual(x)
+        seconds = now - self.start - self.paused
+        self.path.append((self.applications, seconds, residual))
+        for target in self.targets:
+            if target not in self.runs and residual <= target:
+                self._note(target, reached=True)
+        done = len(self.runs) == len(self.targets) or seconds > self.time_limit
+        self.paused += self.case.clock() - now
+        if done:
+            raise _Enough
+
+    def _note(self, target: float, reached: bool) -> None:
+        assert self.x is not None
+        applications, seconds, residual = self.path[-1]
+        self.runs[target] = Run(
+            self.case.task.name,
+            self.solver,
+            target,
+            reached,
+            applications,
+            self.masks,
+            self.n_iter,
+            seconds,
+            residual=residual,
+            distance=self.case.distance(self.x),
+            psnr=self.case.psnr(self.x),
+            path=list(self.path),
+        )
+
+    def watch(self, solve: Callable[[_Watch], None]) -> list[Run]:
+        """Runs a solver; returns what it took for each target."""
+        with torch.no_grad(), _peak_memory(self.case.x.device) as memory:
+            self.start = self.case.clock()
+            try:
+                solve(self)
+            except _Enough:
+                pass
+        for target in self.targets:
+            if target not in self.runs and self.path:
+                self._note(target, reached=False)
+        return [replace(run, memory=memory[0]) for run in self.runs.values()]
+
+
+class _Case:
+    """One problem: the exact equation to judge by, and its reference solution."""
+
+    def __init__(self, model: DEAL, task: Task, image: Tensor, reference: bool):
+        self.model, self.task, self.with_reference = model, task, reference
+        self.x = task.ground_truth(image).to(next(model.parameters()))
+        (self.condition,) = task.conditions
+        self.y, physics = self.condition.measure(self.x)
+        self.physics = physics.to(self.x.device)
+        sigma = self.condition.noise if task.sigma is None else task.sigma
+        #: Noise level and weight of the model.
+        self.settings: dict[str, Any] = {"sigma": sigma / 255}
+        if task.sigma is not None:
+            self.settings["lambda_reg"] = self.condition.lambda_reg
+        with torch.no_grad():
+            self.judge = self.pose()
+
+    def pose(self) -> Problem[AttentiveEquation]:
+        """The problem as this package poses it, checks of the physics included."""
+        return self.model.pose(self.y, self.physics, **self.settings)
+
+    def clock(self) -> float:
+        """Seconds, when all work so far is done."""
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
+        return time.perf_counter()
+
+    def residual(self, x: Tensor) -> float:
+        """The nonlinear residual relative to the right-hand side."""
+        equation = self.judge.equation
+        return float(norm(equation(x)) / norm(equation.b))
+
+    def psnr(self, x: Tensor) -> float:
+        """Quality of an unknown as an image."""
+        truth = self.task.compare(self.x)
+        image = self.task.compare(self.judge.image(x)).clamp(0, 1)
+        return float(-10 * (image - truth).square().mean().log10())
+
+    def distance(self, x: Tensor) -> float:
+        """Relative distance to the reference solution."""
+        if not self.with_reference:
+            return math.nan
+        return float(norm(x.double() - self.reference) / norm(self.reference))
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """The solution in double precision; NaN if it does not converge."""
+        model = copy.deepcopy(self.model).double()
+        physics = copy.deepcopy(self.physics).double()
+        with torch.no_grad():
+            problem = model.pose(self.y.double(), physics, **self.settings)
+            result = _solve(problem.equation, REFERENCE_RTOL, model)
+        converged = float(result.residual) <= REFERENCE_RTOL
+        return result.x if converged else torch.full_like(result.x, torch.nan)
+
+
+# -- solvers ---------------------------------------------------------------------------
+
+
+def _solve(
+    equation: AttentiveEquation,
+    target: float,
+    model: DEAL,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Any:
+    """Solves an equation as the model does, but judged by the plain residual."""
+
+    def freeze(x: Tensor) -> Any:
+        problem = equation.freeze(x)
+        problem.weight = torch.ones_like(problem.residual)
+        return problem
+
+    return fixed_point(
+        freeze,
+        equation.start(None),
+        rtol=target,
+        max_iter=3000,
+        forcing=model.forcing,
+        anderson=model.anderson,
+        callback=callback,
+    )
+
+
+def _counting(equation: AttentiveEquation, watch: _Watch) -> AttentiveEquation:
+    """The same equation, counting what is applied."""
+    regularizer = equation.regularizer
+
+    class Counting(AttentiveQuadratic):
+        def normal(self, x: Tensor, squared_mask: Tensor) -> Tensor:
+            watch.applications += 1
+            return super().normal(x, squared_mask)
+
+        def squared_mask(self, x: Tensor) -> Tensor:
+            watch.masks += 1
+            return super().squared_mask(x)
+
+    counting = Counting(regularizer.W, regularizer.attention, regularizer.reach)
+    return replace(equation, regularizer=counting)
+
+
+def _run_ours(case: _Case, watch: _Watch) -> None:
+    equation = _counting(case.pose().equation, watch)
+
+    def callback(k: int, _: Tensor, x: Tensor) -> None:
+        watch.n_iter = k + 1
+        watch.look(x)
+
+    _solve(equation, min(watch.targets), case.model, callback)
+
+
+def _run_published(case: _Case, watch: _Watch) -> None:
+    """
+    The published iteration with its tolerances, on the operators of this package.
+
+    Conjugate gradients on the system divided by 1 + lambda run until the squared norm
+    of the residual is below an absolute tolerance, outer steps until the relative
+    change is below 1e-5.
+    """
+    equation = _counting(case.pose().equation, watch)
+    eps_in = 1e-6 if case.task.sigma is None else 1e-8
+    total = 1 + float(equation.lambda_reg)
+    x = equation.start(None)
+    b = equation.b / total
+    for _ in range(60):
+        squared_mask = equation.regularizer.squared_mask(x)
+
+        def normal(v: Tensor, squared_mask: Tensor = squared_mask) -> Tensor:
+            return (equation.H(v) + equation.force(v, squared_mask)) / total
+
+        previous = x
+        r = b - normal(x)
+        p, rr = r, r.square().sum()
+        for _ in range(200):
+            if rr <= eps_in:
+                break
+            q = normal(p)
+            alpha = rr / (p * q).sum()
+            x, r = x + alpha * p, r - alpha * q
+            rr, old = r.square().sum(), rr
+            p = r + rr / old * p
+        watch.n_iter += 1
+        watch.look(x)
+        if norm(x - previous) <= 1e-5 * norm(previous):
+            return
+
+
+def deepinv_model(prior: DEALPrior) -> dinv.models.DEAL:
+    """
+    Returns ``deepinv.models.DEAL`` with the weights of a prior.
+
+    :param DEALPrior prior: with the norm rule ``"published"``; any number of filters.
+    :raises ValueError: for another norm rule, which deepinv's model does not have.
+    """
+    if prior.normalization != "published":
+        raise ValueError(
+            f"deepinv.models.DEAL has the norm rule 'published' only, the weights have "
+            f"{prior.normalization!r}."
+        )
+    color, n = prior.in_channels == 3, prior.num_filters
+    model = dinv.models.DEAL(
+        pretrained=None, color=color, clamp_output=False, device="cpu"
+    )
+    inner = model.model
+    inner.last_c, channels = n, [*inner.W1.num_channels[:-1], n]
+    for name in ("W1", "M1"):
+        setattr(inner, name, type(inner.W1)(channels, [9] * 3, color=color))
+    for name in ("M2", "M3"):
+        setattr(inner, name, torch.nn.Conv2d(n, n, 3, padding=1, bias=False))
+    inner.spline_scaling = type(inner.spline_scaling)(
+        num_activations=n, num_knots=14, x_min=-1, x_max=51, init=3.0, clamp=False
+    )
+    missing, unexpected = inner.load_state_dict(
+        to_authors_state_dict(prior.state_dict()), strict=False
+    )
+    parameters = {name for name, _ in inner.named_parameters()}
+    assert not unexpected and not parameters & set(missing)
+    return model.to(next(prior.parameters())).eval()
+
+
+def _run_deepinv(case: _Case, watch: _Watch) -> None:
+    model = deepinv_model(case.model.prior[0])
+    model.sigma_denoiser = case.settings["sigma"]
+    model.lambda_reg = case.settings.get("lambda_reg", 1.0)
+    inner = model.model
+    convolution, cal_mask = inner.W1.convolution, inner.cal_mask
+
+    def counting_convolution(x: Tensor) -> Tensor:
+        watch.applications += x.shape[-2:] == case.x.shape[-2:]
+        return convolution(x)
+
+    def watched_mask(x: Tensor) -> Tensor:
+        if watch.masks:
+            watch.n_iter += 1
+            watch.look(x)
+        watch.masks += 1
+        return cal_mask(x)
+
+    inner.W1.convolution, inner.cal_mask = counting_convolution, watched_mask
+    with torch.enable_grad():  # its last step registers a hook
+        if case.task.sigma is None:
+            x = model(case.y, sigma=case.settings["sigma"])
+        else:
+            x = model(case.y, case.physics)
+    watch.n_iter += 1
+    watch.look(x.detach())
+
+
+def _run_tv(case: _Case, _: _Watch) -> list[Run]:
+    """Total variation: another problem, so only time and quality compare."""
+    model = TotalVariation(real=case.task.mri)
+    with torch.no_grad(), _peak_memory(case.x.device) as memory:
+        start = case.clock()
+        x = model(case.y, case.physics, lambda_reg=TV_WEIGHTS[case.task.name])
+        seconds = case.clock() - start
+    run = Run(case.task.name, "deepinv TV", math.nan, True, seconds=seconds)
+    run.memory = memory[0]
+    unknown = case.judge.unknown("x", x.detach())
+    run.psnr = case.psnr(unknown)
+    return [run]
+
+
+#: Solvers of the equation, by the name they have in tables.
+SOLVERS: dict[str, Callable[[_Case, _Watch], None]] = {
+    "deepinv_deal": _run_ours,
+    "published iteration": _run_published,
+    "deepinv.models.DEAL": _run_deepinv,
+}
+
+
+def compare_speed(
+    model: DEAL,
+    image: Tensor,
+    tasks: Sequence[str] = tuple(SPEED_TASKS),
+    *,
+    targets: Sequence[float] = TARGETS,
+    solvers: Sequence[str] = (*SOLVERS, "deepinv TV"),
+    time_limit: float = 120.0,
+    reference: bool = True,
+    progress: bool | None = None,
+) -> list[Run]:
+    r"""
+    Solves the same problems by several solvers until the same accuracy.
+
+    * ``deepinv_deal``: this package, once for every target, as a user would ask for it;
+      checking the physics is included.
+    * ``published iteration``: fixed-point iteration and conjugate gradients of
+      :footcite:t:`pourya2025dealing` with the published tolerances, on the operators
+      of this package.
+    * ``deepinv.models.DEAL``: deepinv's implementation with the same weights; it does
+      not take MRI.
+    * ``deepinv TV``: total variation, whose time and quality can be compared.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal import DEAL
+    >>> from deepinv_deal.evaluation import compare_speed
+    >>> model = DEAL(pretrained=None, num_filters=8)
+    >>> image = (255 * torch.rand(1, 24, 24)).byte()
+    >>> runs = compare_speed(
+    ...     model,
+    ...     image,
+    ...     ["denoising"],
+    ...     targets=[1e-3],
+    ...     reference=False,
+    ...     solvers=["deepinv_deal", "published iteration"],
+    ... )
+    >>> [run.reached for run in runs]
+    [True, True]
+
+    :param DEAL model: gray or colour, for MRI gray.
+    :param torch.Tensor image: 8-bit image ``(C, H, W)``.
+    :param tuple tasks: names in ``SPEED_TASKS``.
+    :param tuple targets: nonlinear residuals to reach.
+    :param tuple solvers: which of the above.
+    :param float time_limit: seconds after which a run is stopped.
+    :param bool reference: compute the solution to 1e-10 in double precision, from which
+        distances are measured.
+    :param bool progress: show a progress bar; on terminals if ``None``.
+    :return: list of :class:`Run`.
+    :raises ValueError: for unknown tasks or solvers.
+    """
+    known = {**SOLVERS, "deepinv TV": _run_tv}
+    for what, names, choices in (
+        ("tasks", tasks, SPEED_TASKS),
+        ("solvers", solvers, known),
+    ):
+        unknown = [name for name in names if name not in choices]
+        if unknown:
+            raise ValueError(
+                f"{what} must be among {', '.join(choices)}; got {unknown[0]!r}."
+            )
+    real = DEAL(
+        prior=model.prior[0],
+        pretrained=None,
+        scale=None,
+        complex_mode="real",
+        forcing=model.forcing,
+        anderson=model.anderson,
+        warn=False,
+    )
+    todo = [(task, solver) for task in tasks for solver in solvers]
+    bar = tqdm(todo, disable=None if progress is None else not progress)
+    runs: list[Run] = []
+    case: _Case | None = None
+    for name, solver in bar:
+        bar.set_description(f"{name}, {solver}")
+        if case is None or case.task.name != name:
+            case = _Case(real, SPEED_TASKS[name], image, reference)
+            if reference:
+                _ = case.reference  # outside of what is timed
+        if solver == "deepinv.models.DEAL" and case.task.mri:
+            continue
+        if solver == "deepinv TV":
+            runs += _run_tv(case, _Watch(case, solver, (), time_limit))
+            continue
+        # What this package does depends on the accuracy that is asked for.
+        groups = [(t,) for t in targets] if solver == "deepinv_deal" else [targets]
+        for group in groups:
+            watch = _Watch(case, solver, group, time_limit)
+            runs += watch.watch(partial(SOLVERS[solver], case))
+    return runs
+
+
+def application_times(
+    model: DEAL, size: int = 256, repeats: int = 9
+) -> ApplicationTimes:
+    """
+    Times one application of the regularizer's operator, and what surrounds it.
+
+    :param DEAL model: the model.
+    :param int size: side of the image.
+    :param int repeats: each time is the median of so many.
+    """
+    prior = model.prior[0]
+    weight = next(prior.parameters())
+    x = torch.rand(1, prior.in_channels, size, size, generator=_rng()).to(weight)
+    with torch.no_grad():
+        equation = prior.equation(_identity, x, 25 / 255, 1.0)
+        system = equation.freeze(x)
+        kernels = [kernel.contiguous() for kernel in _plain_kernels(prior)]
+
+        def plain() -> Tensor:
+            z = x
+            for kernel in kernels:
+                z = F.conv2d(z, kernel, padding=4)
+            z = system.squared_mask * z
+            for kernel in reversed(kernels):
+                z = F.conv_transpose2d(z, kernel, padding=4)
+            return z
+
+        expected = equation.regularizer.normal(x, system.squared_mask)
+        assert torch.allclose(
+            plain(), expected, atol=1e-4 * float(expected.abs().max())
+        )
+        long, short = 12, 2
+
+        def steps(number: int) -> Any:
+            zero = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+            limited = replace(equation, inner_max_iter=number).freeze(x)
+            limited.squared_mask = system.squared_mask
+            return limited.correction(x, zero)
+
+        def seconds(function: Callable[[], Any]) -> float:
+            return _median_seconds(function, repeats, x.device)
+
+        return ApplicationTimes(
+            seconds(lambda: equation.regularizer.normal(x, system.squared_mask)),
+            seconds(plain),
+            (seconds(lambda: steps(long)) - seconds(lambda: steps(short)))
+            / (long - short),
+            seconds(lambda: equation.regularizer.squared_mask(x)),
+        )
+
+
+def _plain_kernels(prior: DEALPrior) -> list[Tensor]:
+    """The kernels of W with their constraints, as deepinv's model applies them."""
+    inner = deepinv_model(prior).model
+    inner.W1.spectral_norm()
+    kernels = [layer.weight.detach() for layer in inner.W1.conv_layers]
+    kernels[0] = kernels[0] / inner.W1.L.sqrt()
+    return kernels
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _median_seconds(
+    function: Callable[[], Any], repeats: int, device: torch.device
+) -> float:
+    times = []
+    for _ in range(repeats + 1):  # the first one warms up
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[float]]:
+    """Measures the largest memory in MB beyond that at the start; NaN if unknown."""
+    peak = [math.nan]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device)
+        yield peak
+        peak[0] = (torch.cuda.max_memory_allocated(device) - allocated) / 1e6
+        return
+    try:
+        # Linux: this sets the high-water mark to what is used now.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+    except OSError:
+        yield peak
+        return
+    yield peak
+    peak[0] = _resident("VmHWM") - before
+
+
+def _resident(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(name + ":")]
+    return float(line.split()[1]) / 1e3
+
+
+# -- output ----------------------------------------------------------------------------
+
+
+def speed_table(runs: Sequence[Run]) -> str:
+    """
+    Returns the runs as a table, with ratios to this package.
+
+    :param list runs: from :func:`compare_speed`.
+    """
+    lines = []
+    for name in dict.fromkeys(run.task for run in runs):
+        lines += [
+            "",
+            f"{name:<22}{'target':>8}{'W':>7}{'masks':>7}{'outer':>7}{'seconds':>9}"
+            f"{'MB':>7}{'residual':>10}{'distance':>10}{'PSNR':>7}{'W ratio':>9}"
+            f"{'time ratio':>12}",
+        ]
+        own = {
+            r.target: r for r in runs if (r.task, r.solver) == (name, "deepinv_deal")
+        }
+        for run in runs:
+            if run.task != name:
+                continue
+            if math.isnan(run.target):
+                lines.append(
+                    f"{run.solver:<22}{'':>29}{run.seconds:>9.2f}{run.memory:>7.0f}"
+                    f"{'':>20}{run.psnr:>7.2f}"
+                )
+                continue
+            ours = own.get(run.target)
+            ratios = ""
+            if ours is not None and ours is not run:
+                sign = "" if run.reached else ">"
+                ratios = (
+                    f"{sign + format(run.applications / ours.applications, '.1f'):>9}"
+                    f"{sign + format(run.seconds / ours.seconds, '.1f'):>12}"
+                )
+            lines.append(
+                f"{run.solver:<22}{run.target:>8.0e}{run.applications:>7}{run.masks:>7}"
+                f"{run.n_iter:>7}{run.seconds:>9.2f}{run.memory:>7.0f}"
+                f"{run.residual:>10.1e}{run.distance:>10.1e}{run.psnr:>7.2f}{ratios}"
+            )
+    if any(not run.reached for run in runs):
+        lines.append("> the target was not reached")
+    return "\n".join(lines[1:])
+
+
+def write_speed_csv(runs: Sequence[Run], path: str | os.PathLike[str]) -> None:
+    """
+    Writes one line for each run.
+
+    :param list runs: from :func:`compare_speed`.
+    :param str path: file to write.
+    """
+    names = [f.name for f in fields(Run) if f.name != "path"]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(asdict(run) for run in runs)
+
+
+def plot_speed(runs: Sequence[Run]) -> Figure:
+    """
+    Draws the residual against the time, for each task.
+
+    :param list runs: from :func:`compare_speed`.
+    """
+    from deepinv_deal.interpret._figures import BLUE, GRAY, ORANGE, TITLE, new_figure
+
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    colours = dict(zip(SOLVERS, (BLUE, ORANGE, GRAY), strict=True))
+    figure = new_figure(3.2 * len(tasks) + 0.6, 3.2)
+    for i, (name, axis) in enumerate(
+        zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True)
+    ):
+        for solver, colour in colours.items():
+            chosen = [r for r in runs if (r.task, r.solver) == (name, solver)]
+            if not chosen:
+                continue
+            run = min(chosen, key=lambda r: r.target)
+            _, seconds, residual = zip(*run.path, strict=True)
+            axis.loglog(seconds, residual, ".-", color=colour, label=solver)
+        axis.set_title(name, fontsize=TITLE)
+        axis.set_xlabel("seconds")
+        if i == 0:
+            axis.set_ylabel("nonlinear residual")
+            axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    return figure
