@@ -77,6 +77,11 @@ def take(trainer, steps: int) -> list[float]:
     return losses
 
 
+def gradient(trainer) -> Tensor:
+    """The last step's gradient in all weights, in one vector."""
+    return torch.cat([p.grad.flatten() for p in trainer.prior.parameters()])
+
+
 def weights_after(trainer, steps: int) -> Tensor:
     """All weights after some more training steps, in one vector."""
     take(trainer, steps)

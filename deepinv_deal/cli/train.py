@@ -96,26 +96,37 @@ def _plain(text: str) -> str:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
+    from deepinv_deal.training.processes import process_group
+
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {f.name: getattr(args, f.name) for f in fields(args.recipe)}
-    trainer = args.trainer(args.recipe(**settings), resume=not args.restart)
+    with process_group(args.device) as settings["device"]:
+        return _run(args.trainer(args.recipe(**settings), resume=not args.restart))
+
+
+def _run(trainer: Trainer[Any, Any]) -> int:
+    say = print if trainer.processes.first else _nothing
     if trainer.step:
-        print(f"Resuming at step {trainer.step} ({trainer.elapsed:.0f} s).")
+        say(f"Resuming at step {trainer.step} ({trainer.elapsed:.0f} s).")
     if trainer.progress() >= 1:
-        print("The training is complete. To go on, start one with --init WEIGHTS.")
+        say("The training is complete. To go on, start one with --init WEIGHTS.")
     weights = sum(p.numel() for p in trainer.prior.parameters())
-    print(
-        f"{weights:,} parameters on {trainer.device}; {trainer.state_path} is written "
+    number = trainer.processes.number
+    say(
+        f"{weights:,} parameters on {trainer.device}"
+        f"{f', {number} processes' * (number > 1)}; {trainer.state_path} is written "
         f"every {trainer.checkpoint_interval:.0f} s.",
         flush=True,
     )
     best = trainer.train()
-    print(f"{trainer.step} steps in {trainer.elapsed:.0f} s.")
-    print(
-        f"Best mean validation PSNR {best:.2f} dB: {trainer.out / 'best.safetensors'}"
-    )
+    say(f"{trainer.step} steps in {trainer.elapsed:.0f} s.")
+    say(f"Best mean validation PSNR {best:.2f} dB: {trainer.out / 'best.safetensors'}")
     return 0
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What processes but the first say."""
 
 
 def _duration(text: str) -> float:

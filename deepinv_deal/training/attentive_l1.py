@@ -181,6 +181,8 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
         :raises FloatingPointError: as in :class:`Trainer`.
         """
         best, path = super().train(), self.out / "best.safetensors"
+        if not self.processes.first:
+            return best
         prior = self.load_prior(str(path)).to(self.device)
         model = MODELS[self.recipe.model](prior=prior, warn=False)
         problems = [

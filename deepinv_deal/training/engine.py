@@ -20,6 +20,7 @@ from tqdm import tqdm
 from deepinv_deal._batch import central
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.training.data import DenoisingSampler, Problems, load_images
+from deepinv_deal.training.processes import Processes
 from deepinv_deal.weights.files import (
     checked,
     find_weights,
@@ -180,14 +181,25 @@ class Trainer(ABC, Generic[R, P]):
     ``pretrained=path``) and, at the end, ``last.safetensors``. All files are replaced
     atomically.
 
+    If torch.distributed is initialised, every process takes its part of each batch, and
+    the gradients are averaged: ``torchrun --nproc-per-node 2 -m deepinv_deal train
+    ...``. The first process writes the files.
+
     :param Recipe recipe: settings.
     :param bool resume: go on from ``state.pt`` if there is one.
     :raises FileNotFoundError: for a missing data folder.
-    :raises ValueError: if ``state.pt`` belongs to other settings.
+    :raises ValueError: if ``state.pt`` belongs to other settings, or the batches cannot
+        be divided among the processes.
     """
 
     def __init__(self, recipe: R, *, resume: bool = True):
         self.recipe, self.device = recipe, torch.device(recipe.device)
+        self.processes = Processes.current()
+        if recipe.batch_size % self.processes.number:
+            raise ValueError(
+                f"batch_size={recipe.batch_size} cannot be divided among "
+                f"{self.processes.number} processes. Choose a multiple."
+            )
         self.out = Path(recipe.out)
         self.out.mkdir(parents=True, exist_ok=True)
         images = load_images(recipe.data, recipe.channels)
@@ -225,6 +237,7 @@ class Trainer(ABC, Generic[R, P]):
         self.pool: dict[int, tuple[Problems, Tensor]] = {}
         if resume:
             self._load()
+        self._averaged_loss = self.processes.wrap(self.prior, self.loss)
 
     # -- what a model provides -----------------------------------------------------
 
@@ -283,28 +296,37 @@ class Trainer(ABC, Generic[R, P]):
             checkpoint are kept.
         """
         recipe = self.recipe
-        start = last_save = time.monotonic()
-        offset = self.elapsed
-        bar = tqdm(total=recipe.steps, initial=self.step, unit="step", disable=None)
+        start = time.monotonic()
+        offset = last_save = self.elapsed
+        bar = tqdm(
+            total=recipe.steps,
+            initial=self.step,
+            unit="step",
+            disable=None if self.processes.first else True,
+        )
         losses: list[float] = []
         while self.progress() < 1:
             loss = self.train_step()
             losses.append(loss)
             self.step += 1
-            self.elapsed = offset + time.monotonic() - start
+            self.elapsed = self._agreed(offset + time.monotonic() - start)
             bar.update()
             bar.set_postfix(loss=f"{loss:.3g}", best=f"{self.best:.2f} dB")
             if self.step % recipe.val_every == 0 or self.progress() >= 1:
                 self._validate(sum(losses) / len(losses))
                 losses.clear()
-                self.elapsed = offset + time.monotonic() - start
-            if time.monotonic() - last_save > self.checkpoint_interval:
+                self.elapsed = self._agreed(offset + time.monotonic() - start)
+            if self.elapsed - last_save > self.checkpoint_interval:
                 self.save()
-                last_save = time.monotonic()
+                last_save = self.elapsed
         bar.close()
         self.save()
-        self.save_prior(self.out / "last.safetensors", {})
+        if self.processes.first:
+            self.save_prior(self.out / "last.safetensors", {})
         return self.best
+
+    def _agreed(self, value: float) -> float:
+        return self.processes.agreed(value, self.device)
 
     @property
     def checkpoint_interval(self) -> float:
@@ -344,10 +366,11 @@ class Trainer(ABC, Generic[R, P]):
         # Offset by the slot, so that new problems are spread evenly over the steps.
         if slot in self.pool and (visit + slot) % recipe.reuse:
             problems, start = self.pool[slot]
-            loss, end = self.loss(problems, start)
+            loss, end = self._averaged_loss(problems, start)
         else:
-            problems = self.sampler.batch(self.step, recipe.batch_size).to(self.device)
-            loss, end = self.loss(problems, None)
+            batch = self.sampler.batch(self.step, recipe.batch_size)
+            problems = self.processes.share(batch).to(self.device)
+            loss, end = self._averaged_loss(problems, None)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -398,15 +421,17 @@ class Trainer(ABC, Generic[R, P]):
             "n_iter": round(sum(n_iter) / len(n_iter), 2),
             "converged": round(sum(converged) / len(converged), 3),
         }
+        better, self.best = mean > self.best, max(mean, self.best)
+        if not self.processes.first:  # all have the same weights
+            return
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
         levels = ", ".join(f"{v:.2f} dB at {k}" for k, v in psnr.items())
         tqdm.write(
             f"step {self.step}, {self.elapsed:.0f} s: loss {loss:.4g}, {levels}, mean "
-            f"{mean:.2f} dB{' (best)' * (mean > self.best)}"
+            f"{mean:.2f} dB{' (best)' * better}"
         )
-        if mean > self.best:
-            self.best = mean
+        if better:
             self.save_prior(self.out / "best.safetensors", {"log": json.dumps(entry)})
 
     # -- checkpoints ---------------------------------------------------------------
@@ -417,6 +442,11 @@ class Trainer(ABC, Generic[R, P]):
 
         :raises OSError: if it cannot be written; the last checkpoint is kept.
         """
+        pools = self.processes.gathered(
+            {slot: (p.x, p.y, p.sigma, start) for slot, (p, start) in self.pool.items()}
+        )
+        if not self.processes.first:
+            return
         state = {
             "recipe": _comparable(self.recipe),
             "prior": self.prior.state_dict(),
@@ -424,10 +454,7 @@ class Trainer(ABC, Generic[R, P]):
             "step": self.step,
             "elapsed": self.elapsed,
             "best": self.best,
-            "pool": {
-                slot: (p.x, p.y, p.sigma, start)
-                for slot, (p, start) in self.pool.items()
-            },
+            "pools": pools,  # one for each process
         }
         try:
             with replacing(self.state_path) as temporary:
@@ -456,9 +483,16 @@ class Trainer(ABC, Generic[R, P]):
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.best = state["best"]
+        pools = state["pools"]
+        if len(pools) != self.processes.number:
+            raise ValueError(
+                f"{self.state_path} was written by {len(pools)} process(es), and now "
+                f"there are {self.processes.number}. Resume with as many, or start "
+                "another training from its weights (init)."
+            )
         self.pool = {
             slot: (Problems(x, y, sigma), start)
-            for slot, (x, y, sigma, start) in state["pool"].items()
+            for slot, (x, y, sigma, start) in pools[self.processes.rank].items()
         }
 
 
