@@ -406,7 +406,7 @@ def test_a_search_cut_short_and_a_best_that_did_not_converge_are_told(x):
 
 def test_table_and_curve_hold_every_trial(model, x, tmp_path):
     for tune_sigma in (False, True):
-        result = tune(model, blur(), [x], tune_sigma=tune_sigma, max_trials=9)
+        result = tune(model, blur(), [x], tune_sigma=tune_sigma, max_trials=5)
         result.to_csv(tmp_path / "t.csv")
         rows = read(tmp_path / "t.csv")
         assert [float(r["lambda_reg"]) for r in rows] == [

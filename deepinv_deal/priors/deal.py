@@ -20,6 +20,9 @@ from deepinv_deal.splines import BoundSpline, LinearSpline
 #: Bounds of the mask, Eq. (10): the lower one keeps the linear systems well-posed.
 MASK_MIN, MASK_MAX = 1e-2, 1.0
 
+#: Bound of the logarithm of the scaling, where all responses but zero are large.
+LARGEST_EXPONENT = 30.0
+
 
 class MaskNetwork(nn.Module):
     r"""
@@ -57,7 +60,10 @@ class MaskNetwork(nn.Module):
         Fixes the current weights and the noise levels ``sigma (B,)`` (gray levels).
         """
         levels = sigma[:, None].expand(-1, len(self.scaling.coefficients))
-        alpha = torch.exp(self.scaling(levels)) / (levels + 1e-5)
+        # Far beyond the levels of the training the spline is a straight line, and its
+        # exponential would be infinite.
+        exponent = self.scaling(levels).clamp(max=LARGEST_EXPONENT)
+        alpha = torch.exp(exponent) / (levels + 1e-5)
         return BoundMask(
             self.W.operator(),
             tuple(v.contiguous(memory_format=torch.channels_last) for v in self.V),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -204,7 +206,7 @@ def test_paths_from_all_starts_meet():
 def test_paths_of_attentive_l1_models_end_at_the_solution():
     model = l1_model(SAFI, SAFIPrior)
     y = images(1, 1, 12, 13)
-    path = solution_path(model, y, num_iter=8)
+    path = solution_path(model, y, num_iter=5)
     with torch.no_grad():
         assert relative_error(path.x[-1], model(y)) < 1e-2
 
@@ -237,6 +239,7 @@ def dictionary(form, boundary="circular"):
 @pytest.mark.parametrize("form", ["group", "weakly_convex", PatchSynthesis])
 def test_the_parts_are_averages_of_patches_and_add_up(form, boundary):
     model = dictionary(form, boundary)
+    model.rtol = 1e-2  # the parts add up wherever the solver stops
     y = images(2, 1, 10, 12)
     with torch.no_grad():
         x_hat, info = model(y, return_info=True)
@@ -373,24 +376,29 @@ def test_every_figure_has_the_expected_axes():
     synthesis = dictionary(PatchSynthesis)
     only_constants = atom_usage(synthesis, synthesis(x, return_info=True)[1])
     figures = [
-        (plot_filters(filters, 3), 1),
-        (plot_normal_response(*normal_response(model)), 3),
-        (plot_masked_responses(responses, filters, [0, 1]), 8),
-        (plot_masked_responses(responses, filters, [0, 1], x), 10),
-        (plot_masked_responses(responses, filters), 16),
-        (plot_splines(splines), 6),
-        (plot_splines(splines, mask_curves(model, [0.05, 0.1])), 6),
-        (plot_path(paths["zero"], x, num_columns=3), 8),
-        (plot_path(paths["zero"], num_columns=2), 6),
-        (plot_initializations(paths), 6),
-        (plot_reconstructions([panel, patch_panel]), 10),
-        (plot_reconstructions([patch_panel]), 4),
-        (plot_atoms(usage, 6, 4, columns=3), 3),
-        (plot_atoms(only_constants, columns=3), 2),
-        (plot_decomposition(parts), 4),
-        (plot_decomposition(parts, sparsity), 5),
+        (plot_filters, (filters, 3), 1),
+        (plot_normal_response, normal_response(model), 3),
+        (plot_masked_responses, (responses, filters, [0, 1], x), 10),
+        (plot_masked_responses, (responses, filters, [0, 1]), 8),
+        (plot_masked_responses, (responses, filters), 16),
+        (plot_splines, (splines, mask_curves(model, [0.05, 0.1])), 6),
+        (plot_splines, (splines,), 6),
+        (partial(plot_path, num_columns=3), (paths["zero"], x), 8),
+        (partial(plot_path, num_columns=2), (paths["zero"],), 6),
+        (plot_initializations, (paths,), 6),
+        (plot_reconstructions, ([panel, patch_panel],), 10),
+        (plot_reconstructions, ([patch_panel],), 4),
+        (partial(plot_atoms, columns=3), (usage, 6, 4), 3),
+        (partial(plot_atoms, columns=3), (only_constants,), 2),
+        (plot_decomposition, (parts, sparsity), 5),
+        (plot_decomposition, (parts,), 4),
     ]
-    for figure, number in figures:
+    drawn = set()
+    for plot, arguments, number in figures:
+        figure = plot(*arguments)
         assert isinstance(figure, Figure)
         assert len(figure.axes) == number
-        figure.draw_without_rendering()
+        # Laying out takes long: once for each function, with all that it can hold.
+        if getattr(plot, "func", plot) not in drawn:
+            figure.draw_without_rendering()
+        drawn.add(getattr(plot, "func", plot))

@@ -97,7 +97,9 @@ def test_copies_made_after_a_backward_pass_are_equal(case):
         assert torch.equal(copied(images(*SHAPE), sigma=0.1), expected[0])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW.get(name, [])) for name in MODELS]
+)
 def test_autocast_does_not_reach_the_solvers(name):
     model = MODELS[name]().float()
     y = images(*SHAPE, dtype=torch.float32).requires_grad_()

@@ -80,7 +80,7 @@ def y():
 @pytest.mark.parametrize("anderson", [0, 3])
 def test_batch_equals_its_samples_one_by_one(physics, anderson):
     # Different images, intensities, noise levels, weights: different iteration counts.
-    model = random_model(rtol=1e-9, anderson=anderson)
+    model = random_model(rtol=1e-6, anderson=anderson)
     x = images(3, *SHAPE)
     x[1] *= 1000
     sigma = torch.tensor([0.03, 100.0, 0.15], dtype=DOUBLE)
@@ -532,7 +532,8 @@ def test_trainable_parameters_need_a_value():
 def test_mri_images(coils):
     physics, x = mri(coils=coils), images(2, 2, 8, 10)
     y = physics(x)
-    both, info = random_model(complex_mode="real_imag")(y, physics, return_info=True)
+    rough = random_model(complex_mode="real_imag", rtol=1e-4)
+    both, info = rough(y, physics, return_info=True)
     assert both.shape == x.shape and info.converged.all()
     assert info.mask.shape == (4, 4, 8, 10)
     real, info = random_model(complex_mode="real")(

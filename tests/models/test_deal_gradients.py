@@ -144,7 +144,7 @@ class Problem:
     [
         ("denoising", 1),
         ("denoising", 2),
-        ("denoising", 3),
+        pytest.param("denoising", 3, marks=pytest.mark.slow),
         ("inpainting", 2),
         ("blur", 1),
     ],

@@ -92,7 +92,7 @@ def restoration_cases():
 
 @pytest.mark.parametrize(("operator", "channels"), list(restoration_cases()))
 @pytest.mark.parametrize(
-    "size", [(32, 37), pytest.param((25, 129), marks=pytest.mark.slow)]
+    "size", [(16, 19), pytest.param((25, 129), marks=pytest.mark.slow)]
 )
 def test_restoration(shipped, monkeypatch, operator, channels, size):
     tests = shipped("test_models")
@@ -214,26 +214,36 @@ def test_equivariant_wrapper():
     assert model(images(2, 1, 16, 16, dtype=torch.float32), 0.1).shape == (2, 1, 16, 16)
 
 
+#: Weights of the smoothing with which few iterations are taken.
 ALGORITHMS = {
-    "test_pnp_algo": ["PGD", "HQS", "DRS", "ADMM", "PDCP", "FISTA"],
-    "test_red_algo": ["GD", "PGD", "FISTA"],
+    ("test_pnp_algo", "PGD"): 30.0,
+    ("test_pnp_algo", "HQS"): 30.0,
+    ("test_pnp_algo", "DRS"): 30.0,
+    ("test_pnp_algo", "ADMM"): 30.0,
+    ("test_pnp_algo", "PDCP"): 30.0,
+    ("test_pnp_algo", "FISTA"): 30.0,
+    ("test_red_algo", "GD"): 300.0,
+    ("test_red_algo", "PGD"): 300.0,
+    ("test_red_algo", "FISTA"): 100.0,
 }
 #: The others take the same calls of the prior.
-LONG = ("FISTA", "ADMM", "DRS")
+FAST = {("test_pnp_algo", name) for name in ("PGD", "HQS", "PDCP")}
+FAST.add(("test_red_algo", "GD"))
 
 
 @pytest.mark.parametrize(
     ("name", "algorithm"),
     [
-        pytest.param(name, algorithm, marks=[pytest.mark.slow] * (algorithm in LONG))
-        for name, algorithms in ALGORITHMS.items()
-        for algorithm in algorithms
+        pytest.param(*case, marks=[pytest.mark.slow] * (case not in FAST))
+        for case in ALGORITHMS
     ],
 )
 def test_plug_and_play(shipped, monkeypatch, name, algorithm):
     tests = shipped("test_optim")
     monkeypatch.setattr(
-        dinv.models, "WaveletDenoiser", lambda **_: smoothing_denoiser(1, 100.0)
+        dinv.models,
+        "WaveletDenoiser",
+        lambda **_: smoothing_denoiser(1, ALGORITHMS[name, algorithm]),
     )
     # The shipped tests need a wavelet package only for the denoiser replaced here.
     monkeypatch.setattr(pytest, "importorskip", lambda *args, **kwargs: None)
@@ -258,7 +268,10 @@ class Counting(DEAL):
 
     def __init__(self):
         super().__init__(
-            prior=random_prior(3, 4, dtype=torch.float32), pretrained=None, rtol=1e-2
+            prior=random_prior(1, 4, dtype=torch.float32),
+            pretrained=None,
+            rtol=1e-2,
+            DEQ=DEQConfig(jacobian_free=True),
         )
         self.eval_count = self.train_count = 0
 
@@ -281,7 +294,7 @@ def test_trainer_passes(shipped, monkeypatch, tmp_path, compute_eval_losses):
         "test_model_forward_passes",
         mixed_precision=False,
         dummy_dataset=None,
-        imsize=(3, 9, 8),
+        imsize=(1, 5, 4),
         device=CPU,
         tmpdir=tmp_path,
         compute_eval_losses=compute_eval_losses,
@@ -304,10 +317,10 @@ def test_trainer_data_formats(
         tests,
         "test_dataloader_formats",
         non_blocking_plots=None,
-        imsize=(3, 37, 31),
+        imsize=(1, 17, 16),
         device=CPU,
         dummy_model=small_model(
-            3, rtol=0.1, max_iter=3, inner_max_iter=5, DEQ=DEQConfig(jacobian_free=True)
+            1, rtol=0.1, max_iter=3, inner_max_iter=5, DEQ=DEQConfig(jacobian_free=True)
         ),
         generate_params=generate_params,
         ground_truth=ground_truth,

@@ -130,7 +130,8 @@ def test_every_linear_physics_is_solved_for_every_batch(name, channels):
     parts = x_hat.reshape(-1, prior.in_channels, *x.shape[2:])
     force = 0.3 * prior.grad(parts, 15 / 255).view_as(x)
     assert relative_error(-data, force) < 2e-4
-    for i in range(2):
+    # Both samples where it is cheap; the second is the one that could be mixed up.
+    for i in range(2) if "blur" in name else (1,):
         alone, own = model(rows(y, i), physics, return_info=True)
         # Conjugate gradients amplify rounding, more so where the system is bad.
         exact = name != "compressed sensing"

@@ -46,7 +46,11 @@ class Faulty(dinv.physics.LinearPhysics):
 SETTINGS = {"NCPR": {"rtol": 1e-3}, "PatchSynthesis": {"rtol": 1e-4}}
 
 
-@pytest.mark.parametrize("name", MODELS)
+# CPR runs the code of NCPR, in less time.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == "NCPR")) for n in MODELS],
+)
 def test_a_physics_that_fails_midway_is_told_for_its_sample(name):
     model, y = MODELS[name](lambda_reg=0.02, **SETTINGS.get(name, {})), images(*SHAPE)
     with torch.no_grad():

@@ -230,3 +230,11 @@ def test_deepinv_optimizers_reach_the_same_fixed_point(method, settings):
     assert optimizer.has_converged
     expected = random_model(random_prior())(y, sigma=SIGMA, lambda_reg=2.0)
     assert relative_error(x, expected) < 1e-6
+
+
+def test_masks_are_finite_at_noise_levels_far_beyond_the_training():
+    prior = random_prior(dtype=torch.float32)
+    # A slope of zero times an infinite response would be NaN.
+    prior.mask_network.phi3.coefficients.data.fill_(0.7)
+    mask = prior.mask(images(1, 1, 12, 12, dtype=torch.float32), 20.0)
+    torch.testing.assert_close(mask, torch.full_like(mask, 0.7))

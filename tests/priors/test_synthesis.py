@@ -63,8 +63,7 @@ def blur(rng, n):
 def solve(problem, method, rtol=1e-7, **options):
     x, a = problem.data.b, problem.zero_coefficients()
     if method is joint_admm:
-        rtol *= 1
-        options.setdefault("r", 0.2 if problem.penalty.weak_convexity else 0.1)
+        options.setdefault("r", 0.15 if problem.penalty.weak_convexity else 0.1)
     with torch.no_grad():
         result = method(problem, x, a, rtol=rtol, max_iter=20000, **options)
     assert result.converged.all()
@@ -159,7 +158,7 @@ def test_a_batch_equals_its_samples(method, rng):
     def run(s):
         data = ImageSystem.identity(y[s])
         problem = prior.problem(data, beta=beta[s], lambda_reg=weight[s])
-        return solve(problem, method, rtol=1e-3)
+        return solve(problem, method, rtol=1e-2)
 
     batch = run(slice(None))
     assert len(set(batch.n_iter.tolist())) > 1
@@ -254,7 +253,7 @@ def test_image_solves_start_at_the_last_image(rng):
     data = blur(rng, 6)
     H = Counted(data.H)
     problem = small_prior("group", rng).problem(replace(data, H=H))
-    result = solve(problem, eliminated_fista, rtol=1e-6)
+    result = solve(problem, eliminated_fista, rtol=1e-5)
     total, H.calls = H.calls, 0
     problem.image(result.state[0])  # as costly as every image without warm start
     assert total < 0.8 * int(result.n_iter.max()) * H.calls
@@ -300,7 +299,7 @@ def test_implicit_gradients_equal_finite_differences(kind, exact, rng):
         with torch.no_grad():
             a = warm.get("a", problem.zero_coefficients())
             max_iter = 600 if warm else 3000
-            result = eliminated_fista(problem, y, a, rtol=1e-15, max_iter=max_iter)
+            result = eliminated_fista(problem, y, a, rtol=1e-13, max_iter=max_iter)
             warm.setdefault("a", result.state[0])
         x, a = problem.differentiable(result.x, result.state[0], options)
         return (x * target).sum() + 0.1 * a.square().sum()
@@ -332,14 +331,15 @@ def test_slopes_cut_off_give_systems_that_are_solved_at_any_coefficients(rng):
 def test_gradients_are_exact_where_no_slope_is_cut_off(rng, factor, equal):
     prior = small_prior("weakly_convex", rng, boundary="circular")
     prior.lambda_reg.mul_(factor)
+    data = ImageSystem.identity(images(1, 1, 6, 7))
+    with torch.no_grad():
+        problem = prior.problem(data)
+        start = problem.zero_coefficients()
+        result = eliminated_fista(problem, data.b, start, rtol=1e-12, max_iter=5000)
 
     def gradient(slope):
-        problem = prior.problem(ImageSystem.identity(images(1, 1, 6, 7)))
         options = AdjointOptions(jacobian_free=True, rtol=1e-12)
-        y, start = problem.data.b, problem.zero_coefficients()
-        with torch.no_grad():
-            result = eliminated_fista(problem, y, start, rtol=1e-12, max_iter=5000)
-        problem = cut_off(problem, slope)
+        problem = cut_off(prior.problem(data), slope)
         x, _ = problem.differentiable(result.x, result.state[0], options)
         loss = (x * images(1, 1, 6, 7, seed=1)).sum()
         return torch.autograd.grad(loss, prior.dictionary.atoms)[0]

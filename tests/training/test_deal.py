@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from problems import random_prior
-from trainers import SMALL, options, take, weights_after
+from trainers import SMALL, options, weights_after
 
 from deepinv_deal import DEAL
 from deepinv_deal.cli import main
@@ -27,7 +27,7 @@ from deepinv_deal.training import (
     load_image,
     load_images,
 )
-from deepinv_deal.weights import load_prior, save_prior
+from deepinv_deal.weights import save_prior
 
 SETTINGS = SMALL | {
     "num_filters": 4,
@@ -194,21 +194,6 @@ def test_initial_weights_of_another_model_are_named(folder, tmp_path):
         DEALTrainer(recipe(folder, tmp_path / "out", init="deal_gray"))
 
 
-def test_resuming_gives_the_weights_of_an_uninterrupted_run_bit_for_bit(
-    folder, tmp_path
-):
-    whole = DEALTrainer(recipe(folder, tmp_path / "whole"))
-    whole.train()
-    interrupted = DEALTrainer(recipe(folder, tmp_path / "parts"))
-    take(interrupted, 4)
-    interrupted.save()
-    resumed = DEALTrainer(recipe(folder, tmp_path / "parts"))
-    assert resumed.step == 4
-    resumed.train()
-    for key, value in weights_of(whole).items():
-        assert torch.equal(value, weights_of(resumed)[key]), key
-
-
 @pytest.mark.slow
 def test_a_training_killed_again_and_again_resumes_bit_for_bit(folder, tmp_path):
     steps = 150
@@ -273,13 +258,6 @@ def test_training_writes_a_log_and_the_best_weights(folder, tmp_path):
     model = DEAL(pretrained=tmp_path / "best.safetensors")
     assert model.prior[0].num_filters == 4
     assert np.isfinite(best)
-
-
-def test_a_few_steps_lower_the_loss_on_the_same_patches(folder, tmp_path):
-    settings = {"steps": 1000, "pool": 1, "reuse": 1000, "lr": 5e-3, "warmup": 1}
-    trainer = DEALTrainer(recipe(folder, tmp_path, **settings))
-    losses = take(trainer, 12)
-    assert min(losses[-3:]) < 0.9 * losses[0]
 
 
 def train(folder, out, **settings):
@@ -347,13 +325,6 @@ def test_gradients_that_are_not_finite_never_reach_the_checkpoint(
     assert all(value.isfinite().all() for value in state["prior"].values())
 
 
-def test_the_command_trains(folder, tmp_path, capsys):
-    command = ["train", "deal", f"--data={folder}", f"--out={tmp_path}"]
-    assert main([*command, *options(SETTINGS)]) == 0
-    assert "6 steps" in capsys.readouterr().out
-    assert load_prior(tmp_path / "best.safetensors").num_filters == 4
-
-
 def test_the_command_names_bad_input(tmp_path, capsys):
     arguments = ["train", "deal", "--data=nowhere", f"--out={tmp_path}", "--steps=1"]
     assert main(arguments) == 2
@@ -361,7 +332,7 @@ def test_the_command_names_bad_input(tmp_path, capsys):
 
 
 def test_deal_trains_in_deepinvs_trainer(tmp_path):
-    x = torch.rand(4, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
     class Data(torch.utils.data.Dataset):
         def __len__(self):
@@ -370,7 +341,7 @@ def test_deal_trains_in_deepinvs_trainer(tmp_path):
         def __getitem__(self, i):
             return {"x": x[i]}
 
-    physics = dinv.physics.Inpainting((1, 12, 12), mask=0.5)
+    physics = dinv.physics.Inpainting((1, 8, 8), mask=0.5)
     # The masks of these weights are so steep that an exact adjoint need not converge.
     model = DEAL(
         prior=random_prior(1, 4, dtype=torch.float32),
@@ -384,10 +355,10 @@ def test_deal_trains_in_deepinvs_trainer(tmp_path):
         model=model,
         physics=physics,
         optimizer=torch.optim.Adam(model.parameters(), lr=1e-3),
-        train_dataloader=torch.utils.data.DataLoader(Data(), batch_size=2),
+        train_dataloader=torch.utils.data.DataLoader(Data(), batch_size=1),
         losses=dinv.loss.SupLoss(),
         metrics=dinv.metric.PSNR(),
-        epochs=2,
+        epochs=1,
         online_measurements=True,
         save_path=None,
         verbose=False,

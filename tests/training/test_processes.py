@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from problems import relative_error
+from processes import run_two
 from safetensors.torch import load_file
 from trainers import KINDS, gradient, take
 
@@ -48,40 +43,11 @@ assert not distributed.is_initialized()
 """
 
 
-def run_two(folder, out, *names):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    tests = str(Path(__file__).parents[1])
-    started = []
-    for rank in range(2):
-        env = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": "2",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-        }
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, tests, str(folder), str(out), *names],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=250) for process in started]
-    for process, (_, errors) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return [lines.splitlines() for lines, _ in outputs]
-
-
 @pytest.mark.parametrize(
     "names", [["deal"], pytest.param(["mmr", "cpr"], marks=pytest.mark.slow)]
 )
 def test_two_processes_give_the_weights_of_one(folder, tmp_path, names):
-    first, second = run_two(folder, tmp_path, *names)
+    first, second = run_two(SCRIPT, folder, tmp_path, *names)
     # They agree on when to stop and on what they found; the first one says more.
     first = [line for line in first if line.startswith("0: ")]
     assert len(first) == len(names)

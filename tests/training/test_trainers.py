@@ -20,13 +20,13 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run_bit_for_bit(
     folder, tmp_path, name
 ):
     kind = KINDS[name]
-    whole = kind.start(folder, tmp_path / "whole")
+    whole = kind.start(folder, tmp_path / "whole", steps=5)
     whole.train()
-    interrupted = kind.start(folder, tmp_path / "parts")
-    take(interrupted, 4)
+    interrupted = kind.start(folder, tmp_path / "parts", steps=5)
+    take(interrupted, 3)
     interrupted.save()
-    resumed = kind.start(folder, tmp_path / "parts", resume=True)
-    assert resumed.step == 4
+    resumed = kind.start(folder, tmp_path / "parts", steps=5, resume=True)
+    assert resumed.step == 3
     resumed.train()
     for key, value in whole.prior.state_dict().items():
         assert torch.equal(value, resumed.prior.state_dict()[key]), key
@@ -40,7 +40,7 @@ def test_a_few_steps_lower_the_loss_on_the_same_patches(folder, tmp_path, name):
     if name == "mmr":  # and the potential nearly linear
         training.prior.potential.scale.data.fill_(0.1)
     losses = take(training, 10)
-    assert min(losses[-3:]) < 0.99 * losses[0]
+    assert min(losses[-3:]) < (0.9 if name == "deal" else 0.99) * losses[0]
 
 
 def test_weights_files_give_the_model_that_was_trained(folder, tmp_path, name):
@@ -73,7 +73,9 @@ def test_the_command_trains(folder, tmp_path, capsys, name):
     folders = [f"--data={folder}", f"--out={tmp_path}"]
     assert main(["train", name, *options(settings), *folders]) == 0
     assert "2 steps" in capsys.readouterr().out
-    KINDS[name].model(pretrained=tmp_path / "best.safetensors")
+    model = KINDS[name].model(pretrained=tmp_path / "best.safetensors")
+    if "num_filters" in settings:
+        assert model.prior[0].num_filters == settings["num_filters"]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch, capsys):
