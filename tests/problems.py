@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import pytest
 import torch
 from deepinv.optim import DEQConfig
 from helpers import random
@@ -184,3 +185,10 @@ MODELS = {
         PatchSynthesis, {"mean": "free"}, solver="fista", rtol=1e-2
     ),
 }
+
+#: The names, as parameters of a test. The last three run the code of SAFI and CPR, with
+#: another mask or penalty, for longer: `pytest -m slow` takes them too.
+EACH_MODEL = [
+    pytest.param(n, marks=[pytest.mark.slow] * (n in ("MMR", "NCPR", "PatchSynthesis")))
+    for n in MODELS
+]

@@ -198,8 +198,8 @@ def measured(physics, channels=1):
     ("operator", "channels"),
     [
         ("blur", 1),
-        ("blur", 3),
-        ("inpainting", 1),
+        pytest.param("blur", 3, marks=pytest.mark.slow),
+        pytest.param("inpainting", 1, marks=pytest.mark.slow),
         ("inpainting", 3),
         ("downsampling", 1),
         pytest.param("downsampling", 3, marks=pytest.mark.slow),
@@ -246,7 +246,12 @@ def test_pictures_are_reconstructed(tmp_path, capsys, operator, channels):
 
 @pytest.mark.parametrize(
     ("corner", "coils"),
-    [(False, 1), (False, 4), (True, 1), pytest.param(True, 4, marks=pytest.mark.slow)],
+    [
+        (False, 1),
+        pytest.param(False, 4, marks=pytest.mark.slow),
+        pytest.param(True, 1, marks=pytest.mark.slow),
+        (True, 4),
+    ],
 )
 def test_k_space_is_reconstructed(tmp_path, capsys, coils, corner):
     x = photograph(size=(16, 18)).astype(complex)

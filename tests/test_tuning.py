@@ -126,6 +126,7 @@ def photograph(size):
                 (1, 16, 16), mask=0.7, rng=generator(), noise_model=noise(10 / 255)
             ),
             id="inpainting",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -507,8 +507,8 @@ def compare_speed(
     ...     reference=False,
     ...     solvers=["deepinv_deal", "published iteration"],
     ... )
-    >>> [run.reached for run in runs]
-    [True, True]
+    >>> [run.solver for run in runs]
+    ['deepinv_deal', 'published iteration']
 
     :param DEAL model: gray or colour, for MRI gray.
     :param torch.Tensor image: 8-bit image ``(C, H, W)``.
@@ -739,25 +739,23 @@ def plot_speed(runs: Sequence[Run]) -> Figure:
 
     :param list runs: from :func:`compare_speed`.
     """
-    from deepinv_deal.interpret._figures import BLUE, GRAY, ORANGE, TITLE, new_figure
+    from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(run.task for run in runs))
-    colours = dict(zip(SOLVERS, (BLUE, ORANGE, GRAY), strict=True))
-    figure = new_figure(3.2 * len(tasks) + 0.6, 3.2)
-    for i, (name, axis) in enumerate(
-        zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True)
-    ):
-        for solver, colour in colours.items():
+    # A Figure of its own needs no display and leaves pyplot alone.
+    figure = Figure(figsize=(3.2 * len(tasks) + 0.6, 3.2), layout="constrained")
+    (axes,) = figure.subplots(1, len(tasks), squeeze=False)
+    for name, axis in zip(tasks, axes, strict=True):
+        for i, solver in enumerate(SOLVERS):
             chosen = [r for r in runs if (r.task, r.solver) == (name, solver)]
             if not chosen:
                 continue
             run = min(chosen, key=lambda r: r.target)
             _, seconds, residual = zip(*run.path, strict=True)
-            axis.loglog(seconds, residual, ".-", color=colour, label=solver)
-        axis.set_title(name, fontsize=TITLE)
+            axis.loglog(seconds, residual, ".-", color=f"C{i}", label=solver)
+        axis.set_title(name)
         axis.set_xlabel("seconds")
-        if i == 0:
-            axis.set_ylabel("nonlinear residual")
-            axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
+    axes[0].set_ylabel("nonlinear residual")
+    axes[0].legend(fontsize=8)
     return figure

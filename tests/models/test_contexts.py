@@ -9,7 +9,7 @@ import resource
 
 import pytest
 import torch
-from problems import MODELS, images
+from problems import EACH_MODEL, MODELS, images
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -45,14 +45,7 @@ def changed(model):
     return model
 
 
-# The weakly convex dictionary runs the code of the others, for longer.
-SLOW = {"NCPR": [pytest.mark.slow]}
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=SLOW.get(name, [])) for name in MODELS],
-)
+@pytest.fixture(scope="module", params=EACH_MODEL)
 def case(request):
     """A function that makes the model, the model after use, and its answer."""
     make = MODELS[request.param]
@@ -97,9 +90,7 @@ def test_copies_made_after_a_backward_pass_are_equal(case):
         assert torch.equal(copied(images(*SHAPE), sigma=0.1), expected[0])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=SLOW.get(name, [])) for name in MODELS]
-)
+@pytest.mark.parametrize("name", EACH_MODEL)
 def test_autocast_does_not_reach_the_solvers(name):
     model = MODELS[name]().float()
     y = images(*SHAPE, dtype=torch.float32).requires_grad_()

@@ -146,7 +146,7 @@ class Problem:
         ("denoising", 2),
         pytest.param("denoising", 3, marks=pytest.mark.slow),
         ("inpainting", 2),
-        ("blur", 1),
+        pytest.param("blur", 1, marks=pytest.mark.slow),
     ],
 )
 def test_exact_gradients_equal_finite_differences(physics, batch):

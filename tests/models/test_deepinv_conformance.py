@@ -68,7 +68,8 @@ def call(module, name, **arguments):
                 raise
 
 
-def restoration_cases():
+def restoration_cases(once=False):
+    """Operators and channels; with ``once``, repeated operators are marked as slow."""
     operators = [
         "inpainting",
         "demosaicing",
@@ -80,6 +81,7 @@ def restoration_cases():
         "MultiCoilMRI",
         "pansharpen_circular",
     ]
+    seen = set()
     for operator in operators:
         for channels in (1, 2, 3):
             # As the shipped test has it.
@@ -87,7 +89,10 @@ def restoration_cases():
                 continue
             if channels != 3 and operator in ("demosaicing", "pansharpen_circular"):
                 continue  # the shipped pansharpening has three channels in any case
-            yield pytest.param(operator, channels, id=f"{operator}-{channels}")
+            name = f"{operator}-{channels}"
+            marks = [pytest.mark.slow] * (once and operator in seen)
+            seen.add(operator)
+            yield pytest.param(operator, channels, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(("operator", "channels"), list(restoration_cases()))
@@ -121,7 +126,7 @@ def test_restoration(shipped, monkeypatch, operator, channels, size):
     assert len(y) == 2
 
 
-@pytest.mark.parametrize(("operator", "channels"), list(restoration_cases()))
+@pytest.mark.parametrize(("operator", "channels"), list(restoration_cases(once=True)))
 def test_restoration_backward(shipped, monkeypatch, operator, channels):
     # The shipped test skips its backward pass for all models but one.
     tests = shipped("test_models")
@@ -227,8 +232,7 @@ ALGORITHMS = {
     ("test_red_algo", "FISTA"): 100.0,
 }
 #: The others take the same calls of the prior.
-FAST = {("test_pnp_algo", name) for name in ("PGD", "HQS", "PDCP")}
-FAST.add(("test_red_algo", "GD"))
+FAST = {("test_pnp_algo", "PGD"), ("test_pnp_algo", "HQS"), ("test_red_algo", "GD")}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import copy
 import deepinv as dinv
 import pytest
 import torch
-from problems import MODELS, images, relative_error
+from problems import EACH_MODEL, MODELS, images, relative_error
 
 SHAPE = (2, 1, 6, 8)
 SIGMA = 0.1
@@ -15,7 +15,7 @@ SIGMA = 0.1
 #: Where both sides take the same iterations, few are enough.
 ROUGH = {"NCPR": {"rtol": 1e-3}}
 
-every_model = pytest.mark.parametrize("name", MODELS)
+every_model = pytest.mark.parametrize("name", EACH_MODEL)
 
 
 def thorough(*names):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from deepinv.optim import DEQConfig
 from helpers import random
-from problems import MODELS, generator, images, random_model
+from problems import EACH_MODEL, MODELS, generator, images, random_model
 
 from deepinv_deal import ConvergenceError, ConvergenceWarning
 from deepinv_deal.solvers import (
@@ -46,11 +46,7 @@ class Faulty(dinv.physics.LinearPhysics):
 SETTINGS = {"NCPR": {"rtol": 1e-3}, "PatchSynthesis": {"rtol": 1e-4}}
 
 
-# CPR runs the code of NCPR, in less time.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n == "NCPR")) for n in MODELS],
-)
+@pytest.mark.parametrize("name", EACH_MODEL)
 def test_a_physics_that_fails_midway_is_told_for_its_sample(name):
     model, y = MODELS[name](lambda_reg=0.02, **SETTINGS.get(name, {})), images(*SHAPE)
     with torch.no_grad():
@@ -82,7 +78,7 @@ def test_a_strict_model_raises_and_hands_over_what_it_has(name):
         assert torch.equal(caught.value.result.x, x_hat)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH_MODEL)
 def test_a_strict_model_that_converges_is_no_other_model(name):
     y = images(*SHAPE)
     strict = MODELS[name](strict=True)

@@ -11,7 +11,13 @@ from deepinv_deal.cli import main
 from deepinv_deal.training import AttentiveQuadraticTrainer, DEALRecipe
 
 
-@pytest.fixture(params=KINDS)
+# MMR and NCPR run the code of SAFI and CPR.
+@pytest.fixture(
+    params=[
+        pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("mmr", "ncpr")))
+        for kind in KINDS
+    ]
+)
 def name(request):
     return request.param
 
