@@ -459,7 +459,7 @@ def test_other_models_denoise_and_reconstruct(
 
 def test_a_method_without_weights_is_named(folder, capsys):
     for method, words in (
-        ("smooth-plus-sparse", "needs --pretrained: cpr_25"),
+        ("smooth-plus-sparse", "needs --pretrained: cpr_5"),
         ("patch-synthesis", "needs --pretrained: a file"),
     ):
         assert main(["evaluate", "--data", folder, "--method", method]) == 2
