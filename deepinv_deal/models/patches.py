@@ -393,8 +393,8 @@ class SmoothPlusSparse(SynthesisModel):
     :param SmoothPlusSparsePrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
     :param str pretrained: ``"cpr_5"``, ``"cpr_25"`` or ``"ncpr_25"`` (bundled, for
-        as many gray levels of noise), path of a ``.safetensors`` file of this package or of
-        a ``.pth`` file of the authors, or ``None`` for random weights.
+        as many gray levels of noise), path of a ``.safetensors`` file of this package
+        or of a ``.pth`` file of the authors, or ``None`` for random weights.
     :raises ValueError: for bad settings or a checkpoint of another model.
     :raises FileNotFoundError: for a missing checkpoint.
     """
