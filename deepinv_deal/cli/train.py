@@ -12,6 +12,12 @@ from deepinv_deal.cli._options import Commands
 if TYPE_CHECKING:
     from deepinv_deal.training import Recipe, Trainer
 
+#: Settings that the command takes in gray levels, as all commands do, and their help.
+NOISE_LEVELS = {
+    "sigma": "noise level, gray levels (of 255 for white)",
+    "sigma_max": "largest noise level, gray levels (of 255 for white)",
+}
+
 
 def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     """Adds the command."""
@@ -77,6 +83,13 @@ def _add_model(
             options["type"] = {"int": int, "float": float}.get(kind, str)
         if field.name == "time_budget":
             options |= {"type": _duration, "metavar": "TIME"}
+        if field.name in NOISE_LEVELS:
+            options |= {
+                "type": _gray_levels,
+                "metavar": "LEVEL",
+                "help": NOISE_LEVELS[field.name],
+                "default": f"{255 * float(default or 0):g}",  # argparse converts it
+            }
         command.add_argument("--" + field.name.replace("_", "-"), **options)  # type: ignore[arg-type]
     command.add_argument("--threads", type=int, help="number of CPU threads")
     command.add_argument(
@@ -127,6 +140,20 @@ def _run(trainer: Trainer[Any, Any]) -> int:
 
 def _nothing(*_: Any, **__: Any) -> None:
     """What processes but the first say."""
+
+
+def _gray_levels(text: str) -> float:
+    """Reads a noise level in gray levels, returns it for images in [0, 1]."""
+    try:
+        level = float(text)
+        if not 1 <= level < 255:
+            raise ValueError
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no noise level in gray levels: give a number from 1 to 255, "
+            "25 for 25 / 255."
+        ) from error
+    return level / 255
 
 
 def _duration(text: str) -> float:

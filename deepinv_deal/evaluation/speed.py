@@ -226,7 +226,7 @@ class _Watch:
 
     def watch(self, solve: Callable[[_Watch], None]) -> list[Run]:
         """Runs a solver; returns what it took for each target."""
-        with torch.no_grad(), _peak_memory(self.case.x.device) as memory:
+        with torch.no_grad(), peak_memory(self.case.x.device) as memory:
             self.start = self.case.clock()
             try:
                 solve(self)
@@ -448,7 +448,7 @@ def _run_deepinv(case: _Case, watch: _Watch) -> None:
 def _run_tv(case: _Case, _: _Watch) -> list[Run]:
     """Total variation: another problem, so only time and quality compare."""
     model = TotalVariation(real=case.task.mri)
-    with torch.no_grad(), _peak_memory(case.x.device) as memory:
+    with torch.no_grad(), peak_memory(case.x.device) as memory:
         start = case.clock()
         x = model(case.y, case.physics, lambda_reg=TV_WEIGHTS[case.task.name])
         seconds = case.clock() - start
@@ -604,7 +604,7 @@ def application_times(
             return limited.correction(x, zero)
 
         def seconds(function: Callable[[], Any]) -> float:
-            return _median_seconds(function, repeats, x.device)
+            return median_seconds(function, repeats, x.device)
 
         return ApplicationTimes(
             seconds(lambda: equation.regularizer.normal(x, system.squared_mask)),
@@ -632,9 +632,16 @@ def _rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _median_seconds(
+def median_seconds(
     function: Callable[[], Any], repeats: int, device: torch.device
 ) -> float:
+    """
+    Returns the median wall time of a function.
+
+    :param Callable function: what to time; it runs once more, to warm up.
+    :param int repeats: number of times.
+    :param torch.device device: where it computes.
+    """
     times = []
     for _ in range(repeats + 1):  # the first one warms up
         start = time.perf_counter()
@@ -646,11 +653,16 @@ def _median_seconds(
 
 
 @contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """Measures the largest memory in MB beyond that at the start; NaN if unknown."""
+def peak_memory(device: torch.device) -> Iterator[list[float]]:
+    """
+    Measures the largest memory in MB beyond that at the start; NaN if unknown.
+
+    :param torch.device device: where the memory is.
+    :return: context with a list of one number, which is there at its end.
+    """
     peak = [math.nan]
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.resetpeak_memory_stats(device)
         allocated = torch.cuda.memory_allocated(device)
         yield peak
         peak[0] = (torch.cuda.max_memory_allocated(device) - allocated) / 1e6

@@ -73,6 +73,23 @@ def test_the_help_has_no_markup(capsys, name):
     assert not set(out) & set("`\\")
 
 
+def test_the_noise_level_is_given_in_gray_levels(folder, tmp_path, capsys):
+    settings = SMALL | {"steps": 1, "num_filters": 3}
+    folders = [f"--data={folder}", f"--out={tmp_path}"]
+    command = ["train", "mmr", *options(settings), *folders, "--sigma"]
+    assert main([*command, "10"]) == 0
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["recipe"]["sigma"] == 10 / 255
+    with pytest.raises(SystemExit):
+        main([*command, "0.098"])
+    assert "'0.098' is no noise level in gray levels" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "deal", "--help"])
+    assert "gray levels (of 255 for white) (default: 50)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_the_command_trains(folder, tmp_path, capsys, name):
     settings = SMALL | KINDS[name].settings | {"steps": 2}
     settings.pop("model", None)
