@@ -662,7 +662,7 @@ def peak_memory(device: torch.device) -> Iterator[list[float]]:
     """
     peak = [math.nan]
     if device.type == "cuda":
-        torch.cuda.resetpeak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
         allocated = torch.cuda.memory_allocated(device)
         yield peak
         peak[0] = (torch.cuda.max_memory_allocated(device) - allocated) / 1e6
