@@ -15,7 +15,7 @@ import torch
 
 from deepinv_deal import DEAL
 from deepinv_deal.evaluation import application_times
-from deepinv_deal.evaluation.speed import median_seconds, peak_memory
+from deepinv_deal.evaluation.speed import PeakMemory, median_seconds
 
 
 def per_pixel(model: DEAL, batch: int, size: int, repeats: int = 5) -> float:
@@ -35,9 +35,11 @@ def backward_memory(model: DEAL, size: int, max_iter: int) -> float:
         prior=model.prior[0], pretrained=None, max_iter=max_iter, rtol=1e-9, warn=False
     )
     y = torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(0))
-    with peak_memory(y.device) as memory:
-        limited(y, sigma=25 / 255).square().sum().backward()
-    return memory[0]
+    memory = PeakMemory(y.device)
+    memory.start()
+    limited(y, sigma=25 / 255).square().sum().backward()
+    memory.stop()
+    return memory.peak
 
 
 def bfloat16(model: DEAL, size: int) -> tuple[float, float]:

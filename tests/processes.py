@@ -76,15 +76,20 @@ def run_two(folder, out, names) -> list[list[str]]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": "2",
+            "TORCHELASTIC_RUN_ID": "test",
             "LOCAL_WORLD_SIZE": "2",
             "RANK": rank,
             "LOCAL_RANK": rank,
         }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, env=env, text=True, **pipes))
-    outputs = [process.communicate(timeout=250) for process in started]
-    for process, (_, errors) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
+    try:
+        outputs = [process.communicate(timeout=250) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    errors = "\n\n".join(text[-3000:] for _, text in outputs)
+    assert not any(process.returncode for process in started), errors
     return [lines.splitlines() for lines, _ in outputs]
 
 

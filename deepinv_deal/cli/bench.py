@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from deepinv_deal.cli._options import DEFAULT_WEIGHTS, Commands
@@ -107,8 +108,10 @@ def _bench(args: argparse.Namespace) -> int:
         speed.write_speed_csv(runs, args.csv)
     if args.figure:
         speed.plot_speed(runs).savefig(args.figure, dpi=150)
-    own = [run for run in runs if run.solver == "deepinv_deal"]
-    return 0 if all(run.reached for run in own) else 1
+    missed = [r for r in runs if r.solver == "deepinv_deal" and not r.reached]
+    for run in missed:
+        print(f"{run.task}: {run.target:g} was not reached", file=sys.stderr)
+    return 1 if missed else 0
 
 
 def _image(path: str | None, size: int, channels: int) -> Tensor:

@@ -88,7 +88,7 @@ def _add_model(
                 "type": _gray_levels,
                 "metavar": "LEVEL",
                 "help": NOISE_LEVELS[field.name],
-                "default": f"{255 * float(default or 0):g}",  # argparse converts it
+                "default": f"{255 * float(str(default)):g}",  # argparse converts it
             }
         command.add_argument("--" + field.name.replace("_", "-"), **options)  # type: ignore[arg-type]
     command.add_argument("--threads", type=int, help="number of CPU threads")
@@ -150,8 +150,8 @@ def _gray_levels(text: str) -> float:
             raise ValueError
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no noise level in gray levels: give a number from 1 to 255, "
-            "25 for 25 / 255."
+            f"{text!r} is no noise level in gray levels: give at least 1 and less "
+            "than 255, and 25 for 25 / 255."
         ) from error
     return level / 255
 

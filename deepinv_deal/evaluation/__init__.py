@@ -14,7 +14,7 @@ from deepinv_deal.evaluation.run import (
 from deepinv_deal.evaluation.speed import (
     SPEED_TASKS,
     ApplicationTimes,
-    Run,
+    SpeedRun,
     application_times,
     compare_speed,
     deepinv_model,
@@ -31,7 +31,7 @@ __all__ = [
     "deepinv_model",
     "compare_speed",
     "application_times",
-    "Run",
+    "SpeedRun",
     "ApplicationTimes",
     "SPEED_TASKS",
     "PUBLISHED",

@@ -13,13 +13,14 @@ solvers, while their clocks are stopped.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
+import ctypes
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,9 +45,11 @@ from tqdm import tqdm
 
 from deepinv_deal._batch import norm
 from deepinv_deal.evaluation.baselines import TotalVariation
+from deepinv_deal.evaluation.run import quality
 from deepinv_deal.evaluation.tasks import MRI_NOISE, Condition, Task, line_mask
 from deepinv_deal.models import DEAL
 from deepinv_deal.models.problem import Problem
+from deepinv_deal.operators import MultiConv
 from deepinv_deal.priors import AttentiveEquation, AttentiveQuadratic, DEALPrior
 from deepinv_deal.solvers import fixed_point
 from deepinv_deal.weights.deal import to_authors_state_dict
@@ -116,7 +119,7 @@ TV_WEIGHTS = {
 
 
 @dataclass
-class Run:
+class SpeedRun:
     r"""
     The work of one solver until one accuracy.
 
@@ -128,11 +131,11 @@ class Run:
     :param int masks: evaluations of the mask.
     :param int n_iter: outer iterations.
     :param float seconds: wall time without the evaluation of residuals.
-    :param float memory: most memory used beyond that at the start, in MB; NaN where
-        the system does not tell.
+    :param float memory: most memory used beyond that at the start, in MB, without the
+        evaluation of residuals; NaN where the system does not tell.
     :param float residual: nonlinear residual of the last iterate.
-    :param float distance: its relative distance to the reference solution; NaN without
-        reference.
+    :param float distance: its relative distance to the reference solution, NaN if there
+        is none.
     :param float psnr: of the last iterate, clipped, dB.
     :param list path: applications, seconds and residual after every outer iteration.
     """
@@ -176,7 +179,7 @@ class _Enough(Exception):  # noqa: N818 - control flow, not an error
 
 @dataclass
 class _Watch:
-    """Counts the work of a run, and stops the clock while an iterate is judged."""
+    """Counts the work of a run, and stops clock and memory while it is judged."""
 
     case: _Case
     solver: str
@@ -185,31 +188,42 @@ class _Watch:
     applications: int = 0
     masks: int = 0
     n_iter: int = 0
-    paused: float = 0.0
-    start: float = 0.0
+    seconds: float = 0.0
     path: list[tuple[int, float, float]] = field(default_factory=list)
-    runs: dict[float, Run] = field(default_factory=dict)
+    runs: dict[float, SpeedRun] = field(default_factory=dict)
     x: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.memory = PeakMemory(self.case.x.device)
+        self._started = self.case.clock()
+
+    def start(self) -> None:
+        """Starts clock and memory, or goes on."""
+        self.memory.start()
+        self._started = self.case.clock()
+
+    def stop(self) -> None:
+        """Stops them."""
+        self.seconds += self.case.clock() - self._started
+        self.memory.stop()
 
     def look(self, x: Tensor) -> None:
         """Judges the iterate after an outer iteration."""
-        now = self.case.clock()
+        self.stop()
         self.x = x
         residual = self.case.residual(x)
-        seconds = now - self.start - self.paused
-        self.path.append((self.applications, seconds, residual))
+        self.path.append((self.applications, self.seconds, residual))
         for target in self.targets:
             if target not in self.runs and residual <= target:
                 self._note(target, reached=True)
-        done = len(self.runs) == len(self.targets) or seconds > self.time_limit
-        self.paused += self.case.clock() - now
-        if done:
+        if len(self.runs) == len(self.targets) or self.seconds > self.time_limit:
             raise _Enough
+        self.start()
 
     def _note(self, target: float, reached: bool) -> None:
         assert self.x is not None
         applications, seconds, residual = self.path[-1]
-        self.runs[target] = Run(
+        self.runs[target] = SpeedRun(
             self.case.task.name,
             self.solver,
             target,
@@ -218,24 +232,21 @@ class _Watch:
             self.masks,
             self.n_iter,
             seconds,
-            residual=residual,
-            distance=self.case.distance(self.x),
-            psnr=self.case.psnr(self.x),
-            path=list(self.path),
+            self.memory.peak,
+            residual,
+            self.case.distance(self.x),
+            self.case.psnr(self.x),
+            list(self.path),
         )
 
-    def watch(self, solve: Callable[[_Watch], None]) -> list[Run]:
-        """Runs a solver; returns what it took for each target."""
-        with torch.no_grad(), peak_memory(self.case.x.device) as memory:
-            self.start = self.case.clock()
-            try:
-                solve(self)
-            except _Enough:
-                pass
+    def watch(self, solve: Callable[[_Watch], None]) -> list[SpeedRun]:
+        """Runs a solver, which starts the watch; returns what each target took."""
+        with torch.no_grad(), contextlib.suppress(_Enough):
+            solve(self)
         for target in self.targets:
             if target not in self.runs and self.path:
                 self._note(target, reached=False)
-        return [replace(run, memory=memory[0]) for run in self.runs.values()]
+        return list(self.runs.values())
 
 
 class _Case:
@@ -243,10 +254,12 @@ class _Case:
 
     def __init__(self, model: DEAL, task: Task, image: Tensor, reference: bool):
         self.model, self.task, self.with_reference = model, task, reference
-        self.x = task.ground_truth(image).to(next(model.parameters()))
         (self.condition,) = task.conditions
-        self.y, physics = self.condition.measure(self.x)
-        self.physics = physics.to(self.x.device)
+        weight = next(model.parameters())
+        x = task.ground_truth(image.cpu())
+        y, physics = self.condition.measure(x)  # on the CPU: the same on all devices
+        self.x, self.y = x.to(weight), y.to(weight)
+        self.physics = physics.to(weight.device)
         sigma = self.condition.noise if task.sigma is None else task.sigma
         #: Noise level and weight of the model.
         self.settings: dict[str, Any] = {"sigma": sigma / 255}
@@ -254,6 +267,7 @@ class _Case:
             self.settings["lambda_reg"] = self.condition.lambda_reg
         with torch.no_grad():
             self.judge = self.pose()
+            _solve(self.judge.equation, 0.5, model)  # nobody pays for the first calls
 
     def pose(self) -> Problem[AttentiveEquation]:
         """The problem as this package poses it, checks of the physics included."""
@@ -272,9 +286,9 @@ class _Case:
 
     def psnr(self, x: Tensor) -> float:
         """Quality of an unknown as an image."""
-        truth = self.task.compare(self.x)
-        image = self.task.compare(self.judge.image(x)).clamp(0, 1)
-        return float(-10 * (image - truth).square().mean().log10())
+        compare = self.task.compare
+        psnr, _ = quality(compare(self.judge.image(x)), compare(self.x))
+        return psnr
 
     def distance(self, x: Tensor) -> float:
         """Relative distance to the reference solution."""
@@ -339,6 +353,7 @@ def _counting(equation: AttentiveEquation, watch: _Watch) -> AttentiveEquation:
 
 
 def _run_ours(case: _Case, watch: _Watch) -> None:
+    watch.start()
     equation = _counting(case.pose().equation, watch)
 
     def callback(k: int, _: Tensor, x: Tensor) -> None:
@@ -356,6 +371,7 @@ def _run_published(case: _Case, watch: _Watch) -> None:
     of the residual is below an absolute tolerance, outer steps until the relative
     change is below 1e-5.
     """
+    watch.start()
     equation = _counting(case.pose().equation, watch)
     eps_in = 1e-6 if case.task.sigma is None else 1e-8
     total = 1 + float(equation.lambda_reg)
@@ -422,11 +438,11 @@ def _run_deepinv(case: _Case, watch: _Watch) -> None:
     model.sigma_denoiser = case.settings["sigma"]
     model.lambda_reg = case.settings.get("lambda_reg", 1.0)
     inner = model.model
-    convolution, cal_mask = inner.W1.convolution, inner.cal_mask
+    normal, cal_mask = inner.BtB, inner.cal_mask
 
-    def counting_convolution(x: Tensor) -> Tensor:
-        watch.applications += x.shape[-2:] == case.x.shape[-2:]
-        return convolution(x)
+    def counting_normal(*args: Any) -> Tensor:
+        watch.applications += 1
+        return normal(*args)
 
     def watched_mask(x: Tensor) -> Tensor:
         if watch.masks:
@@ -435,29 +451,32 @@ def _run_deepinv(case: _Case, watch: _Watch) -> None:
         watch.masks += 1
         return cal_mask(x)
 
-    inner.W1.convolution, inner.cal_mask = counting_convolution, watched_mask
-    with torch.enable_grad():  # its last step registers a hook
-        if case.task.sigma is None:
-            x = model(case.y, sigma=case.settings["sigma"])
-        else:
-            x = model(case.y, case.physics)
+    inner.BtB, inner.cal_mask = counting_normal, watched_mask
+    watch.start()
+    if case.task.sigma is None:
+        x = model(case.y, sigma=case.settings["sigma"])
+    else:
+        x = model(case.y, case.physics)
     watch.n_iter += 1
-    watch.look(x.detach())
+    watch.look(x)
 
 
-def _run_tv(case: _Case, _: _Watch) -> list[Run]:
+def _run_tv(case: _Case) -> SpeedRun:
     """Total variation: another problem, so only time and quality compare."""
     model = TotalVariation(real=case.task.mri)
-    with torch.no_grad(), peak_memory(case.x.device) as memory:
-        start = case.clock()
+    watch = _Watch(case, TV, (), math.inf)
+    with torch.no_grad():
+        watch.start()
         x = model(case.y, case.physics, lambda_reg=TV_WEIGHTS[case.task.name])
-        seconds = case.clock() - start
-    run = Run(case.task.name, "deepinv TV", math.nan, True, seconds=seconds)
-    run.memory = memory[0]
-    unknown = case.judge.unknown("x", x.detach())
-    run.psnr = case.psnr(unknown)
-    return [run]
+        watch.stop()
+    run = SpeedRun(case.task.name, TV, math.nan, True, seconds=watch.seconds)
+    run.memory = watch.memory.peak
+    run.psnr = case.psnr(case.judge.unknown("x", x))
+    return run
 
+
+#: Name of the rival that solves another problem.
+TV = "deepinv TV"
 
 #: Solvers of the equation, by the name they have in tables.
 SOLVERS: dict[str, Callable[[_Case, _Watch], None]] = {
@@ -473,21 +492,22 @@ def compare_speed(
     tasks: Sequence[str] = tuple(SPEED_TASKS),
     *,
     targets: Sequence[float] = TARGETS,
-    solvers: Sequence[str] = (*SOLVERS, "deepinv TV"),
+    solvers: Sequence[str] = (*SOLVERS, TV),
     time_limit: float = 120.0,
     reference: bool = True,
     progress: bool | None = None,
-) -> list[Run]:
+) -> list[SpeedRun]:
     r"""
     Solves the same problems by several solvers until the same accuracy.
 
-    * ``deepinv_deal``: this package, once for every target, as a user would ask for it;
-      checking the physics is included.
+    * ``deepinv_deal``: this package, once for every target, with the settings of the
+      model but stopped by the residual; checking the physics is included.
     * ``published iteration``: fixed-point iteration and conjugate gradients of
       :footcite:t:`pourya2025dealing` with the published tolerances, on the operators
       of this package.
-    * ``deepinv.models.DEAL``: deepinv's implementation with the same weights; it does
-      not take MRI.
+    * ``deepinv.models.DEAL``: deepinv's implementation with the same weights; left out
+      for MRI, which it does not take, and for weights of another norm rule than
+      ``"published"``, which it does not have.
     * ``deepinv TV``: total variation, whose time and quality can be compared.
 
     |sep|
@@ -515,14 +535,15 @@ def compare_speed(
     :param tuple tasks: names in ``SPEED_TASKS``.
     :param tuple targets: nonlinear residuals to reach.
     :param tuple solvers: which of the above.
-    :param float time_limit: seconds after which a run is stopped.
+    :param float time_limit: seconds after which a run is stopped, at the end of its
+        outer iteration.
     :param bool reference: compute the solution to 1e-10 in double precision, from which
         distances are measured.
     :param bool progress: show a progress bar; on terminals if ``None``.
-    :return: list of :class:`Run`.
+    :return: list of :class:`SpeedRun`.
     :raises ValueError: for unknown tasks or solvers.
     """
-    known = {**SOLVERS, "deepinv TV": _run_tv}
+    known = (*SOLVERS, TV)
     for what, names, choices in (
         ("tasks", tasks, SPEED_TASKS),
         ("solvers", solvers, known),
@@ -532,35 +553,43 @@ def compare_speed(
             raise ValueError(
                 f"{what} must be among {', '.join(choices)}; got {unknown[0]!r}."
             )
+    iterator = model.fixed_point.iterator
     real = DEAL(
         prior=model.prior[0],
         pretrained=None,
         scale=None,
         complex_mode="real",
+        inner_max_iter=iterator.inner_max_iter,
+        preconditioner=iterator.preconditioner,
         forcing=model.forcing,
         anderson=model.anderson,
         warn=False,
     )
     todo = [(task, solver) for task in tasks for solver in solvers]
     bar = tqdm(todo, disable=None if progress is None else not progress)
-    runs: list[Run] = []
+    runs: list[SpeedRun] = []
     case: _Case | None = None
-    for name, solver in bar:
-        bar.set_description(f"{name}, {solver}")
-        if case is None or case.task.name != name:
-            case = _Case(real, SPEED_TASKS[name], image, reference)
-            if reference:
-                _ = case.reference  # outside of what is timed
-        if solver == "deepinv.models.DEAL" and case.task.mri:
-            continue
-        if solver == "deepinv TV":
-            runs += _run_tv(case, _Watch(case, solver, (), time_limit))
-            continue
-        # What this package does depends on the accuracy that is asked for.
-        groups = [(t,) for t in targets] if solver == "deepinv_deal" else [targets]
-        for group in groups:
-            watch = _Watch(case, solver, group, time_limit)
-            runs += watch.watch(partial(SOLVERS[solver], case))
+    # Convolutions in TF32 would be judged by their own rounding.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for name, solver in bar:
+            bar.set_description(f"{name}, {solver}")
+            if case is None or case.task.name != name:
+                case = _Case(real, SPEED_TASKS[name], image, reference)
+                if reference:
+                    _ = case.reference  # outside of what is timed
+            if solver == TV:
+                runs.append(_run_tv(case))
+                continue
+            published_norm = real.prior[0].normalization == "published"
+            if solver == "deepinv.models.DEAL" and (
+                case.task.mri or not published_norm
+            ):
+                continue
+            # What this package does depends on the accuracy that is asked for.
+            groups = [(t,) for t in targets] if solver == "deepinv_deal" else [targets]
+            for group in groups:
+                watch = _Watch(case, solver, group, time_limit)
+                runs += watch.watch(partial(SOLVERS[solver], case))
     return runs
 
 
@@ -573,6 +602,7 @@ def application_times(
     :param DEAL model: the model.
     :param int size: side of the image.
     :param int repeats: each time is the median of so many.
+    :return: (:class:`ApplicationTimes`)
     """
     prior = model.prior[0]
     weight = next(prior.parameters())
@@ -580,21 +610,7 @@ def application_times(
     with torch.no_grad():
         equation = prior.equation(_identity, x, 25 / 255, 1.0)
         system = equation.freeze(x)
-        kernels = [kernel.contiguous() for kernel in _plain_kernels(prior)]
-
-        def plain() -> Tensor:
-            z = x
-            for kernel in kernels:
-                z = F.conv2d(z, kernel, padding=4)
-            z = system.squared_mask * z
-            for kernel in reversed(kernels):
-                z = F.conv_transpose2d(z, kernel, padding=4)
-            return z
-
-        expected = equation.regularizer.normal(x, system.squared_mask)
-        assert torch.allclose(
-            plain(), expected, atol=1e-4 * float(expected.abs().max())
-        )
+        plain = plain_normal(prior.W)
         long, short = 12, 2
 
         def steps(number: int) -> Any:
@@ -608,20 +624,30 @@ def application_times(
 
         return ApplicationTimes(
             seconds(lambda: equation.regularizer.normal(x, system.squared_mask)),
-            seconds(plain),
+            seconds(lambda: plain(x, system.squared_mask)),
             (seconds(lambda: steps(long)) - seconds(lambda: steps(short)))
             / (long - short),
             seconds(lambda: equation.regularizer.squared_mask(x)),
         )
 
 
-def _plain_kernels(prior: DEALPrior) -> list[Tensor]:
-    """The kernels of W with their constraints, as deepinv's model applies them."""
-    inner = deepinv_model(prior).model
-    inner.W1.spectral_norm()
-    kernels = [layer.weight.detach() for layer in inner.W1.conv_layers]
-    kernels[0] = kernels[0] / inner.W1.L.sqrt()
-    return kernels
+def plain_normal(W: MultiConv) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""
+    Returns :math:`(x, m^2) \mapsto W^{\top}(m^2 \odot W x)` by plain convolutions.
+
+    :param MultiConv W: the filters.
+    """
+    kernels = [kernel.detach().contiguous() for kernel in W.kernels()]
+
+    def normal(x: Tensor, squared_mask: Tensor) -> Tensor:
+        for kernel in kernels:
+            x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+        x = squared_mask * x
+        for kernel in reversed(kernels):
+            x = F.conv_transpose2d(x, kernel, padding=kernel.shape[-1] // 2)
+        return x
+
+    return normal
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -652,46 +678,64 @@ def median_seconds(
     return float(np.median(times[1:]))
 
 
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[list[float]]:
+class PeakMemory:
     """
-    Measures the largest memory in MB beyond that at the start; NaN if unknown.
+    The largest memory beyond that at the first start, while it is switched on.
+
+    On a CPU it is the resident memory of the process, on Linux only.
 
     :param torch.device device: where the memory is.
-    :return: context with a list of one number, which is there at its end.
     """
-    peak = [math.nan]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        allocated = torch.cuda.memory_allocated(device)
-        yield peak
-        peak[0] = (torch.cuda.max_memory_allocated(device) - allocated) / 1e6
-        return
-    try:
-        # Linux: this sets the high-water mark to what is used now.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
-    except OSError:
-        yield peak
-        return
-    yield peak
-    peak[0] = _resident("VmHWM") - before
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        #: In MB; NaN if the system does not tell.
+        self.peak = math.nan
+        self._before = math.nan
+
+    def start(self) -> None:
+        """Starts, or goes on."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            now = torch.cuda.memory_allocated(self.device) / 1e6
+        else:
+            with contextlib.suppress(OSError, AttributeError):
+                # Otherwise what others have freed would be used again, and not count.
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+            with contextlib.suppress(OSError):
+                # Sets the high-water mark to what is used now.
+                Path("/proc/self/clear_refs").write_text("5")
+            now = _resident("VmRSS")
+        if math.isnan(self._before):
+            self._before, self.peak = now, 0.0 * now
+
+    def stop(self) -> None:
+        """Stops."""
+        if self.device.type == "cuda":
+            now = torch.cuda.max_memory_allocated(self.device) / 1e6
+        else:
+            now = _resident("VmHWM")
+        self.peak = max(self.peak, now - self._before)
 
 
 def _resident(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(name + ":")]
-    return float(line.split()[1]) / 1e3
+    """Returns a line of the process's status in MB, NaN where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name + ":"):
+                return float(line.split()[1]) * 1.024e-3
+    return math.nan
 
 
 # -- output ----------------------------------------------------------------------------
 
 
-def speed_table(runs: Sequence[Run]) -> str:
+def speed_table(runs: Sequence[SpeedRun]) -> str:
     """
     Returns the runs as a table, with ratios to this package.
 
     :param list runs: from :func:`compare_speed`.
+    :return: text of several lines.
     """
     lines = []
     for name in dict.fromkeys(run.task for run in runs):
@@ -715,7 +759,7 @@ def speed_table(runs: Sequence[Run]) -> str:
                 continue
             ours = own.get(run.target)
             ratios = ""
-            if ours is not None and ours is not run:
+            if ours is not None and ours is not run and ours.reached:
                 sign = "" if run.reached else ">"
                 ratios = (
                     f"{sign + format(run.applications / ours.applications, '.1f'):>9}"
@@ -731,21 +775,21 @@ def speed_table(runs: Sequence[Run]) -> str:
     return "\n".join(lines[1:])
 
 
-def write_speed_csv(runs: Sequence[Run], path: str | os.PathLike[str]) -> None:
+def write_speed_csv(runs: Sequence[SpeedRun], path: str | os.PathLike[str]) -> None:
     """
     Writes one line for each run.
 
     :param list runs: from :func:`compare_speed`.
     :param str path: file to write.
     """
-    names = [f.name for f in fields(Run) if f.name != "path"]
-    with open(path, "w", newline="") as file:
+    names = [f.name for f in fields(SpeedRun) if f.name != "path"]
+    with open(Path(path), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(asdict(run) for run in runs)
 
 
-def plot_speed(runs: Sequence[Run]) -> Figure:
+def plot_speed(runs: Sequence[SpeedRun]) -> Figure:
     """
     Draws the residual against the time, for each task.
 
@@ -769,5 +813,6 @@ def plot_speed(runs: Sequence[Run]) -> Figure:
         axis.set_xlabel("seconds")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("nonlinear residual")
-    axes[0].legend(fontsize=8)
+    handles = {line.get_label(): line for axis in axes for line in axis.lines}
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=3)
     return figure

@@ -335,14 +335,19 @@ class MultiConv(nn.Module):
 
         :param torch.Tensor divide_by: scalar by which to divide the operator.
         """
-        kernels = self._zero_mean_kernels()
-        if self.normalization != "none":
-            kernels[-1] = kernels[-1] / self.sqnorm().sqrt()
+        kernels = self.kernels()
         if divide_by is not None:
             kernels[-1] = kernels[-1] / divide_by
         if CollapsedOperator.pays(kernels):
             return CollapsedOperator(kernels)
         return MultiConvOperator(kernels)
+
+    def kernels(self) -> list[Tensor]:
+        """Returns the layers' kernels, constraints and norm included."""
+        kernels = self._zero_mean_kernels()
+        if self.normalization != "none":
+            kernels[-1] = kernels[-1] / self.sqnorm().sqrt()
+        return kernels
 
     def _zero_mean_kernels(self) -> list[Tensor]:
         # The zero mean is a plain re-parametrisation: torch's parametrize would do the

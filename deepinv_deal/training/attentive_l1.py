@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -180,9 +181,18 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
         :return: best mean validation PSNR in dB.
         :raises FloatingPointError: as in :class:`Trainer`.
         """
+        done = self.progress() >= 1
         best, path = super().train(), self.out / "best.safetensors"
-        if not self.processes.first:
+        if done:  # before: the command was repeated
             return best
+        if self.processes.first:
+            self._choose_lambda(path)
+        self.best = self._agreed(self.best)
+        self.save()
+        return self.best
+
+    def _choose_lambda(self, path: Path) -> None:
+        """Chooses the weight anew, in the file of the best weights."""
         prior = self.load_prior(str(path)).to(self.device)
         model = MODELS[self.recipe.model](prior=prior, warn=False)
         problems = [
@@ -195,13 +205,16 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
             found = tune(
                 model, None, problems, spread=1.2, precision=1.05, max_trials=7
             )
-        if found.best.score > best:
+        if found.best.score > self.best:
             _, header = read_weights(path, type(prior))
             with torch.no_grad():
                 prior.lambda_reg.fill_(found.lambda_reg)
             write_weights(prior, path, header)
-            tqdm.write(f"lambda_reg {found.lambda_reg:.4g} instead of the learned one.")
-        return max(best, found.best.score)
+            tqdm.write(
+                f"lambda_reg {found.lambda_reg:.4g} instead of the learned one: "
+                f"{found.best.score:.2f} dB"
+            )
+            self.best = found.best.score
 
     def parameter_groups(self) -> Sequence[tuple[float, Sequence[nn.Parameter]]]:
         """Returns factors on the learning rate, with the parameters they are for."""

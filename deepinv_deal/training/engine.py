@@ -218,7 +218,8 @@ class Trainer(ABC, Generic[R, P]):
             images, recipe.patch_size, sigma_max, recipe.seed, skew
         )
         self.validation = _validation_problems(validation, recipe)
-        resume = resume and self.state_path.exists()
+        # All must begin at the same step, also where only the first one sees the file.
+        resume = resume and bool(self._agreed(float(self.state_path.exists())))
         with _seeded(recipe.seed):
             prior = self.new_prior()
             if recipe.init is not None and not resume:
@@ -323,7 +324,7 @@ class Trainer(ABC, Generic[R, P]):
         self.save()
         if self.processes.first:
             self.save_prior(self.out / "last.safetensors", {})
-        return self.best
+        return self._agreed(self.best)  # and wait until the files are there
 
     def _agreed(self, value: float) -> float:
         return self.processes.agreed(value, self.device)
@@ -371,7 +372,8 @@ class Trainer(ABC, Generic[R, P]):
             batch = self.sampler.batch(self.step, recipe.batch_size)
             problems = self.processes.share(batch).to(self.device)
             loss, end = self._averaged_loss(problems, None)
-        value = float(loss.detach())
+        # Of the whole batch, so that all processes give up together.
+        value = self.processes.mean(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"The loss is {value} at step {self.step}. The last checkpoint and the "
@@ -421,7 +423,9 @@ class Trainer(ABC, Generic[R, P]):
             "n_iter": round(sum(n_iter) / len(n_iter), 2),
             "converged": round(sum(converged) / len(converged), 3),
         }
-        better, self.best = mean > self.best, max(mean, self.best)
+        better = mean > self.best
+        if better:
+            self.best = mean
         if not self.processes.first:  # all have the same weights
             return
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
@@ -443,7 +447,10 @@ class Trainer(ABC, Generic[R, P]):
         :raises OSError: if it cannot be written; the last checkpoint is kept.
         """
         pools = self.processes.gathered(
-            {slot: (p.x, p.y, p.sigma, start) for slot, (p, start) in self.pool.items()}
+            {
+                slot: (p.x.cpu(), p.y.cpu(), p.sigma.cpu(), start.cpu())
+                for slot, (p, start) in self.pool.items()
+            }
         )
         if not self.processes.first:
             return
@@ -467,7 +474,7 @@ class Trainer(ABC, Generic[R, P]):
             ) from error
 
     def _load(self) -> None:
-        state = torch.load(self.state_path, map_location=self.device, weights_only=True)
+        state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         ours = _comparable(self.recipe)
         # Settings that are newer than the file had their default.
         defaults = {f.name: f.default for f in fields(self.recipe)}
@@ -483,7 +490,8 @@ class Trainer(ABC, Generic[R, P]):
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.best = state["best"]
-        pools = state["pools"]
+        # Before there could be several processes, a file held one pool.
+        pools = state["pools"] if "pools" in state else [state["pool"]]
         if len(pools) != self.processes.number:
             raise ValueError(
                 f"{self.state_path} was written by {len(pools)} process(es), and now "
@@ -491,7 +499,7 @@ class Trainer(ABC, Generic[R, P]):
                 "another training from its weights (init)."
             )
         self.pool = {
-            slot: (Problems(x, y, sigma), start)
+            slot: (Problems(x, y, sigma).to(self.device), start.to(self.device))
             for slot, (x, y, sigma, start) in pools[self.processes.rank].items()
         }
 

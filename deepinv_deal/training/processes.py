@@ -44,8 +44,12 @@ class Processes:
 
     def share(self, problems: Problems) -> Problems:
         """Returns this process's part of a batch."""
+        if self.number == 1:
+            return problems
         mine = slice(self.rank, None, self.number)
-        return Problems(problems.x[mine], problems.y[mine], problems.sigma[mine])
+        # A view would keep, and write to checkpoints, the whole batch.
+        parts = (problems.x, problems.y, problems.sigma)
+        return Problems(*(part[mine].clone() for part in parts))
 
     def wrap(self, prior: nn.Module, loss: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the loss as a function whose gradients in the prior are averaged."""
@@ -63,6 +67,14 @@ class Processes:
         shared = torch.tensor(value, dtype=torch.float64, device=device)
         distributed.broadcast(shared, 0)
         return float(shared)
+
+    def mean(self, value: Tensor) -> float:
+        """Returns the mean of a scalar over all processes."""
+        if self.number > 1:
+            value = value.clone()
+            distributed.all_reduce(value)
+            value /= self.number
+        return float(value)
 
     def gathered(self, value: Any) -> list[Any]:
         """Returns the values of all processes in the first one, nothing in others."""
@@ -92,16 +104,25 @@ def process_group(device: str) -> Iterator[str]:
     """
     Joins the processes that torchrun has started, if it has.
 
+    Every process validates, which costs nothing but their time, and the first one
+    writes files.
+
     :param str device: ``"cpu"``, ``"cuda"``, ...; with CUDA each process takes the GPU
         of its local rank.
     :return: the device of this process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not distributed.is_available() or not distributed.is_torchelastic_launched():
         yield device
         return
     cuda = torch.device(device).type == "cuda"
     if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"Process {local} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}. Lower --nproc-per-node."
+            )
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if cuda else "gloo")
     try:

@@ -69,7 +69,7 @@ def test_reconstruction(benchmark, model, image, name):
     settings = {"sigma": (task.sigma or condition.noise) / 255}
     if task.sigma is not None:
         settings["lambda_reg"] = condition.lambda_reg
-    model.complex_mode = "real"
+    model = DEAL(prior=model.prior[0], pretrained=None, complex_mode="real", warn=False)
     with torch.no_grad():
         benchmark.pedantic(model, (y, physics), settings, rounds=2, warmup_rounds=1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from skimage.data import astronaut
@@ -133,8 +135,14 @@ def test_the_weight_is_chosen_anew_at_the_end(folder, tmp_path):
     training = start(folder, tmp_path, **same)
     training.prior.lambda_reg.data.mul_(0.5)  # too small a weight
     best = training.train()
-    assert best > training.best
+    (entry,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert best == training.best > json.loads(entry)["psnr_mean"]
     prior = training.load_prior(str(tmp_path / "best.safetensors"))
     assert prior.lambda_reg > training.prior.lambda_reg
     last = training.load_prior(str(tmp_path / "last.safetensors"))
     assert torch.equal(last.lambda_reg, training.prior.lambda_reg)
+    # The command, repeated, does nothing.
+    written = (tmp_path / "best.safetensors").read_bytes()
+    again = start(folder, tmp_path, resume=True, **same)
+    assert again.train() == best
+    assert (tmp_path / "best.safetensors").read_bytes() == written

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from problems import OwnPrior
@@ -71,6 +73,29 @@ def test_the_help_has_no_markup(capsys, name):
     out = capsys.readouterr().out
     assert "learning rate" in out
     assert not set(out) & set("`\\")
+
+
+def test_a_validation_that_fails_does_not_become_the_best(folder, tmp_path):
+    trainer = KINDS["deal"].start(folder, tmp_path)
+    trainer.best = 10.0
+    info = SimpleNamespace(n_iter=torch.ones(1), converged=torch.zeros(1))
+    trainer.new_model = lambda: lambda y, **_: (torch.nan * y, info)
+    trainer._validate(0.0)
+    assert trainer.best == 10.0
+    trainer.new_model = lambda: lambda y, **_: (y, info)
+    trainer._validate(0.0)
+    assert trainer.best > 10.0 and (tmp_path / "best.safetensors").exists()
+
+
+def test_checkpoints_from_before_there_were_several_processes(folder, tmp_path):
+    trainer = KINDS["deal"].start(folder, tmp_path)
+    take(trainer, 2)
+    trainer.save()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    (state["pool"],) = state.pop("pools")
+    torch.save(state, tmp_path / "state.pt")
+    old = KINDS["deal"].start(folder, tmp_path, resume=True)
+    assert torch.equal(weights_after(old, 2), weights_after(trainer, 2))
 
 
 def test_the_noise_level_is_given_in_gray_levels(folder, tmp_path, capsys):
