@@ -99,5 +99,5 @@ if __name__ == "__main__":
         assert device == "cpu"
         for kind in sys.argv[3:]:
             train_in_two_parts(*sys.argv[1:3], kind)
+        use_deepinv_distributed(sys.argv[2])  # in the same process group
     assert not distributed.is_initialized()
-    use_deepinv_distributed(sys.argv[2])
