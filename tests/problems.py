@@ -186,8 +186,8 @@ MODELS = {
     ),
 }
 
-#: The names, as parameters of a test. The last three run the code of SAFI and CPR, with
-#: another mask or penalty, for longer: `pytest -m slow` takes them too.
+#: The names, as parameters of a test. MMR, NCPR and PatchSynthesis run the code of
+#: SAFI, CPR and two-step, for longer: `pytest -m slow` takes them too.
 EACH_MODEL = [
     pytest.param(n, marks=[pytest.mark.slow] * (n in ("MMR", "NCPR", "PatchSynthesis")))
     for n in MODELS

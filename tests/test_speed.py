@@ -15,12 +15,13 @@ from problems import images
 from deepinv_deal import DEAL
 from deepinv_deal.evaluation import (
     SPEED_TASKS,
+    SpeedRun,
     application_times,
     compare_speed,
     deepinv_model,
     plot_speed,
     speed_table,
-    write_speed_csv,
+    write_csv,
 )
 from deepinv_deal.evaluation.speed import (
     SOLVERS,
@@ -165,7 +166,7 @@ def test_mri_is_not_asked_of_deepinv(model):
 def test_table_file_and_figure(runs, tmp_path):
     table = speed_table(runs)
     assert table.count("deepinv.models.DEAL") == 2 and "inpainting" in table
-    write_speed_csv(runs, tmp_path / "runs.csv")
+    write_csv(runs, tmp_path / "runs.csv", SpeedRun)
     lines = (tmp_path / "runs.csv").read_text().splitlines()
     assert len(lines) == 1 + len(runs) and "path" not in lines[0]
     figure = plot_speed(runs)

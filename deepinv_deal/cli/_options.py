@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from deepinv_deal import ReconstructionInfo
 
 Commands = argparse._SubParsersAction  # its type parameter exists for checkers only
@@ -115,6 +117,17 @@ def channels_of(model: Any) -> int:
     """Returns the number of channels that the filters or atoms of a model have."""
     prior = model.prior
     return int((prior[0] if hasattr(prior, "__getitem__") else prior).in_channels)
+
+
+def photograph(size: int, channels: int = 1) -> Tensor:
+    """Returns a photograph of scikit-image, ``(C, size, size)`` in [0, 1]."""
+    import torch
+    from skimage.data import astronaut, camera
+    from skimage.transform import resize
+
+    photo = camera()[..., None] if channels == 1 else astronaut()
+    pixels = resize(photo / 255.0, (size, size), anti_aliasing=True)
+    return torch.from_numpy(pixels).movedim(-1, 0).float()
 
 
 def add_outcome_options(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from deepinv_deal.cli._options import DEFAULT_WEIGHTS, Commands
+from deepinv_deal.cli._options import DEFAULT_WEIGHTS, Commands, photograph
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ def _bench(args: argparse.Namespace) -> int:
     import torch
 
     from deepinv_deal import DEAL
-    from deepinv_deal.evaluation import speed
+    from deepinv_deal.evaluation import speed, write_csv
 
     if args.size < 16:
         raise ValueError(f"--size must be at least 16, got {args.size}.")
@@ -105,10 +105,10 @@ def _bench(args: argparse.Namespace) -> int:
         print(speed.speed_table(new) + "\n", flush=True)
         runs += new
     if args.csv:
-        speed.write_speed_csv(runs, args.csv)
+        write_csv(runs, args.csv, speed.SpeedRun)
     if args.figure:
         speed.plot_speed(runs).savefig(args.figure, dpi=150)
-    missed = [r for r in runs if r.solver == "deepinv_deal" and not r.reached]
+    missed = [r for r in runs if r.solver == speed.OWN and not r.reached]
     for run in missed:
         print(f"{run.task}: {run.target:g} was not reached", file=sys.stderr)
     return 1 if missed else 0
@@ -116,17 +116,11 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _image(path: str | None, size: int, channels: int) -> Tensor:
     """Returns the 8-bit image ``(C, size, size)`` to compare on."""
-    import torch
-    from skimage.data import astronaut, camera
-    from skimage.transform import resize
-
     from deepinv_deal._batch import central
     from deepinv_deal.files import read_picture
 
     if path is None:
-        photograph = camera()[..., None] if channels == 1 else astronaut()
-        pixels = resize(photograph / 255.0, (size, size), anti_aliasing=True)
-        x = torch.from_numpy(pixels).movedim(-1, 0)
+        x = photograph(size, channels)
     else:
         x = central(read_picture(path).x[0], size)
         if x.shape != (channels, size, size):

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from deepinv_deal.cli._options import Commands, add_solver_options, make_model
+from deepinv_deal.cli._options import (
+    Commands,
+    add_solver_options,
+    make_model,
+    photograph,
+)
 
 #: Hyperparameters of the demo's inpainting problem: 1 was better than 0.3 by 0.2 dB on
 #: two other photographs.
@@ -32,16 +37,13 @@ def _demo(args: argparse.Namespace) -> int:
 
     import torch
     from deepinv.physics import Denoising, GaussianNoise, Inpainting
-    from skimage.data import camera
-    from skimage.transform import resize
 
     from deepinv_deal.evaluation import quality
     from deepinv_deal.interpret import Panel, plot_reconstructions
 
     if not 16 <= args.size <= 512:
         raise ValueError(f"--size must lie between 16 and 512, got {args.size}.")
-    image = resize(camera() / 255.0, (args.size, args.size), anti_aliasing=True)
-    x = torch.from_numpy(image).float()[None, None]
+    x = photograph(args.size)[None]
     rng = torch.Generator().manual_seed(0)
     sigma = 25 / 255
     problems: tuple[tuple[str, Any, dict[str, float]], ...] = (

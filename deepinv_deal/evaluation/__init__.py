@@ -20,12 +20,10 @@ from deepinv_deal.evaluation.speed import (
     deepinv_model,
     plot_speed,
     speed_table,
-    write_speed_csv,
 )
 from deepinv_deal.evaluation.tasks import TASKS, Condition, Task, make_kernel
 
 __all__ = [
-    "write_speed_csv",
     "speed_table",
     "plot_speed",
     "deepinv_model",

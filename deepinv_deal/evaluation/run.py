@@ -316,9 +316,19 @@ def _beside(scores: Sequence[Score], task: str, channels: int) -> list[str]:
     return lines
 
 
-def write_csv(scores: Sequence[Score], path: str | os.PathLike[str]) -> None:
-    """Writes one line per image and condition."""
+def write_csv(
+    rows: Sequence[Any], path: str | os.PathLike[str], kind: type[Any] = Score
+) -> None:
+    """
+    Writes one line per image and condition, or per run.
+
+    :param list rows: from :func:`evaluate` or :func:`compare_speed`.
+    :param str path: file to write.
+    :param type kind: what the rows are, :class:`Score` or :class:`SpeedRun`.
+    """
+    # What has no place in the text of a row has none in a line either.
+    names = [f.name for f in fields(kind) if f.repr]
     with open(Path(path), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Score)])
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(asdict(score) for score in scores)
+        writer.writerows(asdict(row) for row in rows)

@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import csv
 import ctypes
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +103,7 @@ SPEED_TASKS: dict[str, Task] = {
     )
 }
 
-#: Weights of total variation for these tasks: near the best for a photograph.
+#: Weights of total variation for these tasks, chosen by hand.
 TV_WEIGHTS = {
     "denoising": 0.08,
     "inpainting": 0.02,
@@ -253,7 +251,7 @@ class _Case:
     """One problem: the exact equation to judge by, and its reference solution."""
 
     def __init__(self, model: DEAL, task: Task, image: Tensor, reference: bool):
-        self.model, self.task, self.with_reference = model, task, reference
+        self.model, self.task = model, task
         (self.condition,) = task.conditions
         weight = next(model.parameters())
         x = task.ground_truth(image.cpu())
@@ -268,6 +266,7 @@ class _Case:
         with torch.no_grad():
             self.judge = self.pose()
             _solve(self.judge.equation, 0.5, model)  # nobody pays for the first calls
+            self.reference = self._solution() if reference else None
 
     def pose(self) -> Problem[AttentiveEquation]:
         """The problem as this package poses it, checks of the physics included."""
@@ -275,9 +274,7 @@ class _Case:
 
     def clock(self) -> float:
         """Seconds, when all work so far is done."""
-        if self.x.is_cuda:
-            torch.cuda.synchronize(self.x.device)
-        return time.perf_counter()
+        return _clock(self.x.device)
 
     def residual(self, x: Tensor) -> float:
         """The nonlinear residual relative to the right-hand side."""
@@ -291,21 +288,18 @@ class _Case:
         return psnr
 
     def distance(self, x: Tensor) -> float:
-        """Relative distance to the reference solution."""
-        if not self.with_reference:
+        """Relative distance to the reference solution; NaN without."""
+        if self.reference is None:
             return math.nan
         return float(norm(x.double() - self.reference) / norm(self.reference))
 
-    @cached_property
-    def reference(self) -> Tensor:
-        """The solution in double precision; NaN if it does not converge."""
+    def _solution(self) -> Tensor | None:
+        """The solution in double precision, if it converges."""
         model = copy.deepcopy(self.model).double()
         physics = copy.deepcopy(self.physics).double()
-        with torch.no_grad():
-            problem = model.pose(self.y.double(), physics, **self.settings)
-            result = _solve(problem.equation, REFERENCE_RTOL, model)
-        converged = float(result.residual) <= REFERENCE_RTOL
-        return result.x if converged else torch.full_like(result.x, torch.nan)
+        problem = model.pose(self.y.double(), physics, **self.settings)
+        result = _solve(problem.equation, REFERENCE_RTOL, model)
+        return result.x if float(result.residual) <= REFERENCE_RTOL else None
 
 
 # -- solvers ---------------------------------------------------------------------------
@@ -475,14 +469,14 @@ def _run_tv(case: _Case) -> SpeedRun:
     return run
 
 
-#: Name of the rival that solves another problem.
-TV = "deepinv TV"
+#: This package, deepinv's model, and the rival that solves another problem.
+OWN, DEEPINV, TV = "deepinv_deal", "deepinv.models.DEAL", "deepinv TV"
 
 #: Solvers of the equation, by the name they have in tables.
 SOLVERS: dict[str, Callable[[_Case, _Watch], None]] = {
-    "deepinv_deal": _run_ours,
+    OWN: _run_ours,
     "published iteration": _run_published,
-    "deepinv.models.DEAL": _run_deepinv,
+    DEEPINV: _run_deepinv,
 }
 
 
@@ -565,31 +559,28 @@ def compare_speed(
         anderson=model.anderson,
         warn=False,
     )
-    todo = [(task, solver) for task in tasks for solver in solvers]
-    bar = tqdm(todo, disable=None if progress is None else not progress)
+    published_norm = model.prior[0].normalization == "published"
+    bar = tqdm(
+        total=len(tasks) * len(solvers),
+        disable=None if progress is None else not progress,
+    )
     runs: list[SpeedRun] = []
-    case: _Case | None = None
     # Convolutions in TF32 would be judged by their own rounding.
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        for name, solver in bar:
-            bar.set_description(f"{name}, {solver}")
-            if case is None or case.task.name != name:
-                case = _Case(real, SPEED_TASKS[name], image, reference)
-                if reference:
-                    _ = case.reference  # outside of what is timed
-            if solver == TV:
-                runs.append(_run_tv(case))
-                continue
-            published_norm = real.prior[0].normalization == "published"
-            if solver == "deepinv.models.DEAL" and (
-                case.task.mri or not published_norm
-            ):
-                continue
-            # What this package does depends on the accuracy that is asked for.
-            groups = [(t,) for t in targets] if solver == "deepinv_deal" else [targets]
-            for group in groups:
-                watch = _Watch(case, solver, group, time_limit)
-                runs += watch.watch(partial(SOLVERS[solver], case))
+    with bar, torch.backends.cudnn.flags(allow_tf32=False):
+        for name in tasks:
+            bar.set_description(name)
+            case = _Case(real, SPEED_TASKS[name], image, reference)
+            for solver in solvers:
+                bar.set_description(f"{name}, {solver}")
+                if solver == TV:
+                    runs.append(_run_tv(case))
+                elif solver != DEEPINV or (published_norm and not case.task.mri):
+                    # What this package does depends on the accuracy asked for.
+                    own = solver == OWN
+                    for group in [(t,) for t in targets] if own else [targets]:
+                        watch = _Watch(case, solver, group, time_limit)
+                        runs += watch.watch(partial(SOLVERS[solver], case))
+                bar.update()
     return runs
 
 
@@ -606,9 +597,10 @@ def application_times(
     """
     prior = model.prior[0]
     weight = next(prior.parameters())
-    x = torch.rand(1, prior.in_channels, size, size, generator=_rng()).to(weight)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.rand(1, prior.in_channels, size, size, generator=rng).to(weight)
     with torch.no_grad():
-        equation = prior.equation(_identity, x, 25 / 255, 1.0)
+        equation = prior.equation(lambda v: v, x, 25 / 255, 1.0)
         system = equation.freeze(x)
         plain = plain_normal(prior.W)
         long, short = 12, 2
@@ -650,12 +642,11 @@ def plain_normal(W: MultiConv) -> Callable[[Tensor, Tensor], Tensor]:
     return normal
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _rng() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def _clock(device: torch.device) -> float:
+    """Seconds, when all work so far is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def median_seconds(
@@ -670,11 +661,9 @@ def median_seconds(
     """
     times = []
     for _ in range(repeats + 1):  # the first one warms up
-        start = time.perf_counter()
+        start = _clock(device)
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(_clock(device) - start)
     return float(np.median(times[1:]))
 
 
@@ -745,12 +734,9 @@ def speed_table(runs: Sequence[SpeedRun]) -> str:
             f"{'MB':>7}{'residual':>10}{'distance':>10}{'PSNR':>7}{'W ratio':>9}"
             f"{'time ratio':>12}",
         ]
-        own = {
-            r.target: r for r in runs if (r.task, r.solver) == (name, "deepinv_deal")
-        }
-        for run in runs:
-            if run.task != name:
-                continue
+        chosen = [run for run in runs if run.task == name]
+        own = {run.target: run for run in chosen if run.solver == OWN}
+        for run in chosen:
             if math.isnan(run.target):
                 lines.append(
                     f"{run.solver:<22}{'':>29}{run.seconds:>9.2f}{run.memory:>7.0f}"
@@ -773,20 +759,6 @@ def speed_table(runs: Sequence[SpeedRun]) -> str:
     if any(not run.reached for run in runs):
         lines.append("> the target was not reached")
     return "\n".join(lines[1:])
-
-
-def write_speed_csv(runs: Sequence[SpeedRun], path: str | os.PathLike[str]) -> None:
-    """
-    Writes one line for each run.
-
-    :param list runs: from :func:`compare_speed`.
-    :param str path: file to write.
-    """
-    names = [f.name for f in fields(SpeedRun) if f.name != "path"]
-    with open(Path(path), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(asdict(run) for run in runs)
 
 
 def plot_speed(runs: Sequence[SpeedRun]) -> Figure:

@@ -12,10 +12,10 @@ from deepinv_deal.training.deal import (
     AttentiveQuadraticTrainer,
     DEALRecipe,
     DEALTrainer,
-    grow,
 )
 from deepinv_deal.training.dictionary import DictionaryRecipe, DictionaryTrainer
 from deepinv_deal.training.engine import Recipe, SingleLevelRecipe, Trainer
+from deepinv_deal.training.grow import color_from_gray, grow
 from deepinv_deal.training.losses import deal_loss
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Recipe",
     "SingleLevelRecipe",
     "Trainer",
+    "color_from_gray",
     "deal_loss",
     "grow",
     "load_image",

@@ -21,6 +21,7 @@ from deepinv_deal.solvers import (
 )
 from deepinv_deal.training.data import Problems, numbered_generator
 from deepinv_deal.training.engine import Recipe, Trainer
+from deepinv_deal.training.grow import color_from_gray, grow
 from deepinv_deal.training.losses import deal_loss
 from deepinv_deal.weights import load_prior, save_prior
 
@@ -46,7 +47,8 @@ class DEALRecipe(Recipe):
 
     :param int in_channels: 1 (gray) or 3 (colour).
     :param int num_filters: number of filters. If the weights of ``init`` have fewer,
-        new ones are added, see :func:`grow`.
+        new ones are added, see :func:`grow`; if they are for gray images and
+        ``in_channels`` is 3, see :func:`color_from_gray`.
     :param str normalization: norm rule of the filters.
     :param float sigma_max: largest noise level ([0, 1] units).
     :param float skew: noise levels are :math:`\sigma_{\max} u^{\text{skew}}` with
@@ -190,8 +192,13 @@ class DEALTrainer(AttentiveQuadraticTrainer[DEALPrior]):
         return DEALPrior(recipe.in_channels, recipe.num_filters, recipe.normalization)
 
     def load_prior(self, pretrained: str) -> DEALPrior:
-        """Returns the prior with the weights of ``recipe.init``, grown if too small."""
+        """
+        Returns the prior with the weights of ``recipe.init``, grown if too small, and
+        made for colour if it is for gray images and the recipe is not.
+        """
         prior, num_filters = load_prior(pretrained), self.recipe.num_filters
+        if (prior.in_channels, self.recipe.in_channels) == (1, 3):
+            return color_from_gray(prior, num_filters)
         return grow(prior, num_filters) if prior.num_filters < num_filters else prior
 
     def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
@@ -205,52 +212,6 @@ class DEALTrainer(AttentiveQuadraticTrainer[DEALPrior]):
             "num_filters": prior.num_filters,
             "normalization": prior.normalization,
         }
-
-
-def grow(prior: DEALPrior, num_filters: int, strength: float = 0.1) -> DEALPrior:
-    r"""
-    Returns a prior with more filters that reconstructs nearly as the given one does.
-
-    The new filters of :math:`W` are random and weak, and do not enter the old masks
-    (the new columns of the old rows of :math:`V_1, V_2` are zero), so that a training
-    can go on where that of the small prior ended.
-
-    |sep|
-
-    :Example:
-
-    >>> from deepinv_deal.priors import DEALPrior
-    >>> from deepinv_deal.training import grow
-    >>> grow(DEALPrior(num_filters=4), 6).num_filters
-    6
-
-    :param DEALPrior prior: the prior to copy.
-    :param int num_filters: number of filters of the new prior, at least the old one.
-    :param float strength: size of the new filters' coefficients relative to the old.
-    :raises ValueError: if the prior has more filters already.
-    """
-    n = prior.num_filters
-    if num_filters < n:
-        raise ValueError(
-            f"num_filters must be at least the prior's {n}, got {num_filters}: filters "
-            "can be added, not removed."
-        )
-    grown = DEALPrior(prior.in_channels, num_filters, prior.normalization)
-    grown.to(prior.kappa.coefficients)
-    state = grown.state_dict()
-    for name, old in prior.state_dict().items():
-        new = state[name]
-        if new.shape == old.shape:
-            new.copy_(old)
-        elif name == "mask_network.scaling.coefficients":  # one row per filter
-            new[:n], new[n:] = old, old.mean(0)
-        else:  # kernels, of which the last layers' have more rows and columns
-            new *= old.square().mean().sqrt() / new.square().mean().sqrt()
-            if name.startswith("W."):
-                new *= strength
-            new[:n] = 0
-            new[:n, : old.shape[1]] = old
-    return grown
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +93,7 @@ class _Loss(nn.Module):
         self.prior, self.loss = prior, loss
 
     def forward(
-        self, problems: Sequence[Tensor], start: Tensor | None
+        self, problems: Problems, start: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Returns the loss and where the solver ended."""
         return self.loss(problems, start)

