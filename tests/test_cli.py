@@ -77,9 +77,9 @@ def test_denoise_gives_what_the_model_gives(tmp_path, channels, name, capsys):
     assert (written.shape, written.dtype) == (read.shape, read.dtype)
     white = 255 if name.endswith("png") else 1
     y = torch.from_numpy(read / np.float32(white)).reshape(1, *SIZE, channels)
-    with torch.no_grad():
-        x_hat = DEAL(rtol=1e-2)(y.permute(3, 0, 1, 2), sigma=20 / 255)
-    expected = x_hat[:, 0].permute(1, 2, 0).reshape(read.shape) * white
+    with torch.no_grad():  # colour images by the weights for colour
+        x_hat = DEAL(channels, rtol=1e-2)(y.permute(0, 3, 1, 2), sigma=20 / 255)
+    expected = x_hat[0].permute(1, 2, 0).reshape(read.shape) * white
     np.testing.assert_allclose(written, expected, atol=0.51 if white == 255 else 1e-6)
     error = written / white - photograph(channels)
     assert np.square(error).mean() < 0.5 * (20 / 255) ** 2
@@ -95,9 +95,9 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path):
 
 def test_a_folder_keeps_its_tree_and_shows_no_bar_off_terminals(tmp_path, capsys):
     (tmp_path / "in" / "sub").mkdir(parents=True)
-    save(tmp_path / "in" / "a.png", noisy(size=(32, 32)))
-    save(tmp_path / "in" / "sub" / "b.jpg", noisy(3, size=(32, 34)))
-    save(tmp_path / "in" / "c.npy", noisy(size=(34, 32)))
+    save(tmp_path / "in" / "a.png", noisy(size=(40, 40)))
+    save(tmp_path / "in" / "sub" / "b.jpg", noisy(3, size=(40, 42)))
+    save(tmp_path / "in" / "c.npy", noisy(size=(42, 40)))
     command = ["denoise", str(tmp_path / "in"), str(tmp_path / "out"), "--sigma"]
     assert main([*command, "estimate", *FAST]) == 0
     found = {
@@ -114,6 +114,17 @@ def test_colour_weights_take_gray_and_colour_images(tmp_path, colour_weights):
         command = ["denoise", str(source), str(target), "--sigma", "20", *FAST]
         assert main([*command, "--pretrained", colour_weights]) == 0
         assert load(target).shape == load(source).shape
+
+
+def test_gray_weights_take_the_channels_of_a_colour_image_one_by_one(tmp_path):
+    source, target = tmp_path / "image.npy", tmp_path / "out.npy"
+    save(source, noisy(3).astype(np.float32))
+    command = ["denoise", str(source), str(target), "--sigma", "20", *FAST]
+    assert main([*command, "--pretrained", "deal_gray"]) == 0
+    y = torch.from_numpy(load(source)).permute(2, 0, 1)[:, None]
+    with torch.no_grad():
+        expected = DEAL(rtol=1e-2)(y, sigma=20 / 255)[:, 0].permute(1, 2, 0)
+    np.testing.assert_allclose(load(target), expected, atol=1e-6)
 
 
 def test_options_of_denoise_change_the_result(tmp_path):

@@ -68,7 +68,8 @@ def test_bundled_weights_load_and_denoise_without_network(name):
         form(pretrained="x")
     with pytest.raises(ValueError, match=f"'{name}' holds weights of a"):
         PatchSynthesis(pretrained=name)
-    x = torch.full((1, 1, 40, 40), 0.5)
+    channels = 3 if name == "deal_color" else 1
+    x = torch.full((1, channels, 40, 40), 0.5)
     x[..., 20:] = 0.8
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     # Photographs have more texture than noise of 5 gray levels, and weights keep it.
@@ -194,6 +195,11 @@ def test_unknown_names_and_missing_files_are_named():
         DEAL(pretrained="deal_grey")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
         DEAL(pretrained="nowhere.safetensors")
+
+
+@pytest.mark.parametrize(("in_channels", "name"), [(1, "gray"), (3, "color")])
+def test_the_bundled_weights_fit_the_channels(in_channels, name):
+    assert_same_weights(DEAL(in_channels).prior[0], load_prior(f"deal_{name}"))
 
 
 def test_weights_that_do_not_fit_what_was_asked_for_are_refused(file):

@@ -24,7 +24,10 @@ MODELS = {
     "patch-synthesis": "PatchSynthesis",
 }
 
-DEFAULT_WEIGHTS = "deal_gray"
+#: Weights of DEAL by names that stand for two files, gray and colour.
+BY_CHANNELS = ("bundled", "download")
+
+DEFAULT_WEIGHTS = "bundled"
 
 
 def add_solver_options(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +35,8 @@ def add_solver_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrained",
         metavar="WEIGHTS",
-        help=f"bundled name, 'download' or file; if unset, {DEFAULT_WEIGHTS}",
+        help="bundled name, 'download' or file; if unset, deal_gray, or deal_color "
+        "for colour images",
     )
     parser.add_argument(
         "--rtol", type=float, help="tolerance; if unset, that of the model"
@@ -63,8 +67,14 @@ def add_model_options(
     parser.add_argument("--solver", help="solver of the dictionary models")
 
 
-def make_model(args: argparse.Namespace, **options: Any) -> Any:
-    """Makes the model that the arguments describe, silent about convergence."""
+def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> Any:
+    """
+    Makes the model that the arguments describe, silent about convergence.
+
+    :param argparse.Namespace args: the arguments.
+    :param int channels: of the images: with 3, the weights are those for colour where
+        the arguments leave the choice.
+    """
     import deepinv_deal
     from deepinv_deal import priors
     from deepinv_deal.models import SynthesisModel
@@ -77,6 +87,8 @@ def make_model(args: argparse.Namespace, **options: Any) -> Any:
     else:
         name = MODELS[args.method]
         own = bundled(getattr(priors, f"{name}Prior"))
+        if name == "DEAL":
+            own = [DEFAULT_WEIGHTS]
         if weights is None and len(own) != 1:
             raise ValueError(
                 f"--method {args.method} needs --pretrained: "
@@ -91,6 +103,8 @@ def make_model(args: argparse.Namespace, **options: Any) -> Any:
     for option in ("rtol", "max_iter"):
         if getattr(args, option) is not None:
             options[option] = getattr(args, option)
+    if name == "DEAL" and weights in BY_CHANNELS:
+        options["in_channels"] = 3 if channels == 3 else 1
     return kind(pretrained=weights, warn=False, **options)
 
 
@@ -98,7 +112,7 @@ def _model_of(weights: str) -> str:
     """Returns the name of the model that weights are for."""
     from deepinv_deal.weights import owner
 
-    if weights == "download":  # the authors' DEAL
+    if weights in BY_CHANNELS:
         return "DEAL"
     try:
         prior = owner(weights)

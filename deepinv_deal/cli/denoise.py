@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +70,16 @@ def _denoise(args: argparse.Namespace) -> int:
 
     from deepinv_deal import DEAL
 
-    model = make_model(args)
-    if args.sigma == "estimate" and not isinstance(model, DEAL):
+    models = cache(partial(make_model, args))  # by channels
+    if args.sigma == "estimate" and not isinstance(models(1), DEAL):
         raise ValueError(
-            f"--sigma estimate is for DEAL; {type(model).__name__} needs a number."
+            f"--sigma estimate is for DEAL; {type(models(1)).__name__} needs a number."
         )
     jobs = _jobs(Path(args.input), Path(args.output))
     if args.figure and len(jobs) > 1:
         raise ValueError("--figure draws one image; INPUT is a folder of several.")
     converged = [
-        _one(model, source, target, args)
+        _one(models, source, target, args)
         for source, target in tqdm(
             jobs, "Denoising", disable=True if len(jobs) == 1 else None
         )
@@ -111,13 +113,17 @@ def _lossless(path: Path) -> Path:
     return path.with_suffix(".png") if lossy else path
 
 
-def _one(model: Any, source: str, target: Path, args: argparse.Namespace) -> bool:
+def _one(
+    models: Callable[[int], Any], source: str, target: Path, args: argparse.Namespace
+) -> bool:
     import torch
 
     from deepinv_deal.files import read_picture, write_picture
 
     picture = read_picture(source, args.white)
-    x, channels = picture.x, channels_of(model)
+    x = picture.x
+    model = models(x.shape[1])
+    channels = channels_of(model)
     if channels == 1:
         x = x.transpose(0, 1)  # the channels of a colour image one by one
     elif x.shape[1] != channels:

@@ -112,7 +112,8 @@ def _method(args: argparse.Namespace, task: Task) -> tuple[Reconstructor, int]:
     from deepinv_deal.evaluation import Adjoint, TotalVariation
 
     if args.method not in OTHERS:
-        model = make_model(args, **({"complex_mode": "real"} if task.mri else {}))
+        options = {"complex_mode": "real"} if task.mri else {}
+        model = make_model(args, 1, **options)
         return model, channels_of(model)
     for name in ("pretrained", "solver", "rtol", "max_iter"):
         if getattr(args, name) is not None:

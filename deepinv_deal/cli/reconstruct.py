@@ -120,8 +120,10 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
     from deepinv_deal.files import write_picture
 
     y, physics, like = load(args)
-    kind = {"complex_mode": args.complex_mode} if load is _mri else {}
-    model = make_model(args, **kind)
+    if load is _mri:
+        model = make_model(args, complex_mode=args.complex_mode)
+    else:
+        model = make_model(args, like.x.shape[1])
     # The channels of a colour image one by one, if the filters are gray.
     split = load is not _mri and channels_of(model) == 1
     y = y.transpose(0, 1) if split else y

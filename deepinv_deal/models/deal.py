@@ -42,7 +42,10 @@ DEFAULT_SIGMA = 15 / 255
 LambdaMode = Literal["absolute", "relative"]
 
 #: On images with a smaller side, deepinv's estimate of the noise is far too low.
-SMALLEST_ESTIMATE = 32
+SMALLEST_ESTIMATE = 40
+
+#: With fewer patches, colour images are estimated channel by channel.
+PATCHES_PER_ENTRY = 4
 
 #: First images that have a name.
 INITS = ("zero", "adjoint", "pseudo_inverse")
@@ -116,8 +119,8 @@ class DEAL(FixedPointOptim, Denoiser):
     >>> x_hat.shape, info.converged
     (torch.Size([2, 1, 16, 17]), tensor([True, True]))
 
-    :param int in_channels: image channels, 1 (gray) or 3 (colour). Weights decide if
-        given.
+    :param int in_channels: image channels, 1 (gray) or 3 (colour); 1 if ``None``,
+        unless the weights say otherwise.
     :param int num_filters: number of filters for ``pretrained=None``.
     :param float, torch.Tensor, str sigma: default noise level, see above.
     :param float, torch.Tensor lambda_reg: default regularization weight, see above.
@@ -145,9 +148,10 @@ class DEAL(FixedPointOptim, Denoiser):
     :param str normalization: norm rule of the filters for ``pretrained=None``,
         ``"published"`` if ``None``. Weights decide if given.
     :param str, torch.device device: where the model lives.
-    :param str pretrained: ``"deal_gray"`` (bundled, the default), ``"download"``
-        (official weights, needs network), the path of a ``.safetensors`` or authors'
-        ``.pth`` file, or ``None`` for random weights.
+    :param str pretrained: ``"bundled"`` (the default: ``"deal_gray"``, or
+        ``"deal_color"`` if ``in_channels=3``), a bundled name, ``"download"`` (official
+        weights, needs network), the path of a ``.safetensors`` or authors' ``.pth``
+        file, or ``None`` for random weights.
     :raises ValueError: for bad settings, damaged or unknown weights.
     :raises FileNotFoundError: for a missing weights file.
     """
@@ -177,7 +181,7 @@ class DEAL(FixedPointOptim, Denoiser):
         prior: AttentiveQuadraticPrior | None = None,
         normalization: Normalization | None = None,
         device: str | torch.device = "cpu",
-        pretrained: str | os.PathLike[str] | None = "deal_gray",
+        pretrained: str | os.PathLike[str] | None = "bundled",
     ):
         if prior is None and pretrained is None:
             prior = DEALPrior(
@@ -422,7 +426,13 @@ def _estimated(b: Tensor) -> Tensor:
             f"{b.shape[-2]} x {b.shape[-1]} pixels, which are fewer than "
             f"{SMALLEST_ESTIMATE} on a side. Give it as a number."
         )
-    return PatchCovarianceNoiseEstimator()(b.float())
+    estimator = PatchCovarianceNoiseEstimator()
+    # It takes the covariance of patches of 8 x 8 pixels, 3 pixels apart. Those of all
+    # channels together have more entries, and need more patches, than those of one.
+    height, width = ((n - 8) // 3 + 1 for n in b.shape[-2:])
+    if height * width >= PATCHES_PER_ENTRY * 64 * b.shape[1]:
+        return estimator(b.float())
+    return estimator(b.float().flatten(0, 1)[:, None]).view(b.shape[:2]).mean(1)
 
 
 def _check_init_name(name: str, init: Any) -> None:

@@ -133,17 +133,22 @@ def load_prior(pretrained: str | os.PathLike[str], in_channels: int = 1) -> DEAL
     """
     Loads a prior by bundled name, ``"download"`` or file.
 
-    :param str pretrained: a bundled name; ``"download"`` for the official
-        weights of the authors (fetched once, checked against their pinned content
-        before use); or the path of a ``.safetensors`` file of this package or of a
-        ``.pth`` file in the authors' layout (read without executing code).
-    :param int in_channels: 1 or 3, chooses between the official weights.
+    :param str pretrained: a bundled name; ``"bundled"`` for ``"deal_gray"`` or
+        ``"deal_color"``, by ``in_channels``; ``"download"`` for the official weights of
+        the authors (fetched once, checked against their pinned content before use); or
+        the path of a ``.safetensors`` file of this package or of a ``.pth`` file in the
+        authors' layout (read without executing code).
+    :param int in_channels: 1 or 3, chooses between gray and colour where the name does
+        not.
     :raises ValueError: for an unknown name, or a damaged or foreign file.
     :raises FileNotFoundError: if the file does not exist.
     """
+    name = "deal_gray" if in_channels == 1 else "deal_color"
     if os.fspath(pretrained) == "download":
-        return _load_pth(_download("deal_gray" if in_channels == 1 else "deal_color"))
-    path = find_weights(pretrained, DEALPrior, also=("download",))
+        return _load_pth(_download(name))
+    if os.fspath(pretrained) == "bundled":
+        pretrained = name
+    path = find_weights(pretrained, DEALPrior, also=("bundled", "download"))
     if path.suffix != ".safetensors":
         return _load_pth(path)
     state, header = read_weights(path, DEALPrior)
