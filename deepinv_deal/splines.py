@@ -37,7 +37,46 @@ def linear_spline(x: Tensor, coefficients: Tensor, x_min: float, step: float) ->
             f"coefficients must have shape (1, K) or ({x.shape[1]}, K) for x with "
             f"{x.shape[1]} channels, got {tuple(coefficients.shape)}."
         )
-    return _LinearSpline.apply(x, coefficients, x_min, step)
+    if torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad):
+        return _LinearSpline.apply(x, coefficients, x_min, step)
+    return _in_parts(x, coefficients, x_min, step)
+
+
+#: Values evaluated at a time on a CPU, so that what comes between stays in its cache.
+_PART = 2**17
+
+
+def _in_parts(x: Tensor, coefficients: Tensor, x_min: float, step: float) -> Tensor:
+    """Evaluates without gradients, and without temporary tensors of the size of x."""
+    rows, n_splines = _rows(x), len(coefficients)
+    channels = x.shape[1] if n_splines > 1 else 1
+    whole = x.device.type != "cpu" or not rows.is_contiguous()
+    if whole or (n_splines > 1 and rows is x and x.ndim > 2):  # channels are not last
+        return _evaluate(x, coefficients, x_min, step)[0]
+    flat = rows.reshape(-1, channels)
+    out = torch.empty_like(flat)
+    size = max(1, _PART // channels)
+    for part, target in zip(flat.split(size), out.split(size), strict=True):
+        target.copy_(_evaluate(part, coefficients, x_min, step)[0])
+    out = out.view(rows.shape)
+    return out if rows is x else out.permute(0, 3, 1, 2)
+
+
+def _evaluate(
+    x: Tensor, coefficients: Tensor, x_min: float, step: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the values, and fraction and index of the pieces."""
+    n_splines, n_knots = coefficients.shape
+    fraction = (x - x_min) / step
+    # The float clamp prevents overflow of the cast, the integer clamp keeps NaN (cast
+    # to INT_MIN) inside the table; the fraction stays NaN and reaches the output.
+    index = fraction.clamp(0, n_knots - 2).to(torch.int32).clamp_(0, n_knots - 2)
+    fraction -= index
+    if n_splines > 1:
+        index += _channel_offset(x, n_knots)
+    left = _lookup(coefficients, index)
+    rise = _lookup(_forward_difference(coefficients), index)
+    return left.addcmul_(rise, fraction), fraction, index
 
 
 class _LinearSpline(Function):
@@ -45,20 +84,10 @@ class _LinearSpline(Function):
     def forward(
         ctx: Any, x: Tensor, coefficients: Tensor, x_min: float, step: float
     ) -> Tensor:
-        n_splines, n_knots = coefficients.shape
-        fraction = (x - x_min) / step
-        # The float clamp prevents overflow of the cast, the integer clamp keeps NaN
-        # (cast to INT_MIN) inside the table; the fraction stays NaN and reaches the
-        # output.
-        index = fraction.clamp(0, n_knots - 2).to(torch.int32).clamp_(0, n_knots - 2)
-        fraction -= index
-        if n_splines > 1:
-            index += _channel_offset(x, n_knots)
+        values, fraction, index = _evaluate(x, coefficients, x_min, step)
         ctx.save_for_backward(fraction, index, coefficients)
         ctx.step = step
-        left = _lookup(coefficients, index)
-        rise = _lookup(_forward_difference(coefficients), index)
-        return left.addcmul_(rise, fraction)
+        return values
 
     @staticmethod
     def backward(

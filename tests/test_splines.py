@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from deepinv_deal import splines
 from deepinv_deal.splines import BoundSpline, LinearSpline, linear_spline
 
 # Knots and step are binary fractions: no argument below falls beside its knot.
@@ -84,6 +85,33 @@ def test_values_and_gradients_do_not_depend_on_the_memory_layout(
         linear_spline(plain, c, X_MIN, STEP), (plain, c), cotangent
     )
     torch.testing.assert_close(grads, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("n_splines", [pytest.param(1, id="shared"), 3])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "channels-last", "transposed", "sliced"]
+)
+def test_without_gradients_large_arguments_are_evaluated_in_parts(
+    layout, n_splines, rng, monkeypatch
+):
+    parts = []
+    evaluate = splines._evaluate
+
+    def count(x, *args):
+        parts.append(x.numel())
+        return evaluate(x, *args)
+
+    monkeypatch.setattr(splines, "_evaluate", count)
+    monkeypatch.setattr(splines, "_PART", 16)
+    c = random(rng, n_splines, 7).requires_grad_()
+    x = layouts(2 * random(rng, 2, 3, 4, 5))[layout]
+    expected = linear_spline(x, c, X_MIN, STEP).detach()
+    assert parts == [120], "at once, for the gradient"
+    with torch.no_grad():
+        y = linear_spline(x, c, X_MIN, STEP)
+    assert torch.equal(y, expected) and y.stride() == expected.stride()
+    if layout == "channels-last" or (layout == "contiguous" and n_splines == 1):
+        assert sum(parts[1:]) == 120 and max(parts[1:]) <= 16
 
 
 def test_channels_last_in_gives_channels_last_out(rng):

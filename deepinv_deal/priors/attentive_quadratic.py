@@ -84,7 +84,10 @@ class AttentiveQuadratic:
         r"""Returns :math:`W^{\top} (m^2 \odot W x)`, the gradient at a frozen mask."""
 
         def normal(x: Tensor, squared_mask: Tensor) -> Tensor:
-            return self.W.adjoint(squared_mask * self.W(x))
+            w = self.W(x)
+            # New memory for large features takes about as long as the product.
+            w = squared_mask * w if torch.is_grad_enabled() else w.mul_(squared_mask)
+            return self.W.adjoint(w)
 
         split, channels = self._split(x), self.W.out_channels
         squared_mask = squared_mask.expand(len(split), channels, *x.shape[2:])
