@@ -30,6 +30,10 @@ Prior = TypeVar("Prior", bound=AttentiveQuadraticPrior)
 #: Noise levels at which validation is reported.
 VALIDATION_SIGMAS = (5 / 255, 15 / 255, 25 / 255)
 
+#: Weight of the logarithm of the errors, which makes their part in the loss about as
+#: large as that of the weighted errors, next to the other terms.
+LOG_WEIGHT = 20.0
+
 
 @dataclass
 class DEALRecipe(Recipe):
@@ -64,6 +68,8 @@ class DEALRecipe(Recipe):
     :param int warm_depth_min: fewest outer iterations on a problem used before.
     :param int warm_depth_max: most outer iterations on a problem used before.
     :param bool jacobian_free: Jacobian-free (published) or exact gradients.
+    :param bool logarithmic: train by the logarithm of every patch's error, that is by
+        the mean PSNR, instead of the weighted squared errors; ``balance`` is not used.
     """
 
     in_channels: int = 1
@@ -79,6 +85,7 @@ class DEALRecipe(Recipe):
     warm_depth_min: int = 1
     warm_depth_max: int = 3
     jacobian_free: bool = True
+    logarithmic: bool = False
 
     positive: ClassVar[tuple[str, ...]] = (
         *Recipe.positive,
@@ -164,7 +171,11 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
         x_hat = attach_gradient(
             equation, result.x, options, residual=equation(result.x, mask)
         )
-        weights = (problems.sigma / recipe.sigma_max + 0.1) ** -recipe.balance
+        if recipe.logarithmic:  # the gradient of LOG_WEIGHT * log(error)
+            error = (x_hat.detach() - problems.x).square().flatten(1).sum(1)
+            weights = LOG_WEIGHT / error.clamp_min(1e-12)
+        else:
+            weights = (problems.sigma / recipe.sigma_max + 0.1) ** -recipe.balance
         loss = deal_loss(
             x_hat,
             problems.x,

@@ -28,6 +28,7 @@ from deepinv_deal.training import (
     load_image,
     load_images,
 )
+from deepinv_deal.training.deal import LOG_WEIGHT
 from deepinv_deal.training.grow import OPPONENT_COLORS
 from deepinv_deal.weights import save_prior
 
@@ -338,6 +339,7 @@ def plain(folder, tmp_path_factory):
     [
         pytest.param({"jacobian_free": False}, id="jacobian_free"),
         pytest.param({"balance": 0.0}, id="balance"),
+        pytest.param({"logarithmic": True}, id="logarithmic"),
         pytest.param({"gamma": 1.0}, id="gamma"),
         pytest.param({"seed": 1}, id="seed"),
         pytest.param({"drift": 100.0}, id="drift"),
@@ -351,6 +353,25 @@ def plain(folder, tmp_path_factory):
 )
 def test_each_setting_changes_the_training(folder, tmp_path, plain, change):
     assert not torch.equal(plain, train(folder, tmp_path, **change))
+
+
+def test_the_logarithmic_loss_has_the_gradient_of_the_logarithm(folder, tmp_path):
+    found = {}
+    for logarithmic in (False, True):
+        settings = {"balance": 0.0, "gamma": 0.0, "drift": 0.0, "batch_size": 1}
+        trainer = DEALTrainer(
+            recipe(folder, tmp_path, logarithmic=logarithmic, **settings)
+        )
+        loss, _ = trainer.loss(trainer.sampler.batch(0, 1), None)
+        loss.backward()
+        gradient = torch.cat([w.grad.flatten() for w in trainer.prior.W.weight])
+        found[logarithmic] = float(loss.detach()), gradient
+    error, plain = found[False]
+    value, logarithmic = found[True]
+    assert value == pytest.approx(LOG_WEIGHT)
+    torch.testing.assert_close(
+        logarithmic, LOG_WEIGHT / error * plain, rtol=1e-3, atol=1e-5
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_path):
