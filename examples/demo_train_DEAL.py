@@ -11,8 +11,7 @@ The output of DEAL is differentiable in its weights: at the fixed point
     \frac{\partial T_\theta}{\partial \theta},
 
 which takes one more linear solve and no memory of the iterations. So the model trains
-like any other network. Here a small one learns to denoise from a few photographs, and
-then the bundled weights are adapted to another task.
+like any other network. Here a small one learns to denoise from a few photographs.
 """
 
 # %%
