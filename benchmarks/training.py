@@ -1,11 +1,11 @@
 """
 What a step of training DEAL costs, and how much of it is convolutions.
 
-Runs the recipe of ``deepinv-deal train deal`` from given weights, until every noisy
-patch is new, or comes back, as often as in a long training, and prints steps per
-second, billions of floating point operations in convolutions per step, the rate at
-which they are done, the rate of convolutions alone, and the share of the time that is
-spent in them.
+Runs the recipe of ``deepinv-deal train deal`` from given weights, with as many new
+noisy patches, and patches that come back, as in a long training. Prints steps per
+second, billions of floating point operations per step (nearly all in convolutions), the
+rate at which they are done, the share of the time that is spent in convolutions, and
+what an hour of training computes, in 10^15 operations.
 
     python benchmarks/training.py --data IMAGES [--init deal_gray]
         [--num-filters 32 64] [--steps 64] [--threads 1] [--device cpu]
@@ -46,9 +46,13 @@ def cost(trainer: DEALTrainer, steps: int) -> tuple[float, float, float]:
     with profile(activities=kinds) as profiled:
         run()
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
-    times = {e.key: float(getattr(e, own)) for e in profiled.key_averages()}
-    convolutions = sum(t for key, t in times.items() if "conv" in key)
-    share = convolutions / sum(times.values())
+    # Not the kernels' own events, whose time is that of the operators that start them.
+    times = {
+        e.key: float(getattr(e, own))
+        for e in profiled.key_averages()
+        if e.device_type == torch.autograd.DeviceType.CPU
+    }
+    share = sum(t for key, t in times.items() if "conv" in key) / sum(times.values())
     return steps / seconds, counter.get_total_flops() / steps, share
 
 
@@ -64,6 +68,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.steps < 8 or args.steps % 8:
+        parser.error(f"--steps must be a multiple of 8, got {args.steps}.")
     if args.threads:
         torch.set_num_threads(args.threads)
     print(

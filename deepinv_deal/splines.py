@@ -42,7 +42,7 @@ def linear_spline(x: Tensor, coefficients: Tensor, x_min: float, step: float) ->
     return _in_parts(x, coefficients, x_min, step)
 
 
-#: Values evaluated at a time on a CPU, so that what comes between stays in its cache.
+#: Values that a core evaluates at a time: what comes between stays in its cache.
 _PART = 2**17
 
 
@@ -54,8 +54,8 @@ def _in_parts(x: Tensor, coefficients: Tensor, x_min: float, step: float) -> Ten
     if whole or (n_splines > 1 and rows is x and x.ndim > 2):  # channels are not last
         return _evaluate(x, coefficients, x_min, step)[0]
     flat = rows.reshape(-1, channels)
-    out = torch.empty_like(flat)
-    size = max(1, _PART // channels)
+    out = torch.empty_like(flat, dtype=coefficients.dtype)
+    size = max(1, _PART * torch.get_num_threads() // channels)
     for part, target in zip(flat.split(size), out.split(size), strict=True):
         target.copy_(_evaluate(part, coefficients, x_min, step)[0])
     out = out.view(rows.shape)

@@ -166,7 +166,7 @@ def test_mri_is_not_asked_of_deepinv(model):
 def test_table_file_and_figure(runs, tmp_path):
     table = speed_table(runs)
     assert table.count("deepinv.models.DEAL") == 2 and "inpainting" in table
-    write_csv(runs, tmp_path / "runs.csv", SpeedRun)
+    write_csv(runs, tmp_path / "runs.csv")
     lines = (tmp_path / "runs.csv").read_text().splitlines()
     assert len(lines) == 1 + len(runs) and "path" not in lines[0]
     figure = plot_speed(runs)

@@ -63,7 +63,9 @@ FORMS = {f"{form.__name__}Prior": form for form in (DEAL, SmoothPlusSparse, MMR,
 def test_bundled_weights_load_and_denoise_without_network(name):
     form = FORMS[BUNDLED[name]]
     model = form(pretrained=name)
-    assert (Path(files.__file__).parent / f"{name}.md").is_file(), "the model card"
+    card = (Path(files.__file__).parent / f"{name}.md").read_text()
+    for part in ("hardware", "## Results", "## Limits", "## Licence"):
+        assert part in card
     with pytest.raises(ValueError, match=f"pretrained='x' is unknown.*'{name}'"):
         form(pretrained="x")
     with pytest.raises(ValueError, match=f"'{name}' holds weights of a"):
@@ -200,6 +202,12 @@ def test_unknown_names_and_missing_files_are_named():
 @pytest.mark.parametrize(("in_channels", "name"), [(1, "gray"), (3, "color")])
 def test_the_bundled_weights_fit_the_channels(in_channels, name):
     assert_same_weights(DEAL(in_channels).prior[0], load_prior(f"deal_{name}"))
+
+
+@pytest.mark.parametrize("pretrained", ["bundled", "download"])
+def test_there_are_no_weights_for_two_channels(pretrained):
+    with pytest.raises(ValueError, match="in_channels must be 1 or 3 .*got 2"):
+        DEAL(2, pretrained=pretrained)
 
 
 def test_weights_that_do_not_fit_what_was_asked_for_are_refused(file):

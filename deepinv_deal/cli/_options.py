@@ -24,19 +24,23 @@ MODELS = {
     "patch-synthesis": "PatchSynthesis",
 }
 
-#: Weights of DEAL by names that stand for two files, gray and colour.
-BY_CHANNELS = ("bundled", "download")
-
+#: Weights if none are asked for: those of DEAL for gray or for colour images.
 DEFAULT_WEIGHTS = "bundled"
 
 
-def add_solver_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the weights and the accuracy of a model."""
+def add_solver_options(
+    parser: argparse.ArgumentParser, default: str = "deal_gray"
+) -> None:
+    """
+    Adds the weights and the accuracy of a model.
+
+    :param argparse.ArgumentParser parser: the command.
+    :param str default: which weights the command takes if none are given.
+    """
     parser.add_argument(
         "--pretrained",
         metavar="WEIGHTS",
-        help="bundled name, 'download' or file; if unset, deal_gray, or deal_color "
-        "for colour images",
+        help=f"bundled name, 'download' or file; if unset, {default}",
     )
     parser.add_argument(
         "--rtol", type=float, help="tolerance; if unset, that of the model"
@@ -49,7 +53,10 @@ def add_solver_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(
-    parser: argparse.ArgumentParser, others: Sequence[str] = (), text: str = ""
+    parser: argparse.ArgumentParser,
+    others: Sequence[str] = (),
+    text: str = "",
+    default: str = "deal_gray",
 ) -> None:
     """
     Adds the options of :func:`make_model`.
@@ -57,8 +64,9 @@ def add_model_options(
     :param argparse.ArgumentParser parser: the command.
     :param list others: methods beside the models.
     :param str text: what to say about them.
+    :param str default: as in :func:`add_solver_options`.
     """
-    add_solver_options(parser)
+    add_solver_options(parser, default)
     parser.add_argument(
         "--method",
         choices=(*MODELS, *others),
@@ -72,13 +80,16 @@ def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> A
     Makes the model that the arguments describe, silent about convergence.
 
     :param argparse.Namespace args: the arguments.
-    :param int channels: of the images: with 3, the weights are those for colour where
-        the arguments leave the choice.
+    :param int channels: number of channels of the images. With 3, the weights are those
+        for colour, unless the arguments name others.
+    :param Any options: further arguments of the model.
+    :raises ValueError: for options that do not fit the model, or missing weights.
     """
     import deepinv_deal
     from deepinv_deal import priors
     from deepinv_deal.models import SynthesisModel
     from deepinv_deal.weights import bundled
+    from deepinv_deal.weights.deal import BY_CHANNELS
 
     weights = args.pretrained
     if args.method is None:
@@ -87,8 +98,7 @@ def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> A
     else:
         name = MODELS[args.method]
         own = bundled(getattr(priors, f"{name}Prior"))
-        if name == "DEAL":
-            own = [DEFAULT_WEIGHTS]
+        own = [DEFAULT_WEIGHTS] if name == "DEAL" else own
         if weights is None and len(own) != 1:
             raise ValueError(
                 f"--method {args.method} needs --pretrained: "
@@ -111,6 +121,7 @@ def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> A
 def _model_of(weights: str) -> str:
     """Returns the name of the model that weights are for."""
     from deepinv_deal.weights import owner
+    from deepinv_deal.weights.deal import BY_CHANNELS
 
     if weights in BY_CHANNELS:
         return "DEAL"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from deepinv_deal.cli._options import DEFAULT_WEIGHTS, Commands, photograph
+from deepinv_deal.cli._options import Commands, photograph
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,8 @@ def add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
     bench.add_argument(
         "--pretrained",
         metavar="WEIGHTS",
-        default=DEFAULT_WEIGHTS,
-        help="weights of a DEAL: bundled name, 'download' or file",
+        default="deal_gray",
+        help="weights of a DEAL: bundled name, 'download' (gray) or file",
     )
     bench.add_argument(
         "--task",
@@ -105,7 +105,7 @@ def _bench(args: argparse.Namespace) -> int:
         print(speed.speed_table(new) + "\n", flush=True)
         runs += new
     if args.csv:
-        write_csv(runs, args.csv, speed.SpeedRun)
+        write_csv(runs, args.csv)
     if args.figure:
         speed.plot_speed(runs).savefig(args.figure, dpi=150)
     missed = [r for r in runs if r.solver == speed.OWN and not r.reached]

@@ -46,7 +46,7 @@ def add_denoise(commands: Commands[argparse.ArgumentParser]) -> None:
         help="value in the file that is white; if unset, 255 or 65535 for integers of "
         "8 or 16 bit, and 1 for floating point",
     )
-    add_model_options(denoise)
+    add_model_options(denoise, default="deal_gray, deal_color for colour")
     add_outcome_options(denoise)
     denoise.set_defaults(run=_denoise)
 

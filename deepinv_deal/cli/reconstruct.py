@@ -16,6 +16,8 @@ from deepinv_deal.cli._options import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from deepinv_deal.files import Picture
 
 KERNEL_HELP = (
@@ -108,7 +110,8 @@ def _operator(
             "of 8 or 16 bit, and 1 for floating point",
         )
     parser.add_argument("--truth", help="file with the true image: print the PSNR")
-    add_model_options(parser)
+    both = "deal_gray, deal_color for colour"
+    add_model_options(parser, default="deal_gray" if name == "mri" else both)
     add_outcome_options(parser)
     parser.set_defaults(run=lambda args: _reconstruct(args, load))
     return parser
@@ -119,14 +122,16 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
 
     from deepinv_deal.files import write_picture
 
-    y, physics, like = load(args)
+    split = False
     if load is _mri:
+        y, physics, like = _mri(args)
         model = make_model(args, complex_mode=args.complex_mode)
     else:
+        like = _picture(args)
         model = make_model(args, like.x.shape[1])
-    # The channels of a colour image one by one, if the filters are gray.
-    split = load is not _mri and channels_of(model) == 1
-    y = y.transpose(0, 1) if split else y
+        # The channels of a colour image one by one, if the filters are gray.
+        split = channels_of(model) == 1
+        y, physics = load(args, like.x.transpose(0, 1) if split else like.x)
     start = time.perf_counter()
     with torch.no_grad():
         x_hat, info = model(
@@ -217,48 +222,44 @@ def _picture(args: argparse.Namespace) -> Picture:
     return read_picture(args.input, args.white)
 
 
-def _blur(args: argparse.Namespace) -> tuple[Any, Any, Picture]:
+def _blur(args: argparse.Namespace, y: Tensor) -> tuple[Tensor, Any]:
     from deepinv.physics import Blur
 
     from deepinv_deal.evaluation import make_kernel
 
-    picture = _picture(args)
     _, kernel = make_kernel(args.kernel)
-    return picture.x, Blur(kernel, padding=args.padding), picture
+    return y, Blur(kernel, padding=args.padding)
 
 
-def _inpainting(args: argparse.Namespace) -> tuple[Any, Any, Picture]:
+def _inpainting(args: argparse.Namespace, y: Tensor) -> tuple[Tensor, Any]:
     import numpy as np
     import torch
     from deepinv.physics import Inpainting
 
     from deepinv_deal.files import read_array
 
-    picture = _picture(args)
     known = read_array(args.mask) != 0
     if known.ndim == 3 and known.shape[-1] == 3:  # a colour picture
         known = known.any(-1)
-    size = tuple(picture.x.shape[-2:])
+    size = tuple(y.shape[-2:])
     if known.shape != size:
         raise ValueError(f"--mask has shape {known.shape}, the image {size}.")
     mask = torch.from_numpy(np.asarray(known)).float()[None]
     if not mask.any():
         raise ValueError("--mask is zero everywhere: nothing was measured.")
-    return picture.x * mask, Inpainting((1, *size), mask=mask), picture
+    return y * mask, Inpainting((y.shape[1], *size), mask=mask)
 
 
-def _downsampling(args: argparse.Namespace) -> tuple[Any, Any, Picture]:
+def _downsampling(args: argparse.Namespace, y: Tensor) -> tuple[Tensor, Any]:
     from deepinv.physics import Downsampling
 
     from deepinv_deal.evaluation import make_kernel
 
     if args.factor < 1:
         raise ValueError(f"--factor must be at least 1, got {args.factor}.")
-    picture = _picture(args)
-    height, width = (n * args.factor for n in picture.x.shape[-2:])
+    size = (y.shape[1], *(n * args.factor for n in y.shape[-2:]))
     kernel = make_kernel(args.kernel)[1] if args.kernel else None
-    physics = Downsampling((1, height, width), filter=kernel, factor=args.factor)
-    return picture.x, physics, picture
+    return y, Downsampling(size, filter=kernel, factor=args.factor)
 
 
 def _mri(args: argparse.Namespace) -> tuple[Any, Any, Picture]:

@@ -316,17 +316,15 @@ def _beside(scores: Sequence[Score], task: str, channels: int) -> list[str]:
     return lines
 
 
-def write_csv(
-    rows: Sequence[Any], path: str | os.PathLike[str], kind: type[Any] = Score
-) -> None:
+def write_csv(rows: Sequence[Any], path: str | os.PathLike[str]) -> None:
     """
     Writes one line per image and condition, or per run.
 
     :param list rows: from :func:`evaluate` or :func:`compare_speed`.
     :param str path: file to write.
-    :param type kind: what the rows are, :class:`Score` or :class:`SpeedRun`.
     """
-    # What has no place in the text of a row has none in a line either.
+    kind = type(rows[0]) if rows else Score
+    # Not the paths of SpeedRun, which are long lists.
     names = [f.name for f in fields(kind) if f.repr]
     with open(Path(path), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")

@@ -41,11 +41,13 @@ DEFAULT_SIGMA = 15 / 255
 
 LambdaMode = Literal["absolute", "relative"]
 
-#: On images with a smaller side, deepinv's estimate of the noise is far too low.
+#: On images with a smaller side, deepinv's estimate of the noise is useless. On 40 x 40
+#: pixels it is up to 40 % too low, on 64 x 64 up to 10 %.
 SMALLEST_ESTIMATE = 40
 
-#: With fewer patches, colour images are estimated channel by channel.
-PATCHES_PER_ENTRY = 4
+#: Channels are estimated together if there are as many patches for each entry of one;
+#: with fewer, the estimate would be lower than that of each channel alone.
+PATCHES_PER_ENTRY = 8
 
 #: First images that have a name.
 INITS = ("zero", "adjoint", "pseudo_inverse")
@@ -431,8 +433,15 @@ def _estimated(b: Tensor) -> Tensor:
     # channels together have more entries, and need more patches, than those of one.
     height, width = ((n - 8) // 3 + 1 for n in b.shape[-2:])
     if height * width >= PATCHES_PER_ENTRY * 64 * b.shape[1]:
-        return estimator(b.float())
-    return estimator(b.float().flatten(0, 1)[:, None]).view(b.shape[:2]).mean(1)
+        levels = estimator(b.float())
+    else:
+        levels = estimator(b.float().flatten(0, 1)[:, None]).view(b.shape[:2]).mean(1)
+    if not levels.isfinite().all():
+        raise ValueError(
+            "sigma='estimate': the noise level cannot be estimated from these images, "
+            "which may have no noise. Give it as a number."
+        )
+    return levels
 
 
 def _check_init_name(name: str, init: Any) -> None:

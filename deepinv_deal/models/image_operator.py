@@ -74,7 +74,7 @@ class ImageOperator:
             raise ValueError(
                 f"The model has {hint} filters (in_channels={in_channels}), but the "
                 f"image has {has} (shape {tuple(image.shape)}). Choose weights for "
-                "images of this kind."
+                "images of this kind; DEAL(in_channels=3) has some for colour."
             )
         self.real = self.is_complex and complex_mode == "real"
         self.b = self.extract(image)

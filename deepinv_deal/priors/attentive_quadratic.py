@@ -35,7 +35,8 @@ class AttentiveQuadratic:
     :math:`m = M_\sigma(z)` frozen at an image :math:`z`. Images with more channels than
     the filters (real and imaginary part) are regularized channel by channel.
 
-    :param MultiConvOperator W: the analysis operator.
+    :param MultiConvOperator W: the analysis operator, whose results are new tensors,
+        which may be overwritten.
     :param Callable attention: maps images ``(B, C, H, W)`` to masks ``(B, N, H, W)``,
         one for every filter.
     :param int reach: rows that a pixel of the mask sees on each side, in an image that

@@ -96,9 +96,9 @@ class BoundMask:
         t = self.phi[0](_abs(self.W(x), overwrite))
         t = self.phi[1](_abs(F.conv2d(t, self.V[0], padding=1), overwrite))
         t = _abs(F.conv2d(t, self.V[1], padding=1), overwrite)
-        if overwrite:
-            return self.phi[2](t.mul_(self.alpha)).clamp_(MASK_MIN, MASK_MAX)
-        return self.phi[2](self.alpha * t).clamp(MASK_MIN, MASK_MAX)
+        t = t.mul_(self.alpha) if overwrite and t.dtype == x.dtype else self.alpha * t
+        t = self.phi[2](t)
+        return (torch.clamp_ if overwrite else torch.clamp)(t, MASK_MIN, MASK_MAX)
 
 
 class DEALPrior(AttentiveQuadraticPrior):

@@ -30,10 +30,6 @@ Prior = TypeVar("Prior", bound=AttentiveQuadraticPrior)
 #: Noise levels at which validation is reported.
 VALIDATION_SIGMAS = (5 / 255, 15 / 255, 25 / 255)
 
-#: Weight of the logarithm of the errors, which makes their part in the loss about as
-#: large as that of the weighted errors, next to the other terms.
-LOG_WEIGHT = 20.0
-
 
 @dataclass
 class DEALRecipe(Recipe):
@@ -52,7 +48,8 @@ class DEALRecipe(Recipe):
     :param int in_channels: 1 (gray) or 3 (colour).
     :param int num_filters: number of filters. If the weights of ``init`` have fewer,
         new ones are added, see :func:`grow`; if they are for gray images and
-        ``in_channels`` is 3, see :func:`color_from_gray`.
+        ``in_channels`` is 3, three times as many are best, see
+        :func:`color_from_gray`.
     :param str normalization: norm rule of the filters.
     :param float sigma_max: largest noise level ([0, 1] units).
     :param float skew: noise levels are :math:`\sigma_{\max} u^{\text{skew}}` with
@@ -171,11 +168,7 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
         x_hat = attach_gradient(
             equation, result.x, options, residual=equation(result.x, mask)
         )
-        if recipe.logarithmic:  # the gradient of LOG_WEIGHT * log(error)
-            error = (x_hat.detach() - problems.x).square().flatten(1).sum(1)
-            weights = LOG_WEIGHT / error.clamp_min(1e-12)
-        else:
-            weights = (problems.sigma / recipe.sigma_max + 0.1) ** -recipe.balance
+        weights = (problems.sigma / recipe.sigma_max + 0.1) ** -recipe.balance
         loss = deal_loss(
             x_hat,
             problems.x,
@@ -184,7 +177,8 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
             self.prior.splines(),
             gamma=recipe.gamma,
             drift=recipe.drift,
-            weights=weights,
+            weights=None if recipe.logarithmic else weights,
+            logarithmic=recipe.logarithmic,
         )
         return loss, result.x
 
@@ -207,8 +201,9 @@ class DEALTrainer(AttentiveQuadraticTrainer[DEALPrior]):
         Returns the prior with the weights of ``recipe.init``, grown if too small, and
         made for colour if it is for gray images and the recipe is not.
         """
-        prior, num_filters = load_prior(pretrained), self.recipe.num_filters
-        if (prior.in_channels, self.recipe.in_channels) == (1, 3):
+        in_channels, num_filters = self.recipe.in_channels, self.recipe.num_filters
+        prior = load_prior(pretrained, in_channels)
+        if (prior.in_channels, in_channels) == (1, 3):
             return color_from_gray(prior, num_filters)
         return grow(prior, num_filters) if prior.num_filters < num_filters else prior
 

@@ -65,7 +65,7 @@ class Recipe:
     :param float lr_final: learning rate at the end of the cosine.
     :param int warmup: number of warm-up steps; at most a tenth of the training.
     :param str init: weights to start from, as the model's ``pretrained`` names them
-        (bundled name or path); ``None``: random.
+        (bundled name or path), which are validated first; ``None``: random.
     :param int reuse: number of steps that use the same noisy patch.
     :param int pool: number of batches in rotation; a batch comes back after ``pool``
         steps.
@@ -306,6 +306,8 @@ class Trainer(ABC, Generic[R, P]):
             disable=None if self.processes.first else True,
         )
         losses: list[float] = []
+        if self.step == 0 and recipe.init is not None:
+            self._validate(None)  # so that the best weights are no worse than these
         while self.progress() < 1:
             loss = self.train_step()
             losses.append(loss)
@@ -396,7 +398,7 @@ class Trainer(ABC, Generic[R, P]):
             self.pool[slot] = (problems, end)
         return value
 
-    def _validate(self, loss: float) -> None:
+    def _validate(self, loss: float | None) -> None:
         psnr = {}
         n_iter, converged = [], []
         model = self.new_model()
@@ -432,7 +434,8 @@ class Trainer(ABC, Generic[R, P]):
             log.write(json.dumps(entry) + "\n")
         levels = ", ".join(f"{v:.2f} dB at {k}" for k, v in psnr.items())
         tqdm.write(
-            f"step {self.step}, {self.elapsed:.0f} s: loss {loss:.4g}, {levels}, mean "
+            f"step {self.step}, {self.elapsed:.0f} s: "
+            f"{'' if loss is None else f'loss {loss:.4g}, '}{levels}, mean "
             f"{mean:.2f} dB{' (best)' * better}"
         )
         if better:

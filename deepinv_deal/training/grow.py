@@ -75,9 +75,11 @@ def color_from_gray(prior: DEALPrior, num_filters: int) -> DEALPrior:
     :math:`\sqrt 3` times the contrast of a gray image at the same noise, so its masks
     are those of the gray prior for the noise level :math:`\sigma / \sqrt 3`. Its
     regularization relative to that of the other two is right at
-    :math:`\sigma = 15/255`. All filters of the gray prior serve brightness, and the
-    strongest ones each of the other two. A training can go on from there and lets the
-    colours see each other.
+    :math:`\sigma = 15/255`. All filters of the gray prior serve brightness, and those
+    with the largest kernels in the last layer each of the other two. With :math:`3 n`
+    filters, this is denoising of each opponent colour as a gray image; with fewer, the
+    masks of hue lack features, and denoise worse until they are trained. A training can
+    go on from there and lets the colours see each other.
 
     |sep|
 
@@ -92,8 +94,8 @@ def color_from_gray(prior: DEALPrior, num_filters: int) -> DEALPrior:
     :param DEALPrior prior: prior for gray images, with :math:`n` filters.
     :param int num_filters: number of filters of the new prior: :math:`n` for
         brightness and up to :math:`n` for each of the other two.
-    :raises ValueError: if the prior is not for gray images, or the filters cannot be
-        shared out.
+    :raises ValueError: if the prior is not for gray images or does not regularize, or
+        the filters cannot be shared out.
     """
     n, rest = prior.num_filters, num_filters - prior.num_filters
     if prior.in_channels != 1:
@@ -111,8 +113,14 @@ def color_from_gray(prior: DEALPrior, num_filters: int) -> DEALPrior:
     subsets = [torch.arange(n), hue, hue]
     with torch.no_grad():
         levels = prior.kappa.coefficients.new_tensor([[_BALANCED_LEVEL]])
-        ratio = prior.kappa(levels / math.sqrt(3)) / prior.kappa(levels)
-        _opponent(prior.W, color.W, subsets, last=float(ratio.sqrt()))
+        brightness, hue_weight = prior.kappa(levels / math.sqrt(3)), prior.kappa(levels)
+        if not (brightness > 0 and hue_weight > 0):
+            raise ValueError(
+                "prior must have positive regularization weights kappa at noise levels "
+                f"of 8.7 and 15, got {float(brightness):g} and {float(hue_weight):g}."
+            )
+        ratio = float(brightness / hue_weight)
+        _opponent(prior.W, color.W, subsets, last=math.sqrt(ratio))
         masks, new = prior.mask_network, color.mask_network
         _opponent(masks.W, new.W, subsets, first=1 / math.sqrt(3))
         for v, v_new in zip(masks.V, new.V, strict=True):
@@ -121,9 +129,11 @@ def color_from_gray(prior: DEALPrior, num_filters: int) -> DEALPrior:
             getattr(new, name).load_state_dict(getattr(masks, name).state_dict())
         scaling = masks.scaling
         nearer = scaling.knots.to(levels) / math.sqrt(3)
-        brightness = scaling(nearer[:, None].expand(-1, n)).T + math.log(3) / 2
-        hues = [scaling.coefficients[s] for s in subsets[1:]]
-        new.scaling.coefficients.copy_(torch.cat([brightness, *hues]))
+        scalings = [
+            scaling(nearer[:, None].expand(-1, n)).T + math.log(3) / 2,
+            *[scaling.coefficients[s] for s in subsets[1:]],
+        ]
+        new.scaling.coefficients.copy_(torch.cat(scalings))
         # The filters are divided by their norm, the regularization must not be.
         gain = color.W.sqnorm() / prior.W.sqnorm()
         color.kappa.coefficients.copy_(gain * prior.kappa.coefficients)

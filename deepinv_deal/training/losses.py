@@ -9,6 +9,10 @@ from torch import Tensor
 
 from deepinv_deal.splines import LinearSpline
 
+#: Factor of the logarithm of the errors, which gives it about the same influence beside
+#: the other terms as the weighted errors have.
+LOG_WEIGHT = 20.0
+
 
 def deal_loss(
     x_hat: Tensor,  # (B, C, H, W)
@@ -20,6 +24,7 @@ def deal_loss(
     gamma: float = 1e-4,
     drift: float = 1e-4,
     weights: Tensor | None = None,  # (B,)
+    logarithmic: bool = False,
 ) -> Tensor:
     r"""
     Returns the training loss of DEAL, averaged over the batch.
@@ -40,8 +45,12 @@ def deal_loss(
     :param float drift: weight :math:`\delta` of the change of the mask.
     :param torch.Tensor weights: weights of the samples' squared errors; ones if
         ``None``.
+    :param bool logarithmic: take 20 times the logarithm of each sample's squared error
+        instead: its mean is, up to a factor and a constant, the mean PSNR.
     """
     error = (x_hat - x).square().flatten(1).sum(1)
+    if logarithmic:
+        error = LOG_WEIGHT * error.clamp_min(torch.finfo(error.dtype).tiny).log()
     if weights is not None:
         error = weights * error
     change = (mask - previous_mask).square().flatten(1).sum(1) / mask.shape[1]

@@ -23,6 +23,9 @@ from deepinv_deal.weights.files import (
     write_weights,
 )
 
+#: Names that stand for two files, gray and colour.
+BY_CHANNELS = ("bundled", "download")
+
 #: Official weights of mehrsapo/DEAL (MIT), pinned by commit and git blob id.
 _COMMIT = "4eec8298750ffebb3848e87e412c62aff6a9f411"
 _OFFICIAL_URL = (
@@ -143,12 +146,17 @@ def load_prior(pretrained: str | os.PathLike[str], in_channels: int = 1) -> DEAL
     :raises ValueError: for an unknown name, or a damaged or foreign file.
     :raises FileNotFoundError: if the file does not exist.
     """
-    name = "deal_gray" if in_channels == 1 else "deal_color"
-    if os.fspath(pretrained) == "download":
-        return _load_pth(_download(name))
-    if os.fspath(pretrained) == "bundled":
-        pretrained = name
-    path = find_weights(pretrained, DEALPrior, also=("bundled", "download"))
+    if os.fspath(pretrained) in BY_CHANNELS:
+        names = {1: "deal_gray", 3: "deal_color"}
+        if in_channels not in names:
+            raise ValueError(
+                f"in_channels must be 1 or 3 for pretrained={pretrained!r}, got "
+                f"{in_channels}. Others need weights of their own."
+            )
+        if pretrained == "download":
+            return _load_pth(_download(names[in_channels]))
+        pretrained = names[in_channels]
+    path = find_weights(pretrained, DEALPrior, also=BY_CHANNELS)
     if path.suffix != ".safetensors":
         return _load_pth(path)
     state, header = read_weights(path, DEALPrior)

@@ -198,9 +198,13 @@ def test_masks_and_forces_are_the_same_with_and_without_gradients():
     prior = random_prior(num_filters=5)
     x = torch.rand(2, 1, 9, 11, generator=generator(), dtype=DOUBLE)
     mask, force = prior.mask(x, 0.1), prior.grad(x, 0.1)
+    before = x.clone()
     with torch.no_grad():  # features are overwritten
         torch.testing.assert_close(prior.mask(x, 0.1), mask, rtol=0, atol=1e-14)
-        torch.testing.assert_close(prior.grad(x, 0.1), force, rtol=0, atol=1e-14)
+        bound = prior.bind(0.1, x)
+        squared = mask.square()
+        torch.testing.assert_close(bound.normal(x, squared), force, rtol=0, atol=1e-13)
+    assert torch.equal(x, before) and torch.equal(squared, mask.square())
 
 
 def test_default_lambda_is_never_negative():

@@ -28,8 +28,8 @@ from deepinv_deal.training import (
     load_image,
     load_images,
 )
-from deepinv_deal.training.deal import LOG_WEIGHT
 from deepinv_deal.training.grow import OPPONENT_COLORS
+from deepinv_deal.training.losses import LOG_WEIGHT
 from deepinv_deal.weights import save_prior
 
 SETTINGS = SMALL | {
@@ -245,6 +245,13 @@ def test_a_color_training_starts_from_a_gray_model(folder, tmp_path):
     assert between.any()
 
 
+def test_a_gray_prior_that_does_not_regularize_makes_no_color_prior():
+    prior = random_prior(num_filters=4)
+    prior.kappa.coefficients.data.fill_(0.0)
+    with pytest.raises(ValueError, match="prior must have positive .* kappa"):
+        color_from_gray(prior, 12)
+
+
 def test_color_is_made_of_gray_only():
     with pytest.raises(ValueError, match="got one for 3 channels"):
         color_from_gray(random_prior(3, num_filters=4), 8)
@@ -368,7 +375,7 @@ def test_the_logarithmic_loss_has_the_gradient_of_the_logarithm(folder, tmp_path
         found[logarithmic] = float(loss.detach()), gradient
     error, plain = found[False]
     value, logarithmic = found[True]
-    assert value == pytest.approx(LOG_WEIGHT)
+    assert value == pytest.approx(LOG_WEIGHT * np.log(error))
     torch.testing.assert_close(
         logarithmic, LOG_WEIGHT / error * plain, rtol=1e-3, atol=1e-5
     )
