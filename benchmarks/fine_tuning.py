@@ -3,9 +3,10 @@ What does adapting the weights to one task bring, beyond a tuned regularization 
 
 DEAL is trained to denoise. Its output is differentiable for every linear operator, so
 its weights can go on learning through the inverse problem itself. On a handful of
-images, ``lambda_reg`` and ``sigma`` are tuned; then all weights and ``lambda_reg`` are trained,
-starting from there. The table holds the mean PSNR and SSIM on held-out images, which
-take part in neither, and the mean gain over the first row. The weights can be written to a file for ``DEAL(pretrained=...)``.
+images, ``lambda_reg`` and ``sigma`` are tuned; then the weights and ``lambda_reg`` are
+trained, starting from there. The table holds the mean PSNR and SSIM on held-out images,
+which take part in neither, and the mean gain over the first row. The weights can be
+written to a file for ``DEAL(pretrained=...)``.
 
 Training takes what the recipes of this package take: the Jacobian-free gradient with a
 rough backward solve, and measurements that come back, whose solver starts from the last

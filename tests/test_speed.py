@@ -15,7 +15,6 @@ from problems import images
 from deepinv_deal import DEAL
 from deepinv_deal.evaluation import (
     SPEED_TASKS,
-    SpeedRun,
     application_times,
     compare_speed,
     deepinv_model,
