@@ -2,19 +2,23 @@
 How the cost of DEAL grows: with the image, with the batch, with the iterations.
 
 Seconds of one application of W^T M^2 W per pixel, memory of a call with gradients, and
-what convolutions in bfloat16 would bring.
+what convolutions in bfloat16 would bring. With ``--large``, only one large image is
+denoised: reflections of a photograph, of the given side.
 
-    python benchmarks/scaling.py [--pretrained deal_gray] [--threads 1]
+    python benchmarks/scaling.py [--pretrained deal_gray] [--threads 1] [--large 4096]
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 
+import numpy as np
 import torch
+from skimage.data import camera
 
 from deepinv_deal import DEAL
-from deepinv_deal.evaluation import application_times
+from deepinv_deal.evaluation import application_times, quality
 from deepinv_deal.evaluation.speed import PeakMemory, median_seconds
 
 
@@ -55,14 +59,40 @@ def bfloat16(model: DEAL, size: int) -> tuple[float, float]:
     return times[0], times[1]
 
 
+def denoise_large(model: DEAL, size: int) -> None:
+    """Denoises one image, and says how long it took."""
+    pixels = np.pad(camera() / 255, (0, max(0, size - 512)), "reflect")[:size, :size]
+    x = torch.from_numpy(pixels).float()[None, None]
+    rng = torch.Generator().manual_seed(0)
+    y = x + 25 / 255 * torch.randn(x.shape, generator=rng)
+    memory = PeakMemory(y.device)
+    memory.start()
+    start = time.perf_counter()
+    with torch.no_grad():
+        x_hat, info = model(y, sigma=25 / 255, return_info=True)
+    seconds = time.perf_counter() - start
+    memory.stop()
+    psnr, ssim = quality(x_hat, x)
+    print(
+        f"{size} x {size}: {seconds:.0f} s, {1e9 * seconds / x.numel():.0f} ns per "
+        f"pixel, {memory.peak / 1e3:.1f} GB more memory, {int(info.n_iter)} iterations "
+        f"with {int(info.cg_iter)} steps, imbalance {float(info.imbalance):.1e}, "
+        f"{quality(y, x)[0]:.2f} -> {psnr:.2f} dB, SSIM {ssim:.4f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--large", type=int, metavar="SIDE", help="denoise this only")
     parser.add_argument("--pretrained", default="deal_gray")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     model = DEAL(pretrained=args.pretrained, warn=False)
+    if args.large:
+        denoise_large(model, args.large)
+        return
     with torch.no_grad():
         print("one application, nanoseconds per pixel")
         for size in (64, 128, 256, 512, 1024):

@@ -19,7 +19,7 @@ problem is a linear system, which conjugate gradients solve.
 # Load an image and the model
 # ---------------------------
 #
-# The bundled weights are for gray images and need no network.
+# The bundled weights need no network. These are for gray images.
 
 import deepinv as dinv
 import torch
@@ -82,6 +82,30 @@ print(
 batch = torch.cat([y, y])
 two = model(batch, torch.tensor([0.05, sigma]))
 dinv.utils.plot([two[:1], two[1:]], titles=["half", "true"], figsize=(5, 3))
+
+# %%
+# In colour
+# ---------
+#
+# There are weights for colour images too. The noise of red, green and blue is
+# independent and their edges are not: the three are better denoised together than one
+# by one.
+
+photo = rescale(
+    coffee()[:, 50:450] / 255, 0.24, anti_aliasing=True, channel_axis=2
+).transpose(2, 0, 1)
+x_color = torch.from_numpy(photo).float()[None]
+y_color = denoising(x_color)
+with torch.no_grad():
+    one_by_one = model(y_color.transpose(0, 1), sigma).transpose(0, 1)
+    together = DEAL(in_channels=3)(y_color, denoising)
+results = {"noisy": y_color, "one by one": one_by_one, "together": together}
+dinv.utils.plot(
+    [x_color, *results.values()],
+    titles=["image", *results],
+    subtitles=["", *(f"{psnr(z, x_color).item():.2f} dB" for z in results.values())],
+    rescale_mode="clip",
+)
 
 # %%
 # Inpaint
