@@ -37,14 +37,19 @@ from deepinv_deal.weights.safi import load_l1_prior
 
 @dataclass(kw_only=True)
 class AttentiveL1Info(ReconstructionInfo):
-    """
+    r"""
     As :class:`ReconstructionInfo`, with ``n_iter`` refreshes of the mask and
     ``inner_iter`` iterations of ADMM or FISTA. Beyond:
 
     :param torch.Tensor energy: energy of every iterate, ``(n, B)``, if asked for (MMR).
+    :param torch.Tensor gap: duality gap of every iterate but the first in the convex
+        problem that it should minimise, ``(n - 1, B)``, where the energy is asked for,
+        in denoising. Since that problem majorises the energy, the energy can rise by
+        that much at most: :math:`E(x_{k+1}) \leq E(x_k) + \mathrm{gap}_k`.
     """
 
     energy: Tensor | None = None
+    gap: Tensor | None = None
 
 
 class AttentiveL1Model(FixedPointOptim, Denoiser):
@@ -150,10 +155,16 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         if x_gt is not None:
             x_gt = problem.unknown("x_gt", x_gt)
         energies: list[Tensor] = []
+        gaps: list[Tensor] = []
+        pairs: list[Tensor] = []  # the last one
 
         @torch.no_grad()
-        def record(x: Tensor) -> None:
-            energies.append(self._energy(x, y, operator, scale, equation))
+        def record(p: Tensor) -> None:
+            image = equation.image(p)
+            energies.append(self._energy(image, y, operator, scale, equation))
+            if operator.denoising:
+                gaps.extend(equation.freeze(last).gap(p) for last in pairs)
+                pairs[:] = [p]
 
         x, result, metrics = self.solve(
             equation,
@@ -177,6 +188,7 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
             scale=scale,
             notes=operator.notes,
             energy=energy,
+            gap=torch.stack(gaps) if gaps else None,
             compute_mask=lambda: regularizer.mask(
                 solution, regularizer.analyse(solution)
             ),
@@ -371,7 +383,8 @@ class MMR(AttentiveL1Model):
     minimises a convex majoriser of :math:`E`, a problem of SAFI's type, so :math:`E`
     falls. The problems are solved roughly: how far an update may raise the energy is
     bounded by the error of its inner solve. ``verify_energy=True`` records the energy
-    and warns if it rises.
+    and warns if it rises; for denoising, it also records the duality gap, a bound of
+    that error.
 
     Arguments are those of :class:`SAFI`.
 
@@ -386,7 +399,8 @@ class MMR(AttentiveL1Model):
     True
 
     :param object args: as for :class:`SAFI`.
-    :param bool verify_energy: record the energy of every iterate in ``info.energy`` and
+    :param bool verify_energy: record the energy of every iterate in ``info.energy``,
+        for denoising its certified rise in ``info.gap``, and
         issue a :class:`deepinv_deal.ConvergenceWarning` if it rises by more than
         ``rtol**2`` times its value.
     :param object kwargs: as for :class:`SAFI`.

@@ -381,7 +381,7 @@ class FixedPointOptim(BaseOptim):
             equation's own.
         :param torch.Tensor x_gt: ground truth for the metrics.
         :param bool compute_metrics: whether to record metrics.
-        :param Callable callback: called with the first and every further image.
+        :param Callable callback: called with the first and every further unknown.
         :return: solution with implicit gradients, solver result, metrics or ``None``.
         """
         with torch.no_grad():
@@ -391,15 +391,14 @@ class FixedPointOptim(BaseOptim):
             metrics = self.init_metrics_fn({"est": (equation.image(start),)}, x_gt=x_gt)
 
         if callback is not None:
-            callback(equation.image(start))
+            callback(start)
 
         def observe(_k: int, previous: Tensor, x: Tensor) -> None:
-            before, after = equation.image(previous), equation.image(x)
             if compute_metrics:
-                estimates = {"est": (before,)}, {"est": (after,)}
-                self.update_metrics_fn(metrics, *estimates, x_gt)
+                before, after = ({"est": (equation.image(p),)} for p in (previous, x))
+                self.update_metrics_fn(metrics, before, after, x_gt)
             if callback is not None:
-                callback(after)
+                callback(x)
 
         iterate, result = solve_equation(
             equation,

@@ -286,6 +286,35 @@ class FrozenL1:
         equation = self.equation
         return equation.relative(*equation.residuals(x, w, Wx, force, self.bound))
 
+    def gap(self, p: Tensor) -> Tensor:
+        r"""
+        Returns the duality gap of another pair in a denoising problem, ``(B,)``.
+
+        The value of its image :math:`x` is at most this much above the minimum. With
+        :math:`w' = P_{|\cdot| \leq c}(w)`, :math:`g = b - W^{\top} w'` and the dual's
+        image :math:`x' = P(g)`, it is
+
+        .. math::
+            \big( \tfrac12 \|x - b\|^2 + \|c \odot W x\|_1 \big)
+            - \big( \tfrac12 \|x' - b\|^2 + \langle w', W x' \rangle \big)
+            = \langle c, |W x| \rangle - \langle w', W x \rangle
+            + \tfrac12 \langle x - x', x + x' - 2 g \rangle,
+
+        where no term of the last sums is negative, so that little is lost by rounding.
+
+        :param torch.Tensor p: a pair whose image lies in the box.
+        :raises ValueError: for other problems than denoising.
+        """
+        equation, W = self.equation, self.equation.regularizer
+        if equation.H is not None:
+            raise ValueError("The duality gap is for denoising, without a physics.")
+        x, w = equation.unpair(p)
+        w, Wx = project_linf(w, self.bound), W.analyse(x)
+        g = equation.b - W.adjoint(w)
+        dual = equation.clamp(g)
+        coefficients = (self.bound * Wx.abs() - w * Wx).flatten(1).sum(1)
+        return coefficients + 0.5 * inner(x - dual, x + dual - 2 * g)
+
     def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
         """Reduces the residual of the active samples by the factor ``rtol (B,)``."""
         target = (rtol * self.residual).where(active, torch.inf)

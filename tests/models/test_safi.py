@@ -149,6 +149,23 @@ def test_the_energy_falls_and_is_recorded():
     assert info.energy is None
 
 
+@pytest.mark.parametrize("forcing", [0.9, 1e-3])
+def test_the_energy_rises_at_most_by_the_duality_gap(forcing):
+    y = noisy()
+    model = random_model(
+        MMR, verify_energy=True, rtol=1e-4, forcing=forcing, warn=False
+    )
+    info = model(y, return_info=True)[1]
+    assert info.gap.shape == (len(info.energy) - 1, len(y)) and (info.gap >= 0).all()
+    assert (info.energy.diff(dim=0) <= info.gap + 1e-12).all()
+    # Rough solutions are told from accurate ones.
+    largest = float((info.gap / info.energy[0]).max())
+    assert (largest > 1e-3) if forcing > 0.5 else (largest < 1e-4)
+    physics = dinv.physics.Blur(torch.ones(1, 1, 3, 3, dtype=y.dtype) / 9)
+    other = model(physics.A(y), physics, lambda_reg=0.02, return_info=True)[1]
+    assert other.gap is None and other.energy is not None
+
+
 def test_an_image_without_energy_is_no_trouble():
     model = random_model(MMR, verify_energy=True)
     y = torch.zeros(2, 1, 9, 8, dtype=DOUBLE)

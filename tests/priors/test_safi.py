@@ -228,6 +228,36 @@ def test_both_inner_solvers_agree_with_a_bounded_quasi_newton_method(seed):
     assert abs(primal + best.fun) < 1e-7 * abs(primal)
 
 
+@pytest.mark.parametrize("box", [None, (0.0, 1.0)], ids=["free", "box"])
+def test_the_duality_gap_bounds_the_distance_from_the_minimum(box):
+    equation, frozen, best, matrix = random_frozen(SAFIPrior, 1, "fista", box)
+    W, b = matrix.numpy(), equation.b.flatten().numpy()
+    c = frozen.bound.flatten().numpy()
+
+    def primal(x):
+        return 0.5 * np.sum((x - b) ** 2) + c @ np.abs(W @ x)
+
+    minimum = primal(equation.image(best.x).flatten().numpy())
+    assert 0 <= float(frozen.gap(best.x).detach()) < 1e-8 * minimum
+    rough = frozen.solve(torch.full((1,), 0.3), torch.ones(1, dtype=torch.bool)).x
+    x, w = (t.detach().flatten().numpy() for t in equation.unpair(rough))
+    w = 1.5 * w  # beyond the bounds in places
+    p = equation.pair(equation.image(rough), torch.from_numpy(w).view(1, 3, 9, 8))
+    inside = w.clip(-c, c)
+    dual = b - W.T @ inside
+    dual = dual if box is None else dual.clip(*box)
+    expected = primal(x) - 0.5 * np.sum((dual - b) ** 2) - inside @ W @ dual
+    assert float(frozen.gap(p).detach()) == pytest.approx(expected, rel=1e-9)
+    assert expected >= primal(x) - minimum > 1e-6 * minimum
+
+
+def test_the_duality_gap_is_for_denoising():
+    H, _ = coupled()
+    _, frozen, result, _ = random_frozen(SAFIPrior, 1, "admm", H=H)
+    with pytest.raises(ValueError, match="duality gap is for denoising"):
+        frozen.gap(result.x)
+
+
 def test_admm_solves_problems_with_an_operator():
     H, matrix_H = coupled()
     equation, frozen, result, matrix = random_frozen(SAFIPrior, 1, "admm", H=H)
