@@ -105,6 +105,7 @@ dinv.utils.plot(
     titles=["image", *results],
     subtitles=["", *(f"{psnr(z, x_color).item():.2f} dB" for z in results.values())],
     rescale_mode="clip",
+    figsize=(9, 3),
 )
 
 # %%
