@@ -129,7 +129,8 @@ def test_every_linear_physics_is_solved_for_every_batch(name, channels):
     data = physics.A_adjoint(physics.A(x_hat) - y)
     parts = x_hat.reshape(-1, prior.in_channels, *x.shape[2:])
     force = 0.3 * prior.grad(parts, 15 / 255).view_as(x)
-    assert relative_error(-data, force) < 2e-4
+    # deepinv's tomography is in single precision.
+    assert relative_error(-data, force) < (4e-4 if name == "tomography" else 1.01e-4)
     for i in range(2):
         alone, own = model(rows(y, i), physics, return_info=True)
         # Conjugate gradients amplify rounding, more so where the system is bad: there,
