@@ -400,9 +400,9 @@ class MMR(AttentiveL1Model):
 
     :param object args: as for :class:`SAFI`.
     :param bool verify_energy: record the energy of every iterate in ``info.energy``,
-        for denoising its certified rise in ``info.gap``, and
-        issue a :class:`deepinv_deal.ConvergenceWarning` if it rises by more than
-        ``rtol**2`` times its value.
+        for denoising the bound of its rise in ``info.gap``, and issue a
+        :class:`deepinv_deal.ConvergenceWarning` if it rises by more than ``rtol**2``
+        times its value.
     :param object kwargs: as for :class:`SAFI`.
     """
 

@@ -143,7 +143,8 @@ def load_prior(pretrained: str | os.PathLike[str], in_channels: int = 1) -> DEAL
         authors' layout (read without executing code).
     :param int in_channels: 1 or 3, chooses between gray and colour where the name does
         not.
-    :raises ValueError: for an unknown name, or a damaged or foreign file.
+    :raises ValueError: for an unknown name, a damaged or foreign file, or another
+        number of channels where that has to choose.
     :raises FileNotFoundError: if the file does not exist.
     """
     if os.fspath(pretrained) in BY_CHANNELS:
