@@ -15,6 +15,7 @@ from problems import generator, random_prior
 from deepinv_deal import DEAL
 from deepinv_deal.cli import main
 from deepinv_deal.evaluation import make_kernel
+from deepinv_deal.evaluation.speed import SOLVERS
 from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask
 from deepinv_deal.priors import (
     MMRPrior,
@@ -487,6 +488,22 @@ def test_a_solver_is_not_for_deal(folder, capsys):
     assert "--solver is not for DEAL" in capsys.readouterr().err
 
 
+def test_an_inner_precision_is_for_deal(folder, tmp_path, capsys):
+    command = ["evaluate", "--data", folder, "--sigma", "25"]
+    precision = ["--inner-dtype", "bfloat16"]
+    assert main([*command, "--pretrained", "cpr_25", *precision]) == 2
+    assert "--inner-dtype is for DEAL" in capsys.readouterr().err
+    assert main([*command, "--method", "adjoint", *precision]) == 2
+    assert "--inner-dtype is for models" in capsys.readouterr().err
+    scores = {}
+    for name, options in {"plain": [], "fast": precision}.items():
+        assert main([*command, *options, "--csv", str(tmp_path / name)]) == 0
+        with (tmp_path / name).open() as file:
+            scores[name] = [float(row["psnr"]) for row in csv.DictReader(file)]
+    assert scores["fast"] == pytest.approx(scores["plain"], abs=5e-3)
+    assert scores["fast"] != scores["plain"]
+
+
 def test_the_package_is_a_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["deepinv-deal", "--help"])
     with pytest.raises(SystemExit) as end:
@@ -505,13 +522,14 @@ def test_bench_prints_and_writes_what_each_solver_needed(tmp_path, capsys):
     figure = tmp_path / "runs.png"
     args = ["--size", "20", "--task", "denoising", "--target", "1e-3", "--no-reference"]
     args += ["--image", picture, "--csv", str(table), "--figure", str(figure)]
+    args += ["--bfloat16"]
     assert main(["bench", "--pretrained", str(weights), *args]) == 0
     out = capsys.readouterr().out
     assert "One application of W^T M^2 W at 20 x 20" in out
-    for solver in ("deepinv_deal", "published iteration", "deepinv.models.DEAL"):
+    for solver in (*SOLVERS, "deepinv TV"):
         assert f"\n{solver} " in out
     with table.open() as file:
-        assert [row["task"] for row in csv.DictReader(file)] == ["denoising"] * 4
+        assert [row["task"] for row in csv.DictReader(file)] == ["denoising"] * 5
     assert figure.stat().st_size > 5000
 
 

@@ -73,6 +73,12 @@ def add_model_options(
         help=f"model; if unset, the one that the weights say they are for{text}",
     )
     parser.add_argument("--solver", help="solver of the dictionary models")
+    parser.add_argument(
+        "--inner-dtype",
+        choices=("bfloat16", "float16"),
+        help="DEAL: precision of convolutions in the inner solves, where the hardware "
+        "is fast in it; if unset, that of the weights",
+    )
 
 
 def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> Any:
@@ -85,6 +91,8 @@ def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> A
     :param Any options: further arguments of the model.
     :raises ValueError: for options that do not fit the model, or missing weights.
     """
+    import torch
+
     import deepinv_deal
     from deepinv_deal import priors
     from deepinv_deal.models import SynthesisModel
@@ -110,6 +118,10 @@ def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> A
         if not issubclass(kind, SynthesisModel):
             raise ValueError(f"--solver is not for {name}, only for dictionary models.")
         options["solver"] = args.solver
+    if args.inner_dtype is not None:
+        if name != "DEAL":
+            raise ValueError(f"--inner-dtype is for DEAL, not for {name}.")
+        options["inner_dtype"] = getattr(torch, args.inner_dtype)
     for option in ("rtol", "max_iter"):
         if getattr(args, option) is not None:
             options[option] = getattr(args, option)

@@ -64,6 +64,11 @@ def add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
         default=True,
         help="measure distances from the solution in double precision",
     )
+    bench.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="also with convolutions in bfloat16 in the inner solves",
+    )
     bench.add_argument("--device", default="cpu", help="where to compute")
     bench.add_argument("--threads", type=int, help="number of CPU threads")
     bench.add_argument("--csv", help="file for one line per run")
@@ -92,6 +97,11 @@ def _bench(args: argparse.Namespace) -> int:
         f"({times.step / times.normal:.2f}), one mask {1e3 * times.mask:.2f} ms.\n",
         flush=True,
     )
+    solvers = [
+        name
+        for name in (*speed.SOLVERS, speed.TV)
+        if args.bfloat16 or name != speed.BFLOAT16
+    ]
     runs = []
     for task in args.task:
         new = speed.compare_speed(
@@ -101,6 +111,7 @@ def _bench(args: argparse.Namespace) -> int:
             targets=args.target,
             time_limit=args.time_limit,
             reference=args.reference,
+            solvers=solvers,
         )
         print(speed.speed_table(new) + "\n", flush=True)
         runs += new

@@ -346,9 +346,14 @@ def _counting(equation: AttentiveEquation, watch: _Watch) -> AttentiveEquation:
     return replace(equation, regularizer=counting)
 
 
-def _run_ours(case: _Case, watch: _Watch) -> None:
+def _run_ours(
+    case: _Case, watch: _Watch, inner_dtype: torch.dtype | None = None
+) -> None:
     watch.start()
-    equation = _counting(case.pose().equation, watch)
+    equation = case.pose().equation
+    if inner_dtype is not None:
+        equation = replace(equation, inner_dtype=inner_dtype)
+    equation = _counting(equation, watch)
 
     def callback(k: int, _: Tensor, x: Tensor) -> None:
         watch.n_iter = k + 1
@@ -472,12 +477,19 @@ def _run_tv(case: _Case) -> SpeedRun:
 #: This package, deepinv's model, and the rival that solves another problem.
 OWN, DEEPINV, TV = "deepinv_deal", "deepinv.models.DEAL", "deepinv TV"
 
+#: This package with inner solves in 16 bits.
+BFLOAT16 = "deepinv_deal, bfloat16"
+
 #: Solvers of the equation, by the name they have in tables.
 SOLVERS: dict[str, Callable[[_Case, _Watch], None]] = {
     OWN: _run_ours,
+    BFLOAT16: partial(_run_ours, inner_dtype=torch.bfloat16),
     "published iteration": _run_published,
     DEEPINV: _run_deepinv,
 }
+
+#: Those that are always compared. bfloat16 is slow on hardware without such units.
+DEFAULT_SOLVERS = (*(name for name in SOLVERS if name != BFLOAT16), TV)
 
 
 def compare_speed(
@@ -486,7 +498,7 @@ def compare_speed(
     tasks: Sequence[str] = tuple(SPEED_TASKS),
     *,
     targets: Sequence[float] = TARGETS,
-    solvers: Sequence[str] = (*SOLVERS, TV),
+    solvers: Sequence[str] = DEFAULT_SOLVERS,
     time_limit: float = 120.0,
     reference: bool = True,
     progress: bool | None = None,
@@ -496,6 +508,8 @@ def compare_speed(
 
     * ``deepinv_deal``: this package, once for every target, with the settings of the
       model but stopped by the residual; checking the physics is included.
+    * ``deepinv_deal, bfloat16``: the same with ``inner_dtype=torch.bfloat16``, only if
+      asked for.
     * ``published iteration``: fixed-point iteration and conjugate gradients of
       :footcite:t:`pourya2025dealing` with the published tolerances, on the operators
       of this package.
@@ -555,6 +569,7 @@ def compare_speed(
         complex_mode="real",
         inner_max_iter=iterator.inner_max_iter,
         preconditioner=iterator.preconditioner,
+        inner_dtype=iterator.inner_dtype,
         forcing=model.forcing,
         anderson=model.anderson,
         warn=False,
@@ -576,7 +591,7 @@ def compare_speed(
                     runs.append(_run_tv(case))
                 elif solver != DEEPINV or (published_norm and not case.task.mri):
                     # What this package does depends on the accuracy asked for.
-                    own = solver == OWN
+                    own = solver in (OWN, BFLOAT16)
                     for group in [(t,) for t in targets] if own else [targets]:
                         watch = _Watch(case, solver, group, time_limit)
                         runs += watch.watch(partial(SOLVERS[solver], case))

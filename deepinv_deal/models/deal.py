@@ -134,6 +134,10 @@ class DEAL(FixedPointOptim, Denoiser):
     :param int anderson: depth of the safeguarded Anderson acceleration, ``0`` for none.
     :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``,
         see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
+    :param torch.dtype inner_dtype: precision of the convolutions in the inner solves,
+        for example ``torch.bfloat16``; masks, residuals and everything else stay in
+        that of the weights, so the result is as accurate. Faster where the hardware has
+        such units. ``None``: that of the weights.
     :param str lambda_mode: ``"absolute"`` or ``"relative"``, see above.
     :param float, str scale: ``"auto"``, a positive number or ``None``, see above.
     :param str complex_mode: ``"real_imag"`` or ``"real"``, see above.
@@ -171,6 +175,7 @@ class DEAL(FixedPointOptim, Denoiser):
         forcing: float = 0.5,
         anderson: int = 0,
         preconditioner: Preconditioner = "auto",
+        inner_dtype: torch.dtype | None = None,
         lambda_mode: LambdaMode = "absolute",
         scale: float | str | None = "auto",
         complex_mode: ComplexMode = "real_imag",
@@ -230,6 +235,7 @@ class DEAL(FixedPointOptim, Denoiser):
             forcing=forcing,
             anderson=anderson,
             preconditioner=preconditioner,
+            inner_dtype=inner_dtype,
             DEQ=DEQ,
             trainable_params=trainable_params,
             custom_metrics=custom_metrics,

@@ -81,6 +81,7 @@ class MultiConvOperator:
     """
 
     def __init__(self, kernels: Sequence[Tensor]):
+        self.kernels = tuple(kernels)
         self.in_channels = kernels[0].shape[1]
         self.out_channels = kernels[-1].shape[0]
         self.layers = [Convolution(kernel) for kernel in kernels]
@@ -90,6 +91,15 @@ class MultiConvOperator:
         ]
         #: Largest distance, in pixels, at which a pixel influences another.
         self.reach = sum(layer.pad for layer in self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what it computes."""
+        return self.kernels[0].dtype
+
+    def to(self, dtype: torch.dtype) -> MultiConvOperator:
+        """Returns the operator with its kernels rounded to another precision."""
+        return type(self)([kernel.to(dtype) for kernel in self.kernels])
 
     def __call__(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H, W)
         """Applies :math:`W`."""

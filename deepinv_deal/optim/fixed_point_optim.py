@@ -53,6 +53,8 @@ class FrozenIteration(OptimIterator):
     :param float rtol: relative accuracy of the inner solve.
     :param int inner_max_iter: largest number of inner iterations.
     :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``.
+    :param torch.dtype inner_dtype: precision of the convolutions in the inner solve,
+        ``None``: that of the weights.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class FrozenIteration(OptimIterator):
         rtol: float = 1e-6,
         inner_max_iter: int = 1000,
         preconditioner: Preconditioner = "none",
+        inner_dtype: torch.dtype | None = None,
     ):
         super().__init__(has_cost=False)
         self.rtol, self.inner_max_iter = rtol, inner_max_iter
-        self.preconditioner = preconditioner
+        self.preconditioner, self.inner_dtype = preconditioner, inner_dtype
 
     def equation(
         self,
@@ -100,6 +103,7 @@ class FrozenIteration(OptimIterator):
         settings: dict[str, Any] = {"inner_max_iter": self.inner_max_iter}
         if getattr(prior, "quadratic", False):
             settings["preconditioner"] = self.preconditioner
+            settings["inner_dtype"] = self.inner_dtype
         return prior.equation(
             physics.A_adjoint_A,
             physics.A_adjoint(y),
@@ -184,6 +188,8 @@ class FixedPointOptim(BaseOptim):
         :class:`deepinv_deal.priors.AttentiveEquation`.
     :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``,
         see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
+    :param torch.dtype inner_dtype: precision of the convolutions in the inner solves,
+        see :class:`deepinv_deal.DEAL`; ``None``: that of the weights.
     :param float forcing: see :func:`deepinv_deal.solvers.fixed_point`.
     :param int anderson: depth of the Anderson acceleration, ``0`` for none.
     :param deepinv.optim.DEQConfig DEQ: settings of the backward pass:
@@ -211,6 +217,7 @@ class FixedPointOptim(BaseOptim):
         forcing: float = 0.5,
         anderson: int = 0,
         preconditioner: Preconditioner = "auto",
+        inner_dtype: torch.dtype | None = None,
         DEQ: DEQConfig = DEFAULT_DEQ,
         trainable_params: list[str] | None = None,
         custom_init: Callable[..., Any] | None = None,
@@ -227,6 +234,13 @@ class FixedPointOptim(BaseOptim):
                 f"preconditioner must be one of {PRECONDITIONERS}, got "
                 f"{preconditioner!r}."
             )
+        if inner_dtype is not None and not (
+            isinstance(inner_dtype, torch.dtype) and inner_dtype.is_floating_point
+        ):
+            raise ValueError(
+                "inner_dtype must be None or a floating dtype such as torch.bfloat16, "
+                f"got {inner_dtype!r}."
+            )
         values = {"lambda_reg": lambda_reg, "g_param": sigma}
         for name in trainable_params or []:
             if name not in values:
@@ -240,7 +254,9 @@ class FixedPointOptim(BaseOptim):
                 )
         super().__init__(
             FrozenIteration(
-                inner_max_iter=inner_max_iter, preconditioner=preconditioner
+                inner_max_iter=inner_max_iter,
+                preconditioner=preconditioner,
+                inner_dtype=inner_dtype,
             ),
             # One-element lists: a tensor is one value (or one per sample), not a
             # schedule.

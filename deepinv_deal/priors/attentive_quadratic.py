@@ -3,7 +3,7 @@ r"""Attentive quadratic regularizers: their equation and the base of their prior
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +81,10 @@ class AttentiveQuadratic:
         u = mask * self.analyse(x)
         return 0.5 * inner(u, u).view(len(x), -1).sum(1)
 
+    def to(self, dtype: torch.dtype) -> AttentiveQuadratic:
+        """Returns it with filters in another precision, for masks as before."""
+        return replace(self, W=self.W.to(dtype))
+
     def normal(self, x: Tensor, squared_mask: Tensor) -> Tensor:
         r"""Returns :math:`W^{\top} (m^2 \odot W x)`, the gradient at a frozen mask."""
 
@@ -90,12 +94,14 @@ class AttentiveQuadratic:
             w = squared_mask * w if torch.is_grad_enabled() else w.mul_(squared_mask)
             return self.W.adjoint(w)
 
-        split, channels = self._split(x), self.W.out_channels
+        split, channels = self._split(x).to(self.W.dtype), self.W.out_channels
         squared_mask = squared_mask.expand(len(split), channels, *x.shape[2:])
         reach = 2 * self.W.reach
-        return in_row_blocks(
-            normal, split, squared_mask, reach=reach, channels=channels
-        ).view_as(x)
+        return (
+            in_row_blocks(normal, split, squared_mask, reach=reach, channels=channels)
+            .view_as(x)
+            .to(x.dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,8 @@ class AttentiveEquation:
     :param int inner_max_iter: largest number of conjugate gradient iterations per
         solve.
     :param str preconditioner: one of ``PRECONDITIONERS``.
+    :param torch.dtype inner_dtype: precision of the convolutions of :meth:`freeze`'s
+        solves, see :meth:`AttentiveQuadraticPrior.equation`.
     """
 
     H: LinearMap
@@ -131,6 +139,7 @@ class AttentiveEquation:
     regularizer: AttentiveQuadratic
     inner_max_iter: int = 1000
     preconditioner: Preconditioner = "none"
+    inner_dtype: torch.dtype | None = None
 
     def force(self, x: Tensor, squared_mask: Tensor) -> Tensor:
         r"""Returns :math:`\lambda W^{\top} (m^2 \odot W x)`, shape of ``x``."""
@@ -161,8 +170,16 @@ class AttentiveEquation:
 
     def adjoint_solver(self, x: Tensor) -> LinearSolve:
         """Returns conjugate gradients on the normal operator frozen at ``x``."""
+        # Not in the inner precision: nobody would correct what is lost there.
         with torch.no_grad():
-            return FrozenSystem(self, x).correction
+            return FrozenSystem(replace(self, inner_dtype=None), x).correction
+
+    @cached_property
+    def inner_regularizer(self) -> AttentiveQuadratic:
+        """The regularizer in the precision of the inner solves."""
+        if self.inner_dtype in (None, self.regularizer.W.dtype):
+            return self.regularizer
+        return self.regularizer.to(self.inner_dtype)
 
     @cached_property
     def preconditioning(self) -> Preconditioning:
@@ -182,8 +199,16 @@ class FrozenSystem:
         self.squared_mask = equation.regularizer.squared_mask(x)
 
     def A(self, v: Tensor) -> Tensor:
-        r"""Applies :math:`H + \lambda W^{\top} m^2 W`."""
-        return self.equation.H(v) + self.equation.force(v, self.squared_mask)
+        r"""Applies :math:`H + \lambda W^{\top} m^2 W`, in the inner precision."""
+        regularizer, squared_mask = self.rounded
+        weight = expand(self.equation.lambda_reg, v)
+        return self.equation.H(v) + weight * regularizer.normal(v, squared_mask)
+
+    @cached_property
+    def rounded(self) -> tuple[AttentiveQuadratic, Tensor]:
+        """Regularizer and squared mask in the precision of the inner solves."""
+        regularizer = self.equation.inner_regularizer
+        return regularizer, self.squared_mask.to(regularizer.W.dtype)
 
     @cached_property
     def force(self) -> Tensor:
@@ -360,6 +385,7 @@ class AttentiveQuadraticPrior(Prior):
         *,
         inner_max_iter: int = 1000,
         preconditioner: Preconditioner = "none",
+        inner_dtype: torch.dtype | None = None,
     ) -> AttentiveEquation:
         """
         Returns the equation of a reconstruction with this prior.
@@ -373,13 +399,21 @@ class AttentiveQuadraticPrior(Prior):
             solve.
         :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"`` or
             ``"none"``.
+        :param torch.dtype inner_dtype: precision of the convolutions in the inner
+            solves, see :class:`deepinv_deal.DEAL`; ``None``: that of the weights.
         """
         if lambda_reg is None:
             weight = self.default_lambda(sigma, b)
         else:
             weight = as_batch(lambda_reg, b)
         return AttentiveEquation(
-            H, b, weight, self.bind(sigma, b), inner_max_iter, preconditioner
+            H,
+            b,
+            weight,
+            self.bind(sigma, b),
+            inner_max_iter,
+            preconditioner,
+            inner_dtype,
         )
 
     def grad(

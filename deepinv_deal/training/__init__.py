@@ -1,6 +1,7 @@
 """Training: data, loss and the recipes that reproduce the bundled weights."""
 
 from deepinv_deal.training.attentive_l1 import AttentiveL1Recipe, AttentiveL1Trainer
+from deepinv_deal.training.curve import plot_learning_curve
 from deepinv_deal.training.data import (
     DenoisingSampler,
     Problems,
@@ -37,4 +38,5 @@ __all__ = [
     "load_image",
     "load_image_folder",
     "load_images",
+    "plot_learning_curve",
 ]

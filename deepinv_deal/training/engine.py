@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from deepinv_deal._batch import central
 from deepinv_deal.solvers import ConvergenceWarning
+from deepinv_deal.training.curve import LOG, plot_learning_curve
 from deepinv_deal.training.data import DenoisingSampler, Problems, load_images
 from deepinv_deal.training.processes import Processes
 from deepinv_deal.weights.files import (
@@ -176,7 +177,8 @@ class Trainer(ABC, Generic[R, P]):
     Trains the prior of a model by a recipe.
 
     The folder ``recipe.out`` receives ``state.pt`` (everything needed to go on exactly
-    where the last checkpoint was written), ``log.jsonl`` (one line per validation) and
+    where the last checkpoint was written), ``log.jsonl`` (one line per validation),
+    ``curve.png`` (a picture of it, :func:`plot_learning_curve`) and
     ``best.safetensors`` (weights with the best mean validation PSNR, loadable with
     ``pretrained=path``) and, at the end, ``last.safetensors``. All files are replaced
     atomically.
@@ -430,8 +432,10 @@ class Trainer(ABC, Generic[R, P]):
             self.best = mean
         if not self.processes.first:  # all have the same weights
             return
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
+        with open(self.out / LOG, "a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
+        with replacing(self.out / "curve.png") as temporary:
+            plot_learning_curve(self.out).savefig(temporary, format="png", dpi=120)
         levels = ", ".join(f"{v:.2f} dB at {k}" for k, v in psnr.items())
         tqdm.write(
             f"step {self.step}, {self.elapsed:.0f} s: "

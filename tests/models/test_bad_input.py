@@ -248,6 +248,16 @@ SETTINGS = {
         ValueError,
         r"preconditioner must be one of .*auto.*got 'jacobi'",
     ),
+    "inner_dtype": (
+        {"inner_dtype": "bfloat16"},
+        ValueError,
+        r"inner_dtype must be None or a floating dtype .*got 'bfloat16'",
+    ),
+    "inner_dtype integer": (
+        {"inner_dtype": torch.int8},
+        ValueError,
+        r"inner_dtype must be None or a floating dtype .*got torch.int8",
+    ),
     "lambda_mode": (
         {"lambda_mode": "norm"},
         ValueError,

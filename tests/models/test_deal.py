@@ -441,6 +441,7 @@ CHANGES = {
     "anderson": 4,
     "scale": 10.0,
     "preconditioner": "diagonal",
+    "inner_dtype": torch.bfloat16,
     "lambda_mode": "relative",
     "custom_init": lambda y, physics: y,
     "prior": random_prior(seed=5),
@@ -677,6 +678,44 @@ def test_device(model, y):
     model.device = torch.device("cpu")  # deepinv_bench sets it
     assert torch.equal(model(y, sigma=0.1), expected)
     assert next(random_model(device="meta").parameters()).is_meta
+
+
+@pytest.mark.parametrize("physics", [None, inpainting, blur, mri])
+def test_inner_solves_in_16_bits_find_the_same_image(monkeypatch, physics):
+    precisions = []
+
+    def conv2d(x, kernel, *args, **kwargs):
+        precisions.append((x.dtype, kernel.dtype))
+        return plain(x, kernel, *args, **kwargs)
+
+    plain = torch.nn.functional.conv2d
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    physics = None if physics is None else physics()
+    complex_image = isinstance(physics, dinv.physics.MRI)
+    y = images(2, 2, 8, 10) if complex_image else images(2, *SHAPE)
+    y = y if physics is None else physics.A(y)
+    # Rounding has to be corrected many times on the way to this tolerance.
+    settings = {"sigma": 0.1, "lambda_reg": 0.5, "return_info": True}
+    x_hat, info = random_model(rtol=1e-9)(y, physics, **settings)
+    assert set(precisions) == {(torch.float64,) * 2}
+    precisions.clear()
+    fast = random_model(rtol=1e-9, inner_dtype=torch.bfloat16)
+    x_fast, info_fast = fast(y, physics, **settings)
+    assert info_fast.converged.all()
+    assert set(precisions) == {(torch.float64,) * 2, (torch.bfloat16,) * 2}
+    assert relative_error(x_fast, x_hat) < 1e-7
+    assert (info_fast.cg_iter <= 1.5 * info.cg_iter + 3).all()
+
+
+@torch.enable_grad()
+def test_gradients_do_not_depend_on_the_precision_of_inner_solves(y):
+    def gradient(**options):
+        model = random_model(rtol=1e-11, **options)
+        loss = model(y, sigma=0.1).square().sum()
+        return torch.autograd.grad(loss, model.prior[0].W.weight[0])[0]
+
+    exact, fast = gradient(), gradient(inner_dtype=torch.bfloat16)
+    assert relative_error(fast, exact) < 1e-6
 
 
 def test_float32_agrees_with_float64(y):

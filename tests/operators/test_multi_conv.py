@@ -57,6 +57,23 @@ def plain_adjoint(kernels, z):
     return z
 
 
+@pytest.mark.parametrize("kind", [MultiConvOperator, CollapsedOperator])
+def test_another_precision_is_the_same_operator_but_for_rounding(rng, kind):
+    kernels = multi_conv(rng, (1, 4, 6)).kernels()
+    W = kind([kernel.detach() for kernel in kernels])
+    rounded = W.to(torch.float16)
+    assert (W.dtype, rounded.dtype) == (torch.float64, torch.float16)
+    assert type(rounded) is kind
+    x, z = random(rng, 2, 1, 9, 11), random(rng, 2, 6, 9, 11)
+    for exact, found in [
+        (W(x), rounded(x.half())),
+        (W.adjoint(z), rounded.adjoint(z.half())),
+    ]:
+        assert found.dtype == torch.float16
+        error = norm(found.double() - exact) / norm(exact)
+        assert (1e-5 < error).all() and (error < 4e-3).all()
+
+
 # -- layers merged into one kernel ---------------------------------------------
 
 MERGED = (1, 20, 20)  # 20 channels in between: one 9x9 kernel is cheaper

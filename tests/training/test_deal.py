@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import deepinv as dinv
 import numpy as np
 import pytest
 import torch
+from matplotlib import image
 from PIL import Image
 from problems import random_prior
 from trainers import SMALL, options, weights_after
@@ -27,6 +29,7 @@ from deepinv_deal.training import (
     grow,
     load_image,
     load_images,
+    plot_learning_curve,
 )
 from deepinv_deal.training.grow import OPPONENT_COLORS
 from deepinv_deal.training.losses import LOG_WEIGHT
@@ -323,9 +326,56 @@ def test_training_writes_a_log_and_the_best_weights(folder, tmp_path):
     best = trainer.train()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert len(lines) == 2  # at steps 3 and 6
+    picture = image.imread(tmp_path / "curve.png")
+    assert picture[..., :3].std() > 0.05
     model = DEAL(pretrained=tmp_path / "best.safetensors")
     assert model.prior[0].num_filters == 4
     assert np.isfinite(best)
+
+
+def log_of(path, *entries):
+    path.mkdir(exist_ok=True)
+    lines = [
+        json.dumps({"step": step, "seconds": seconds, "psnr": psnr})
+        for step, seconds, psnr in entries
+    ]
+    (path / "log.jsonl").write_text("\n".join(lines))
+    return path
+
+
+def test_learning_curve_shows_trainings_one_after_the_other(tmp_path):
+    first = log_of(
+        tmp_path / "first",
+        (10, 3600, {"5": 36.0, "25": 27.0}),
+        (20, 7100, {"5": 1.0, "25": 1.0}),  # lost in a kill, and done again
+        (20, 7200, {"5": 36.5, "25": 27.1}),
+    )
+    second = log_of(tmp_path / "second", (40, 1800, {"25": 27.5, "5": 36.7}))
+    figure = plot_learning_curve(first, second / "log.jsonl", pflop_per_step=0.5)
+    low, high = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["noise 5/255", "noise 25/255"]
+    assert [line.get_label() for line in low.lines] == ["first", "second"]
+    assert low.lines[0].get_xydata().tolist() == [[1, 36], [2, 36.5]]
+    assert low.lines[1].get_xydata().tolist() == [[2.5, 36.7]]
+    assert high.lines[1].get_xydata().tolist() == [[2.5, 27.5]]
+    # 60 steps of 0.5 PFLOP in 2.5 hours.
+    (compute,) = low.child_axes
+    assert compute._functions[0](2.5) == pytest.approx(30)
+    assert not plot_learning_curve(first).axes[0].child_axes
+
+
+def test_learning_curve_names_what_it_cannot_show(tmp_path):
+    with pytest.raises(ValueError, match="at least one training"):
+        plot_learning_curve()
+    with pytest.raises(FileNotFoundError, match=r"no .*none.* at least one validation"):
+        plot_learning_curve(tmp_path / "none")
+    low = log_of(tmp_path / "low", (1, 1.0, {"5": 36.0}))
+    high = log_of(tmp_path / "high", (1, 1.0, {"25": 28.0}))
+    with pytest.raises(ValueError, match=r"common noise level, got .*low: 5; .*: 25"):
+        plot_learning_curve(low, high)
+    (low / "log.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="is no log of a training"):
+        plot_learning_curve(low)
 
 
 def train(folder, out, **settings):

@@ -1,0 +1,129 @@
+"""What training brought: validation results against time, as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LOG = "log.jsonl"
+
+
+def read_log(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """
+    Returns the validations of a training, in the order of their steps.
+
+    What was validated again after a kill appears once.
+
+    :param str run: folder of the training, or its ``log.jsonl``.
+    :raises FileNotFoundError: if there is no log.
+    :raises ValueError: if the file is no log of a training.
+    """
+    path = Path(run)
+    path = path / LOG if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {path}: give the folder of a training with at least one "
+            "validation, or its log."
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        entries = {int(e["step"]): e for e in map(json.loads, lines) if e["psnr"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no log of a training, which has a line of JSON with 'step' and "
+            f"'psnr' for every validation: {error!r}."
+        ) from error
+    return [entries[step] for step in sorted(entries)]
+
+
+def plot_learning_curve(
+    *runs: str | os.PathLike[str], pflop_per_step: float | None = None
+) -> Figure:
+    """
+    Draws the validation PSNR of trainings that continue each other against time.
+
+    One panel for every noise level that all of them validate, one colour for every
+    training. Trainings write this picture of themselves, ``curve.png``.
+
+    |sep|
+
+    :Example:
+
+    >>> import json, tempfile
+    >>> from pathlib import Path
+    >>> from deepinv_deal.training import plot_learning_curve
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     line = {"step": 100, "seconds": 60.0, "psnr": {"25": 28.5}}
+    ...     _ = (Path(out) / "log.jsonl").write_text(json.dumps(line))
+    ...     figure = plot_learning_curve(out)
+    >>> figure.axes[0].get_ylabel()
+    'validation PSNR (dB)'
+
+    :param str runs: folders of trainings, or their logs, the first one first.
+    :param float pflop_per_step: computations of one step in PFLOP, for a second axis;
+        ``benchmarks/training.py`` measures them.
+    :return: figure; ``figure.savefig("curve.png")`` writes it.
+    :raises FileNotFoundError: if a log is missing.
+    :raises ValueError: without runs, for another file, or without a noise level that
+        all validate.
+    """
+    from matplotlib.figure import Figure
+
+    if not runs:
+        raise ValueError("runs must name at least one training.")
+    logs = [read_log(run) for run in runs]
+    levels = [
+        level
+        for level in (logs[0][0]["psnr"] if logs[0] else ())
+        if all(level in entry["psnr"] for log in logs for entry in log)
+    ]
+    if not levels:
+        raise ValueError(
+            "runs must validate a common noise level, got "
+            + "; ".join(
+                f"{run}: {', '.join(log[0]['psnr']) if log else 'nothing'}"
+                for run, log in zip(runs, logs, strict=True)
+            )
+            + "."
+        )
+    figure = Figure(figsize=(3.2 * len(levels) + 0.4, 3.0), layout="constrained")
+    (axes,) = figure.subplots(1, len(levels), squeeze=False)
+    for axis, level in zip(axes, levels, strict=True):
+        hours, steps = 0.0, 0
+        times, computed = [0.0], [0.0]
+        for i, (run, log) in enumerate(zip(runs, logs, strict=True)):
+            x = [hours + entry["seconds"] / 3600 for entry in log]
+            y = [entry["psnr"][level] for entry in log]
+            axis.plot(x, y, ".-", color=f"C{i}", label=_name(run))
+            hours, steps = x[-1], steps + log[-1]["step"]
+            times.append(hours)
+            computed.append(steps * (pflop_per_step or 0))
+        axis.set_title(f"noise {level}/255")
+        axis.set_xlabel("hours")
+        axis.grid(alpha=0.3)
+        if pflop_per_step:
+            _add_compute(axis, times, computed)
+    axes[0].set_ylabel("validation PSNR (dB)")
+    if len(runs) > 1:
+        axes[0].legend(fontsize="small")
+    return figure
+
+
+def _name(run: str | os.PathLike[str]) -> str:
+    path = Path(run)
+    return path.parent.name if path.name == LOG else path.stem
+
+
+def _add_compute(axis: Any, hours: list[float], pflop: list[float]) -> None:
+    """Adds computations as a second axis, for steps as fast as on average."""
+    rate = pflop[-1] / hours[-1] if hours[-1] else 0.0
+    if rate:
+        second = axis.secondary_xaxis(
+            "top", functions=(lambda h: h * rate, lambda p: p / rate)
+        )
+        second.set_xlabel("PFLOP")
