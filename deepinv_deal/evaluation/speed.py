@@ -49,7 +49,7 @@ from deepinv_deal.models import DEAL
 from deepinv_deal.models.problem import Problem
 from deepinv_deal.operators import MultiConv
 from deepinv_deal.priors import AttentiveEquation, AttentiveQuadratic, DEALPrior
-from deepinv_deal.solvers import fixed_point
+from deepinv_deal.solvers import Strategy, fixed_point
 from deepinv_deal.weights.deal import to_authors_state_dict
 
 if TYPE_CHECKING:
@@ -318,13 +318,14 @@ def _solve(
         problem.weight = torch.ones_like(problem.residual)
         return problem
 
+    strategy = Strategy.of(equation, model.forcing, model.anderson)
     return fixed_point(
         freeze,
         equation.start(None),
         rtol=target,
         max_iter=3000,
-        forcing=model.forcing,
-        anderson=model.anderson,
+        forcing=strategy.forcing,
+        anderson=strategy.anderson,
         callback=callback,
     )
 

@@ -10,6 +10,7 @@ from deepinv.loss.metric import PSNR
 from deepinv.optim import BaseOptim, DEQConfig, OptimIterator
 from deepinv.optim.data_fidelity import L2, DataFidelity
 from deepinv.optim.prior import Prior
+from deepinv.physics import Denoising
 from torch import Tensor
 
 from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation
@@ -104,6 +105,9 @@ class FrozenIteration(OptimIterator):
         if getattr(prior, "quadratic", False):
             settings["preconditioner"] = self.preconditioner
             settings["inner_dtype"] = self.inner_dtype
+            settings["denoising"] = getattr(
+                physics, "denoising", isinstance(physics, Denoising)
+            )
         return prior.equation(
             physics.A_adjoint_A,
             physics.A_adjoint(y),
@@ -190,8 +194,10 @@ class FixedPointOptim(BaseOptim):
         see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
     :param torch.dtype inner_dtype: precision of the convolutions in the inner solves,
         see :class:`deepinv_deal.DEAL`; ``None``: that of the weights.
-    :param float forcing: see :func:`deepinv_deal.solvers.fixed_point`.
-    :param int anderson: depth of the Anderson acceleration, ``0`` for none.
+    :param float forcing: see :func:`deepinv_deal.solvers.fixed_point`; ``None``: what
+        suits the problem.
+    :param int anderson: depth of the Anderson acceleration, ``0`` for none; ``None``:
+        what suits the problem.
     :param deepinv.optim.DEQConfig DEQ: settings of the backward pass:
         ``jacobian_free``, ``eps_backward`` (tolerance), ``max_iter_backward``,
         ``anderson_acceleration_backward`` and ``history_size_backward``.
@@ -214,8 +220,8 @@ class FixedPointOptim(BaseOptim):
         max_iter: int = 100,
         inner_max_iter: int = 1000,
         rtol: float = DEFAULT_RTOL,
-        forcing: float = 0.5,
-        anderson: int = 0,
+        forcing: float | None = None,
+        anderson: int | None = None,
         preconditioner: Preconditioner = "auto",
         inner_dtype: torch.dtype | None = None,
         DEQ: DEQConfig = DEFAULT_DEQ,

@@ -74,14 +74,40 @@ class AdjointOptions:
     strict: bool = False
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """
+    How an equation is best solved by :func:`deepinv_deal.solvers.fixed_point`.
+
+    An equation with an attribute ``strategy`` says what suits it.
+
+    :param float forcing: accuracy of the inner solves.
+    :param int anderson: depth of Anderson acceleration.
+    """
+
+    forcing: float = 0.5
+    anderson: int = 0
+
+    @staticmethod
+    def of(
+        equation: object, forcing: float | None = None, anderson: int | None = None
+    ) -> Strategy:
+        """Returns what is given, and where it is ``None`` what suits the equation."""
+        own = getattr(equation, "strategy", Strategy())
+        return Strategy(
+            own.forcing if forcing is None else forcing,
+            own.anderson if anderson is None else anderson,
+        )
+
+
 def solve_equation(
     equation: Equation,
     init: Tensor,  # (B, ...)
     *,
     rtol: float = 1e-4,
     max_iter: int = 100,
-    forcing: float = 0.5,
-    anderson: int = 0,
+    forcing: float | None = None,
+    anderson: int | None = None,
     damped: bool = True,
     callback: Callback | None = None,
     adjoint: AdjointOptions | None = None,
@@ -97,22 +123,24 @@ def solve_equation(
     :param torch.Tensor init: first image, shape ``(B, ...)``.
     :param float rtol: tolerance on the nonlinear residual, see :func:`fixed_point`.
     :param int max_iter: see :func:`fixed_point`.
-    :param float forcing: see :func:`fixed_point`.
-    :param int anderson: see :func:`fixed_point`.
+    :param float forcing: see :func:`fixed_point`; ``None``: what suits the equation,
+        see :class:`Strategy`.
+    :param int anderson: see :func:`fixed_point`; ``None``: what suits the equation.
     :param bool damped: see :func:`fixed_point`.
     :param Callable callback: see :func:`fixed_point`.
     :param AdjointOptions adjoint: settings of the backward pass.
     :return: the solution, shape of ``init``, and the :class:`SolverResult`.
     """
     options = adjoint or AdjointOptions()
+    strategy = Strategy.of(equation, forcing, anderson)
     with torch.no_grad():
         result = fixed_point(
             equation.freeze,
             init.detach(),
             rtol=rtol,
             max_iter=max_iter,
-            forcing=forcing,
-            anderson=anderson,
+            forcing=strategy.forcing,
+            anderson=strategy.anderson,
             damped=damped,
             callback=callback,
         )
