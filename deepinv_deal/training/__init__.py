@@ -18,6 +18,7 @@ from deepinv_deal.training.dictionary import DictionaryRecipe, DictionaryTrainer
 from deepinv_deal.training.engine import Recipe, SingleLevelRecipe, Trainer
 from deepinv_deal.training.grow import color_from_gray, grow
 from deepinv_deal.training.losses import deal_loss
+from deepinv_deal.training.retune import retune_kappa
 
 __all__ = [
     "AttentiveL1Recipe",
@@ -39,4 +40,5 @@ __all__ = [
     "load_image_folder",
     "load_images",
     "plot_learning_curve",
+    "retune_kappa",
 ]
