@@ -27,7 +27,9 @@ def psnr(prior, level):
 
 def weights(prior):
     with torch.no_grad():
-        return [float(prior.default_lambda(s / 255, IMAGE[None])) for s in (5, 25)]
+        return [
+            float(prior.default_lambda(s / 255, IMAGE[None] / 255)) for s in (5, 25)
+        ]
 
 
 def test_a_wrong_weight_is_corrected_where_it_is_wrong():
