@@ -504,6 +504,13 @@ def test_an_inner_precision_is_for_deal(folder, tmp_path, capsys):
     assert scores["fast"] != scores["plain"]
 
 
+def test_the_demo_runs_and_draws(tmp_path, capsys):
+    picture = tmp_path / "demo.png"
+    assert main(["demo", "--size", "16", "--out", str(picture), *FAST]) in (0, 1)
+    assert "reconstruction" in capsys.readouterr().out
+    assert picture.stat().st_size > 5000
+
+
 def test_the_package_is_a_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["deepinv-deal", "--help"])
     with pytest.raises(SystemExit) as end:

@@ -570,7 +570,6 @@ def compare_speed(
         complex_mode="real",
         inner_max_iter=iterator.inner_max_iter,
         preconditioner=iterator.preconditioner,
-        inner_dtype=iterator.inner_dtype,
         forcing=model.forcing,
         anderson=model.anderson,
         warn=False,

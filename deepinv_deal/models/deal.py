@@ -133,7 +133,7 @@ class DEAL(FixedPointOptim, Denoiser):
     :param float forcing: factor by which each inner solve reduces the residual;
         ``None``: 0.3 for denoising, otherwise 0.5.
     :param int anderson: depth of the safeguarded Anderson acceleration, ``0`` for none;
-        ``None``: 5 for denoising, otherwise none.
+        ``None``: 5 for denoising, otherwise none. Both are chosen independently.
     :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``,
         see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
     :param torch.dtype inner_dtype: precision of the convolutions in the inner solves,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -38,6 +38,11 @@ class Problem(Generic[AnyEquation]):
     def image(self, x: Tensor) -> Tensor:
         """Turns an unknown into an image of the physics."""
         return self.operator.embed(x * expand(self.scale, x))
+
+    def precise(self) -> Problem[AnyEquation]:
+        """Returns the same problem, with inner solves in full precision."""
+        equation = getattr(self.equation, "precise", self.equation)
+        return replace(self, equation=equation)
 
     def unknown(self, name: str, image: Tensor) -> Tensor:
         """

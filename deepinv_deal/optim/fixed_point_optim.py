@@ -3,6 +3,7 @@ r"""deepinv's optimizer interface to the fixed-point engine."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ AnyEquation = AttentiveEquation | AttentiveL1Equation
 #: noise that is still uncertain.
 DEFAULT_RTOL = 2e-2
 
+#: Precisions of the convolutions in inner solves; ``None``: that of the weights.
+INNER_DTYPES = (None, torch.bfloat16, torch.float16, torch.float32)
+
 #: Settings of the backward pass if none are given: exact gradients, Anderson
 #: accelerated.
 DEFAULT_DEQ = DEQConfig(
@@ -54,8 +58,8 @@ class FrozenIteration(OptimIterator):
     :param float rtol: relative accuracy of the inner solve.
     :param int inner_max_iter: largest number of inner iterations.
     :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``.
-    :param torch.dtype inner_dtype: precision of the convolutions in the inner solve,
-        ``None``: that of the weights.
+    :param torch.dtype inner_dtype: precision of the convolutions in the inner solves of
+        :class:`FixedPointOptim`; this iteration itself is in that of the weights.
     """
 
     def __init__(
@@ -104,17 +108,24 @@ class FrozenIteration(OptimIterator):
         settings: dict[str, Any] = {"inner_max_iter": self.inner_max_iter}
         if getattr(prior, "quadratic", False):
             settings["preconditioner"] = self.preconditioner
-            settings["inner_dtype"] = self.inner_dtype
-            settings["denoising"] = getattr(
-                physics, "denoising", isinstance(physics, Denoising)
+        elif self.inner_dtype is not None:
+            raise ValueError(
+                f"inner_dtype={self.inner_dtype} is for quadratic priors such as "
+                f"DEALPrior, not for {type(prior).__name__}."
             )
-        return prior.equation(
+        equation = prior.equation(
             physics.A_adjoint_A,
             physics.A_adjoint(y),
             params["g_param"],
             lambda_reg,
             **settings,
         )
+        if isinstance(equation, AttentiveEquation):
+            identity = getattr(physics, "denoising", isinstance(physics, Denoising))
+            equation = replace(
+                equation, inner_dtype=self.inner_dtype, denoising=identity
+            )
+        return equation
 
     def forward(
         self,
@@ -137,6 +148,7 @@ class FrozenIteration(OptimIterator):
                 f"FrozenIteration runs quadratic priors, got {type(cur_prior).__name__}"
                 ", whose iterates are pairs. Use FixedPointOptim."
             )
+        equation = equation.precise  # a single solve, which nobody corrects
         with torch.no_grad():
             problem = equation.freeze(x)
             rtol = torch.full_like(problem.residual, self.rtol)
@@ -194,10 +206,10 @@ class FixedPointOptim(BaseOptim):
         see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
     :param torch.dtype inner_dtype: precision of the convolutions in the inner solves,
         see :class:`deepinv_deal.DEAL`; ``None``: that of the weights.
-    :param float forcing: see :func:`deepinv_deal.solvers.fixed_point`; ``None``: what
-        suits the problem.
-    :param int anderson: depth of the Anderson acceleration, ``0`` for none; ``None``:
-        what suits the problem.
+    :param float forcing: see :func:`deepinv_deal.solvers.fixed_point`; ``None``: 0.3
+        for denoising, otherwise 0.5.
+    :param int anderson: depth of the Anderson acceleration, ``0`` for none; ``None``: 5
+        for denoising, otherwise none.
     :param deepinv.optim.DEQConfig DEQ: settings of the backward pass:
         ``jacobian_free``, ``eps_backward`` (tolerance), ``max_iter_backward``,
         ``anderson_acceleration_backward`` and ``history_size_backward``.
@@ -240,12 +252,9 @@ class FixedPointOptim(BaseOptim):
                 f"preconditioner must be one of {PRECONDITIONERS}, got "
                 f"{preconditioner!r}."
             )
-        if inner_dtype is not None and not (
-            isinstance(inner_dtype, torch.dtype) and inner_dtype.is_floating_point
-        ):
+        if inner_dtype not in INNER_DTYPES:
             raise ValueError(
-                "inner_dtype must be None or a floating dtype such as torch.bfloat16, "
-                f"got {inner_dtype!r}."
+                f"inner_dtype must be one of {INNER_DTYPES}, got {inner_dtype!r}."
             )
         values = {"lambda_reg": lambda_reg, "g_param": sigma}
         for name in trainable_params or []:

@@ -47,11 +47,14 @@ class AttentiveQuadratic:
     :param int reach: rows that a pixel of the mask sees on each side, in an image that
         is continued by zeros in every layer. The mask of a large image is then
         evaluated in blocks of rows. ``None``: at once, for masks that see more.
+    :param torch.dtype dtype: precision in which :meth:`normal` computes; ``None``: that
+        of its arguments.
     """
 
     W: MultiConvOperator
     attention: Callable[[Tensor], Tensor]
     reach: int | None = None
+    dtype: torch.dtype | None = None
 
     def _split(self, x: Tensor) -> Tensor:
         """Moves independent image channels into the batch."""
@@ -88,7 +91,7 @@ class AttentiveQuadratic:
 
     def to(self, dtype: torch.dtype) -> AttentiveQuadratic:
         """Returns it with filters in another precision, for masks as before."""
-        return replace(self, W=self.W.to(dtype))
+        return replace(self, W=self.W.to(dtype), dtype=dtype)
 
     def normal(self, x: Tensor, squared_mask: Tensor) -> Tensor:
         r"""Returns :math:`W^{\top} (m^2 \odot W x)`, the gradient at a frozen mask."""
@@ -99,7 +102,8 @@ class AttentiveQuadratic:
             w = squared_mask * w if torch.is_grad_enabled() else w.mul_(squared_mask)
             return self.W.adjoint(w)
 
-        split, channels = self._split(x).to(self.W.dtype), self.W.out_channels
+        split, channels = self._split(x), self.W.out_channels
+        split = split if self.dtype is None else split.to(self.dtype)
         squared_mask = squared_mask.expand(len(split), channels, *x.shape[2:])
         reach = 2 * self.W.reach
         return (
@@ -134,9 +138,10 @@ class AttentiveEquation:
     :param int inner_max_iter: largest number of conjugate gradient iterations per
         solve.
     :param str preconditioner: one of ``PRECONDITIONERS``.
-    :param torch.dtype inner_dtype: precision of the convolutions of :meth:`freeze`'s
-        solves, see :meth:`AttentiveQuadraticPrior.equation`.
-    :param bool denoising: whether ``H`` is the identity.
+    :param torch.dtype inner_dtype: precision of the convolutions in the inner solves of
+        :meth:`freeze`, see :class:`deepinv_deal.DEAL`; ``None``: that of the weights.
+    :param bool denoising: whether ``H`` is the identity, which chooses
+        :attr:`strategy`.
     """
 
     H: LinearMap
@@ -186,14 +191,19 @@ class AttentiveEquation:
         """Returns conjugate gradients on the normal operator frozen at ``x``."""
         # Not in the inner precision: nobody would correct what is lost there.
         with torch.no_grad():
-            return FrozenSystem(replace(self, inner_dtype=None), x).correction
+            return FrozenSystem(self, x, inner=False).correction
 
     @cached_property
     def inner_regularizer(self) -> AttentiveQuadratic:
         """The regularizer in the precision of the inner solves."""
-        if self.inner_dtype in (None, self.regularizer.W.dtype):
+        if self.inner_dtype is None:
             return self.regularizer
         return self.regularizer.to(self.inner_dtype)
+
+    @property
+    def precise(self) -> AttentiveEquation:
+        """The same equation, with inner solves in full precision."""
+        return self if self.inner_dtype is None else replace(self, inner_dtype=None)
 
     @cached_property
     def preconditioning(self) -> Preconditioning:
@@ -206,23 +216,29 @@ class AttentiveEquation:
 class FrozenSystem:
     """
     The linear system of one update, posed as a correction of the current image.
+
+    :param AttentiveEquation equation: the equation.
+    :param torch.Tensor x: image at which the mask is frozen.
+    :param bool inner: apply :meth:`A` in the inner precision.
     """
 
-    def __init__(self, equation: AttentiveEquation, x: Tensor):
-        self.equation, self.x = equation, x
+    def __init__(self, equation: AttentiveEquation, x: Tensor, *, inner: bool = True):
+        self.equation, self.x, self.inner = equation, x, inner
         self.squared_mask = equation.regularizer.squared_mask(x)
 
     def A(self, v: Tensor) -> Tensor:
         r"""Applies :math:`H + \lambda W^{\top} m^2 W`, in the inner precision."""
-        regularizer, squared_mask = self.rounded
+        regularizer, squared_mask = self.applied
         weight = expand(self.equation.lambda_reg, v)
         return self.equation.H(v) + weight * regularizer.normal(v, squared_mask)
 
     @cached_property
-    def rounded(self) -> tuple[AttentiveQuadratic, Tensor]:
-        """Regularizer and squared mask in the precision of the inner solves."""
-        regularizer = self.equation.inner_regularizer
-        return regularizer, self.squared_mask.to(regularizer.W.dtype)
+    def applied(self) -> tuple[AttentiveQuadratic, Tensor]:
+        """Regularizer and squared mask in the precision in which they are applied."""
+        if not self.inner or self.equation.inner_dtype is None:
+            return self.equation.regularizer, self.squared_mask
+        dtype = self.equation.inner_dtype
+        return self.equation.inner_regularizer, self.squared_mask.to(dtype)
 
     @cached_property
     def force(self) -> Tensor:
@@ -399,8 +415,6 @@ class AttentiveQuadraticPrior(Prior):
         *,
         inner_max_iter: int = 1000,
         preconditioner: Preconditioner = "none",
-        inner_dtype: torch.dtype | None = None,
-        denoising: bool = False,
     ) -> AttentiveEquation:
         """
         Returns the equation of a reconstruction with this prior.
@@ -414,23 +428,13 @@ class AttentiveQuadraticPrior(Prior):
             solve.
         :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"`` or
             ``"none"``.
-        :param torch.dtype inner_dtype: precision of the convolutions in the inner
-            solves, see :class:`deepinv_deal.DEAL`; ``None``: that of the weights.
-        :param bool denoising: whether ``H`` is the identity; it is then solved faster.
         """
         if lambda_reg is None:
             weight = self.default_lambda(sigma, b)
         else:
             weight = as_batch(lambda_reg, b)
         return AttentiveEquation(
-            H,
-            b,
-            weight,
-            self.bind(sigma, b),
-            inner_max_iter,
-            preconditioner,
-            inner_dtype,
-            denoising,
+            H, b, weight, self.bind(sigma, b), inner_max_iter, preconditioner
         )
 
     def grad(
@@ -467,7 +471,7 @@ class AttentiveQuadraticPrior(Prior):
             :class:`AttentiveEquation`.
         :param int max_iter: largest number of outer iterations.
         """
-        equation = self.equation(lambda v: v, x, sigma, gamma, denoising=True)
+        equation = replace(self.equation(lambda v: v, x, sigma, gamma), denoising=True)
         z, result = solve_equation(
             equation, torch.zeros_like(x), rtol=rtol, max_iter=max_iter
         )

@@ -30,19 +30,29 @@ def read_log(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
             f"There is no {path}: give the folder of a training with at least one "
             "validation, or its log."
         )
+    entries = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        entries = {int(e["step"]): e for e in map(json.loads, lines) if e["psnr"]}
-    except (ValueError, KeyError, TypeError) as error:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            psnr = {str(k): float(v) for k, v in entry["psnr"].items()}
+            entries[int(entry["step"])] = {
+                "step": int(entry["step"]),
+                "seconds": float(entry["seconds"]),
+                "psnr": psnr,
+            }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is no log of a training, which has a line of JSON with 'step' and "
-            f"'psnr' for every validation: {error!r}."
+            f"{path} is no log of a training, which has a line of JSON with 'step', "
+            f"'seconds' and 'psnr' for every validation: {error!r}. Remove lines that "
+            "were cut off."
         ) from error
+    if not entries:
+        raise ValueError(f"{path} holds no validation.")
     return [entries[step] for step in sorted(entries)]
 
 
 def plot_learning_curve(
-    *runs: str | os.PathLike[str], pflop_per_step: float | None = None
+    *runs: str | os.PathLike[str], gflop_per_step: float | None = None
 ) -> Figure:
     """
     Draws the validation PSNR of trainings that continue each other against time.
@@ -65,8 +75,8 @@ def plot_learning_curve(
     'validation PSNR (dB)'
 
     :param str runs: folders of trainings, or their logs, the first one first.
-    :param float pflop_per_step: computations of one step in PFLOP, for a second axis;
-        ``benchmarks/training.py`` measures them.
+    :param float gflop_per_step: computations of one step in GFLOP, for a second axis in
+        PFLOP; ``benchmarks/training.py`` measures them.
     :return: figure; ``figure.savefig("curve.png")`` writes it.
     :raises FileNotFoundError: if a log is missing.
     :raises ValueError: without runs, for another file, or without a noise level that
@@ -79,14 +89,14 @@ def plot_learning_curve(
     logs = [read_log(run) for run in runs]
     levels = [
         level
-        for level in (logs[0][0]["psnr"] if logs[0] else ())
+        for level in logs[0][0]["psnr"]
         if all(level in entry["psnr"] for log in logs for entry in log)
     ]
     if not levels:
         raise ValueError(
             "runs must validate a common noise level, got "
             + "; ".join(
-                f"{run}: {', '.join(log[0]['psnr']) if log else 'nothing'}"
+                f"{run}: {', '.join(log[0]['psnr'])}"
                 for run, log in zip(runs, logs, strict=True)
             )
             + "."
@@ -95,19 +105,16 @@ def plot_learning_curve(
     (axes,) = figure.subplots(1, len(levels), squeeze=False)
     for axis, level in zip(axes, levels, strict=True):
         hours, steps = 0.0, 0
-        times, computed = [0.0], [0.0]
         for i, (run, log) in enumerate(zip(runs, logs, strict=True)):
             x = [hours + entry["seconds"] / 3600 for entry in log]
             y = [entry["psnr"][level] for entry in log]
             axis.plot(x, y, ".-", color=f"C{i}", label=_name(run))
             hours, steps = x[-1], steps + log[-1]["step"]
-            times.append(hours)
-            computed.append(steps * (pflop_per_step or 0))
         axis.set_title(f"noise {level}/255")
         axis.set_xlabel("hours")
         axis.grid(alpha=0.3)
-        if pflop_per_step:
-            _add_compute(axis, times, computed)
+        if gflop_per_step and hours:
+            _add_compute(axis, 1e-6 * gflop_per_step * steps / hours)
     axes[0].set_ylabel("validation PSNR (dB)")
     if len(runs) > 1:
         axes[0].legend(fontsize="small")
@@ -115,15 +122,15 @@ def plot_learning_curve(
 
 
 def _name(run: str | os.PathLike[str]) -> str:
-    path = Path(run)
-    return path.parent.name if path.name == LOG else path.stem
+    path = Path(run).resolve()
+    if path.name == LOG:
+        return path.parent.name
+    return path.name if path.is_dir() else path.stem
 
 
-def _add_compute(axis: Any, hours: list[float], pflop: list[float]) -> None:
-    """Adds computations as a second axis, for steps as fast as on average."""
-    rate = pflop[-1] / hours[-1] if hours[-1] else 0.0
-    if rate:
-        second = axis.secondary_xaxis(
-            "top", functions=(lambda h: h * rate, lambda p: p / rate)
-        )
-        second.set_xlabel("PFLOP")
+def _add_compute(axis: Any, rate: float) -> None:
+    """Adds computations as a second axis, ``rate`` PFLOP per hour."""
+    second = axis.secondary_xaxis(
+        "top", functions=(lambda hours: hours * rate, lambda pflop: pflop / rate)
+    )
+    second.set_xlabel("PFLOP")

@@ -434,8 +434,6 @@ class Trainer(ABC, Generic[R, P]):
             return
         with open(self.out / LOG, "a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
-        with replacing(self.out / "curve.png") as temporary:
-            plot_learning_curve(self.out).savefig(temporary, format="png", dpi=120)
         levels = ", ".join(f"{v:.2f} dB at {k}" for k, v in psnr.items())
         tqdm.write(
             f"step {self.step}, {self.elapsed:.0f} s: "
@@ -444,6 +442,11 @@ class Trainer(ABC, Generic[R, P]):
         )
         if better:
             self.save_prior(self.out / "best.safetensors", {"log": json.dumps(entry)})
+        try:
+            with replacing(self.out / "curve.png") as temporary:
+                plot_learning_curve(self.out).savefig(temporary, format="png", dpi=120)
+        except (OSError, ValueError) as error:  # a picture is not worth a training
+            warnings.warn(f"curve.png could not be drawn: {error}", stacklevel=2)
 
     # -- checkpoints ---------------------------------------------------------------
 

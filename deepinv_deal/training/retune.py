@@ -1,4 +1,4 @@
-r"""The weight of denoising, chosen anew after a training."""
+"""The weight of denoising, chosen anew after a training."""
 
 from __future__ import annotations
 

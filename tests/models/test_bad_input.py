@@ -251,12 +251,12 @@ SETTINGS = {
     "inner_dtype": (
         {"inner_dtype": "bfloat16"},
         ValueError,
-        r"inner_dtype must be None or a floating dtype .*got 'bfloat16'",
+        r"inner_dtype must be one of \(None, torch.bfloat16, .*got 'bfloat16'",
     ),
-    "inner_dtype integer": (
-        {"inner_dtype": torch.int8},
+    "inner_dtype of 8 bits": (
+        {"inner_dtype": torch.float8_e4m3fn},
         ValueError,
-        r"inner_dtype must be None or a floating dtype .*got torch.int8",
+        r"inner_dtype must be one of .*got torch.float8_e4m3fn",
     ),
     "lambda_mode": (
         {"lambda_mode": "norm"},

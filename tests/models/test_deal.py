@@ -20,8 +20,12 @@ from problems import (
 )
 from skimage.data import astronaut
 
-from deepinv_deal import DEAL, ConvergenceWarning
+from deepinv_deal import DEAL, ConvergenceWarning, interpret
 from deepinv_deal.models.deal import DEFAULT_SIGMA
+from deepinv_deal.operators import MultiConvOperator
+from deepinv_deal.optim import FixedPointOptim
+from deepinv_deal.priors import AttentiveQuadratic, AttentiveQuadraticPrior, MMRPrior
+from deepinv_deal.solvers import fixed_point
 
 SHAPE = (1, 9, 8)
 
@@ -473,6 +477,36 @@ def test_denoising_is_accelerated_and_can_be_told_otherwise(y):
     assert not torch.equal(solve(identity)[0], solve(identity, anderson=5)[0])
 
 
+class Overshooting(AttentiveQuadraticPrior):
+    """Its weights grow with the differences, so plain iterations oscillate."""
+
+    def regularizer(self, sigma):
+        dx = torch.tensor([[0.0, 0, 0], [0, -1, 1], [0, 0, 0]])
+        W = MultiConvOperator([torch.stack([dx, dx.T])[:, None]])
+        return AttentiveQuadratic(W, lambda x: (W(x) / 0.1).abs() + 1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"inner_dtype": torch.bfloat16}])
+def test_acceleration_is_given_up_where_the_iteration_overshoots(options):
+    x = images(3, 1, 6, 6, dtype=torch.float32).repeat_interleave(4, 2)
+    y = x + 0.1 * torch.randn(x.shape, generator=generator(3))
+    model = DEAL(pretrained=None, prior=Overshooting(), rtol=1e-3, **options)
+    together, info = model(y, sigma=0.1, lambda_reg=2.0, return_info=True)
+    assert info.converged.all()
+    for i in range(3):
+        alone = model(y[i : i + 1], sigma=0.1, lambda_reg=2.0)
+        assert relative_error(together[i : i + 1], alone) < 1e-3
+    # The acceleration alone goes round in circles.
+    stubborn = fixed_point(
+        model.pose(y, None, 0.1, lambda_reg=2.0).equation.freeze,
+        torch.zeros_like(y),
+        rtol=1e-3,
+        anderson=5,
+        damped=False,
+    )
+    assert not stubborn.converged.all()
+
+
 def test_trained_weights_denoise_with_less_work_by_acceleration():
     x = torch.from_numpy(astronaut()[60:108, 200:248].mean(-1) / 255).float()
     y = x + 25 / 255 * torch.randn(1, 1, *x.shape, generator=generator(1))
@@ -711,8 +745,9 @@ def test_device(model, y):
     assert next(random_model(device="meta").parameters()).is_meta
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("physics", [None, inpainting, blur, mri])
-def test_inner_solves_in_16_bits_find_the_same_image(monkeypatch, physics):
+def test_inner_solves_in_16_bits_find_the_same_image(monkeypatch, physics, dtype):
     precisions = []
 
     def conv2d(x, kernel, *args, **kwargs):
@@ -730,12 +765,41 @@ def test_inner_solves_in_16_bits_find_the_same_image(monkeypatch, physics):
     x_hat, info = random_model(rtol=1e-9)(y, physics, **settings)
     assert set(precisions) == {(torch.float64,) * 2}
     precisions.clear()
-    fast = random_model(rtol=1e-9, inner_dtype=torch.bfloat16)
+    fast = random_model(rtol=1e-9, inner_dtype=dtype)
     x_fast, info_fast = fast(y, physics, **settings)
     assert info_fast.converged.all()
-    assert set(precisions) == {(torch.float64,) * 2, (torch.bfloat16,) * 2}
+    assert set(precisions) == {(torch.float64,) * 2, (dtype,) * 2}
     assert relative_error(x_fast, x_hat) < 1e-7
     assert (info_fast.cg_iter <= 1.5 * info.cg_iter + 3).all()
+
+
+def test_what_nobody_corrects_is_computed_in_full_precision(y):
+    plain, fast = random_model(), random_model(inner_dtype=torch.bfloat16)
+    # One step of deepinv's own loop.
+    start = {"est": (y, y), "cost": None}
+    params = {"lambda": 1.0, "g_param": 0.1}
+    physics = dinv.physics.Denoising()
+    steps = [
+        m.fixed_point.iterator(
+            start, m.data_fidelity[0], m.prior[0], params, y, physics
+        )
+        for m in (plain, fast)
+    ]
+    assert torch.equal(steps[0]["est"][0], steps[1]["est"][0])
+    # The linearization, and the path of plain iterations.
+    v = images(1, 1, *y.shape[2:])
+    maps = [interpret.linearize(m, y[:1], sigma=0.1).normal(v) for m in (plain, fast)]
+    assert relative_error(*maps) < 1e-6
+    paths = [
+        interpret.solution_path(m, y[:1], sigma=0.1, num_iter=2) for m in (plain, fast)
+    ]
+    assert torch.equal(paths[0].x, paths[1].x)
+
+
+def test_inner_precision_is_for_quadratic_priors(y):
+    optim = FixedPointOptim(MMRPrior(num_filters=2), inner_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="quadratic priors .*, not for MMRPrior"):
+        optim(y.float(), dinv.physics.Denoising())
 
 
 @torch.enable_grad()

@@ -351,7 +351,7 @@ def test_learning_curve_shows_trainings_one_after_the_other(tmp_path):
         (20, 7200, {"5": 36.5, "25": 27.1}),
     )
     second = log_of(tmp_path / "second", (40, 1800, {"25": 27.5, "5": 36.7}))
-    figure = plot_learning_curve(first, second / "log.jsonl", pflop_per_step=0.5)
+    figure = plot_learning_curve(first, second / "log.jsonl", gflop_per_step=0.5e6)
     low, high = figure.axes
     assert [axis.get_title() for axis in figure.axes] == ["noise 5/255", "noise 25/255"]
     assert [line.get_label() for line in low.lines] == ["first", "second"]
@@ -373,9 +373,22 @@ def test_learning_curve_names_what_it_cannot_show(tmp_path):
     high = log_of(tmp_path / "high", (1, 1.0, {"25": 28.0}))
     with pytest.raises(ValueError, match=r"common noise level, got .*low: 5; .*: 25"):
         plot_learning_curve(low, high)
-    (low / "log.jsonl").write_text("{}")
-    with pytest.raises(ValueError, match="is no log of a training"):
-        plot_learning_curve(low)
+    for bad in ("{}", '{"step": 1, "seconds": 2.0, "psnr": [3]}', '{"step": 1, "psn'):
+        (low / "log.jsonl").write_text(bad)
+        with pytest.raises(ValueError, match="is no log of a training"):
+            plot_learning_curve(low)
+    (low / "log.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no validation"):
+        plot_learning_curve(high, low)
+
+
+def test_a_log_that_was_cut_off_does_not_end_a_training(folder, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "psn')
+    trainer = DEALTrainer(recipe(folder, tmp_path))
+    with pytest.warns(UserWarning, match=r"curve.png could not be drawn: .*cut off"):
+        trainer.train()
+    assert (tmp_path / "best.safetensors").exists()
+    assert (tmp_path / "last.safetensors").exists()
 
 
 def train(folder, out, **settings):
