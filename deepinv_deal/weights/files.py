@@ -19,6 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 #: Names of the weights in this package, ``NAME.safetensors``, and what they are for.
 BUNDLED = {
     "deal_gray": "DEALPrior",
+    "deal_gray_64": "DEALPrior",
     "deal_color": "DEALPrior",
     "cpr_5": "SmoothPlusSparsePrior",
     "cpr_25": "SmoothPlusSparsePrior",
