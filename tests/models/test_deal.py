@@ -25,6 +25,7 @@ from deepinv_deal.models.deal import DEFAULT_SIGMA
 from deepinv_deal.operators import MultiConvOperator
 from deepinv_deal.optim import FixedPointOptim
 from deepinv_deal.priors import AttentiveQuadratic, AttentiveQuadraticPrior, MMRPrior
+from deepinv_deal.priors.preconditioning import Preconditioning
 from deepinv_deal.solvers import fixed_point
 
 SHAPE = (1, 9, 8)
@@ -794,6 +795,51 @@ def test_what_nobody_corrects_is_computed_in_full_precision(y):
         interpret.solution_path(m, y[:1], sigma=0.1, num_iter=2) for m in (plain, fast)
     ]
     assert torch.equal(paths[0].x, paths[1].x)
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_preconditioner_is_made_once_for_both_passes(monkeypatch, y, dtype):
+    made = []
+    make = Preconditioning.__init__
+
+    def counted(self, *args, **kwargs):
+        made.append(self)
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(Preconditioning, "__init__", counted)
+    model = random_model(inner_dtype=dtype, preconditioner="circulant")
+    model(blur().A(y), blur(), lambda_reg=0.5).square().sum().backward()
+    assert len(made) == 1
+
+
+def test_a_prior_may_pose_its_own_equation(y):
+    class Own(Overshooting):
+        def equation(
+            self,
+            H,
+            b,
+            sigma,
+            lambda_reg=None,
+            *,
+            inner_max_iter=1000,
+            preconditioner="none",
+        ):
+            return super().equation(
+                H,
+                b,
+                sigma,
+                0.5 * lambda_reg,
+                inner_max_iter=inner_max_iter,
+                preconditioner=preconditioner,
+            )
+
+    y, settings = y.float(), {"sigma": 0.1}
+    x_hat = DEAL(pretrained=None, prior=Own())(y, lambda_reg=2.0, **settings)
+    expected = DEAL(pretrained=None, prior=Overshooting())
+    assert torch.equal(x_hat, expected(y, lambda_reg=1.0, **settings))
+    proximal = Own().prox(y, 0.1, gamma=2.0)
+    assert torch.equal(proximal, Overshooting().prox(y, 0.1, gamma=1.0))
 
 
 def test_inner_precision_is_for_quadratic_priors(y):
