@@ -58,8 +58,8 @@ FAULTS = (
     Fault(
         "weight of the regularizer",
         "priors/attentive_quadratic.py",
-        "expand(self.lambda_reg, x) * self.regularizer.normal",
-        "expand(self.lambda_reg.sqrt(), x) * self.regularizer.normal",
+        "expand(self.lambda_reg, x) * regularizer.normal",
+        "expand(self.lambda_reg.sqrt(), x) * regularizer.normal",
         (
             "models/test_deal.py"
             "::test_scaled_operator_with_scaled_weight_gives_the_same_image",

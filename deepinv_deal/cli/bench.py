@@ -97,11 +97,8 @@ def _bench(args: argparse.Namespace) -> int:
         f"({times.step / times.normal:.2f}), one mask {1e3 * times.mask:.2f} ms.\n",
         flush=True,
     )
-    solvers = [
-        name
-        for name in (*speed.SOLVERS, speed.TV)
-        if args.bfloat16 or name != speed.BFLOAT16
-    ]
+    every = (*speed.SOLVERS, speed.TV)
+    solvers = every if args.bfloat16 else speed.DEFAULT_SOLVERS
     runs = []
     for task in args.task:
         new = speed.compare_speed(

@@ -351,9 +351,7 @@ def _run_ours(
     case: _Case, watch: _Watch, inner_dtype: torch.dtype | None = None
 ) -> None:
     watch.start()
-    equation = case.pose().equation
-    if inner_dtype is not None:
-        equation = replace(equation, inner_dtype=inner_dtype)
+    equation = replace(case.pose().equation, inner_dtype=inner_dtype)
     equation = _counting(equation, watch)
 
     def callback(k: int, _: Tensor, x: Tensor) -> None:

@@ -76,7 +76,7 @@ def linearize(
     attentive(model)
     with torch.no_grad():
         problem = model.pose(y, physics, sigma, lambda_reg=lambda_reg, init=init)
-        problem = problem.precise()
+        problem = problem.precise
         b = problem.equation.b
         if len(b) != 1:
             raise ValueError(

@@ -86,7 +86,7 @@ def solution_path(
     """
     attentive(model)
     problem = model.pose(y, physics, sigma, lambda_reg=lambda_reg, init=init)
-    problem = problem.precise()
+    problem = problem.precise
     equation = problem.equation
     x = equation.start(problem.init)
     images, masks = [], []

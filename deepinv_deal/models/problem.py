@@ -39,8 +39,9 @@ class Problem(Generic[AnyEquation]):
         """Turns an unknown into an image of the physics."""
         return self.operator.embed(x * expand(self.scale, x))
 
+    @property
     def precise(self) -> Problem[AnyEquation]:
-        """Returns the same problem, with inner solves in full precision."""
+        """The same problem, with inner solves in full precision."""
         equation = getattr(self.equation, "precise", self.equation)
         return replace(self, equation=equation)
 

@@ -92,11 +92,6 @@ class MultiConvOperator:
         #: Largest distance, in pixels, at which a pixel influences another.
         self.reach = sum(layer.pad for layer in self.layers)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """In what it computes."""
-        return self.kernels[0].dtype
-
     def to(self, dtype: torch.dtype) -> MultiConvOperator:
         """Returns the operator with its kernels rounded to another precision."""
         return type(self)([kernel.to(dtype) for kernel in self.kernels])

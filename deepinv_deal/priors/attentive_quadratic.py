@@ -160,9 +160,18 @@ class AttentiveEquation:
         # Elsewhere accurate inner solves cost more than the acceleration saves.
         return Strategy(forcing=0.3, anderson=5) if self.denoising else Strategy()
 
-    def force(self, x: Tensor, squared_mask: Tensor) -> Tensor:
-        r"""Returns :math:`\lambda W^{\top} (m^2 \odot W x)`, shape of ``x``."""
-        return expand(self.lambda_reg, x) * self.regularizer.normal(x, squared_mask)
+    def force(
+        self,
+        x: Tensor,
+        squared_mask: Tensor,
+        regularizer: AttentiveQuadratic | None = None,
+    ) -> Tensor:
+        r"""
+        Returns :math:`\lambda W^{\top} (m^2 \odot W x)`, shape of ``x``; with the given
+        filters instead of the equation's.
+        """
+        regularizer = regularizer or self.regularizer
+        return expand(self.lambda_reg, x) * regularizer.normal(x, squared_mask)
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """
@@ -229,16 +238,15 @@ class FrozenSystem:
     def A(self, v: Tensor) -> Tensor:
         r"""Applies :math:`H + \lambda W^{\top} m^2 W`, in the inner precision."""
         regularizer, squared_mask = self.applied
-        weight = expand(self.equation.lambda_reg, v)
-        return self.equation.H(v) + weight * regularizer.normal(v, squared_mask)
+        force = self.equation.force(v, squared_mask, regularizer)
+        return self.equation.H(v) + force
 
     @cached_property
     def applied(self) -> tuple[AttentiveQuadratic, Tensor]:
         """Regularizer and squared mask in the precision in which they are applied."""
-        if not self.inner or self.equation.inner_dtype is None:
-            return self.equation.regularizer, self.squared_mask
-        dtype = self.equation.inner_dtype
-        return self.equation.inner_regularizer, self.squared_mask.to(dtype)
+        equation, mask = self.equation, self.squared_mask
+        regularizer = equation.inner_regularizer if self.inner else equation.regularizer
+        return regularizer, mask.to(regularizer.dtype or mask.dtype)
 
     @cached_property
     def force(self) -> Tensor:

@@ -140,7 +140,7 @@ def fixed_point(
     history = [residual]
     eta = torch.full_like(residual, min(FIRST_FORCING, forcing))
     omega = torch.ones_like(residual)
-    mixer = _Anderson(anderson) if anderson else None
+    mixer = _Anderson(anderson, residual) if anderson else None
     for k in range(max_iter + 1):
         finite = residual.isfinite()
         weighted = residual / getattr(problem, "weight", 1.0)
@@ -206,23 +206,20 @@ def fixed_point(
 class _Anderson:
     """History and safeguard of Anderson acceleration, per sample."""
 
-    def __init__(self, depth: int):
+    def __init__(self, depth: int, residual: Tensor):
         self.depth = depth
         self.images: list[Tensor] = []  # T(x_j)
         self.steps: list[Tensor] = []  # T(x_j) - x_j
         self.valid: list[Tensor] = []  # (B,): whether entry j belongs to sample i
         self.fallback: Tensor | None = None  # plain iterate behind the extrapolated one
         self.reference: Tensor | None = None  # residual before the extrapolation
-        self.on = torch.ones((), dtype=torch.bool)  # (B,): samples that are accelerated
-        self.goal: Tensor | None = None  # residual to reach,
-        self.waited: Tensor  # and for how many iterations it has not been reached
+        # (B,): whether accelerated, residual to reach, and for how long it was not.
+        self.on = torch.ones_like(residual, dtype=torch.bool)
+        self.goal = torch.full_like(residual, torch.inf)
+        self.waited = torch.zeros_like(residual)
 
     def judge(self, best: Tensor) -> None:
         """Gives samples up whose best residual has not been halved for long."""
-        if self.goal is None:
-            self.on = torch.ones_like(best, dtype=torch.bool)
-            self.goal, self.waited = best / 2, torch.zeros_like(best)
-            return
         reached = best <= self.goal
         self.goal = torch.where(reached, best / 2, self.goal)
         self.waited = torch.where(reached, 0, self.waited + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
+
+from deepinv_deal._batch import central
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -74,6 +77,30 @@ def load_image_folder(
 def load_images(folder: str | os.PathLike[str], channels: int) -> list[Tensor]:
     """Reads the images of :func:`load_image_folder` without their names."""
     return [image for _, image in load_image_folder(folder, channels)]
+
+
+def noisy_crops(
+    images: Sequence[Tensor], sigmas: Sequence[float], size: int, seed: int
+) -> list[tuple[float, list[tuple[Tensor, Tensor]]]]:
+    """
+    Returns centre crops with fixed noise, for every noise level.
+
+    :param list images: 8-bit images ``(C, H, W)``.
+    :param list sigmas: noise levels in [0, 1] units.
+    :param int size: side of the crops.
+    :param int seed: seed of the noise, the same for every level.
+    :return: pairs of noise level and pairs of clean and noisy crop, ``(1, C, size,
+        size)`` in [0, 1] units.
+    """
+    problems = []
+    for sigma in sigmas:
+        rng = torch.Generator().manual_seed(seed)
+        pairs = []
+        for image in images:
+            x = central(image[None], size).float() / 255
+            pairs.append((x, x + sigma * torch.randn(x.shape, generator=rng)))
+        problems.append((sigma, pairs))
+    return problems
 
 
 def numbered_generator(seed: int, index: int) -> torch.Generator:

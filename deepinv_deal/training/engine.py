@@ -17,10 +17,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from deepinv_deal._batch import central
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.training.curve import LOG, plot_learning_curve
-from deepinv_deal.training.data import DenoisingSampler, Problems, load_images
+from deepinv_deal.training.data import (
+    DenoisingSampler,
+    Problems,
+    load_images,
+    noisy_crops,
+)
 from deepinv_deal.training.processes import Processes
 from deepinv_deal.weights.files import (
     checked,
@@ -219,7 +223,12 @@ class Trainer(ABC, Generic[R, P]):
         self.sampler = DenoisingSampler(
             images, recipe.patch_size, sigma_max, recipe.seed, skew
         )
-        self.validation = _validation_problems(validation, recipe)
+        self.validation = noisy_crops(
+            validation[: recipe.val_images],
+            recipe.validation_sigmas,
+            recipe.val_size,
+            recipe.seed,
+        )
         # All must begin at the same step, also where only the first one sees the file.
         resume = resume and bool(self._agreed(float(self.state_path.exists())))
         with _seeded(recipe.seed):
@@ -527,21 +536,6 @@ def _compare(pretrained: str, theirs: dict[str, Any], expected: dict[str, Any]) 
                 f"{ours!r}. Set {name} to {theirs[name]!r}, or start from other "
                 "weights."
             )
-
-
-def _validation_problems(
-    images: list[Tensor], recipe: Recipe
-) -> list[tuple[float, list[tuple[Tensor, Tensor]]]]:
-    """Centre crops with fixed noise, for every validation noise level."""
-    problems = []
-    for sigma in recipe.validation_sigmas:
-        rng = torch.Generator().manual_seed(recipe.seed)
-        pairs = []
-        for image in images[: recipe.val_images]:
-            x = central(image[None], recipe.val_size).float() / 255
-            pairs.append((x, x + sigma * torch.randn(x.shape, generator=rng)))
-        problems.append((sigma, pairs))
-    return problems
 
 
 @contextmanager

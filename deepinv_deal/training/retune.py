@@ -5,14 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from deepinv_deal._batch import central
 from deepinv_deal.models import DEAL
 from deepinv_deal.priors import AttentiveQuadraticPrior
 from deepinv_deal.priors.attentive_quadratic import GRAY_LEVELS
+from deepinv_deal.training.data import noisy_crops
 from deepinv_deal.tuning import tune
 
 
@@ -63,16 +64,13 @@ def retune_kappa(
         )
     coefficients = prior.kappa.coefficients
     model = DEAL(pretrained=None, prior=prior, warn=False, scale=None)
-    clean = [central(image[None], size).to(coefficients) / 255 for image in images]
+    sigmas = [level / GRAY_LEVELS for level in levels]
+    problems = noisy_crops(images, sigmas, size, seed)
     factors = []
     silent = None if progress is None else not progress
-    for level in tqdm(levels, desc="kappa", unit="level", disable=silent):
-        sigma = level / GRAY_LEVELS
-        rng = torch.Generator().manual_seed(seed)
-        pairs = [
-            (x, x + sigma * torch.randn(x.shape, generator=rng).to(x)) for x in clean
-        ]
-        own = float(prior.default_lambda(sigma, clean[0]).detach())
+    for sigma, pairs in tqdm(problems, desc="kappa", unit="level", disable=silent):
+        pairs = [(x.to(coefficients), y.to(coefficients)) for x, y in pairs]
+        own = float(prior.default_lambda(sigma, pairs[0][0]).detach())
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a search may end early
             found = tune(
@@ -88,18 +86,6 @@ def retune_kappa(
             )
         factors.append(found.lambda_reg / own)
     with torch.no_grad():
-        coefficients.mul_(_interpolated(prior.kappa.knots, levels, factors))
+        by_knot = np.interp(prior.kappa.knots.numpy(), levels, factors)
+        coefficients.mul_(torch.from_numpy(by_knot).to(coefficients))
     return factors
-
-
-def _interpolated(
-    at: Tensor, levels: Sequence[float], values: Sequence[float]
-) -> Tensor:
-    """Linear interpolation, constant beyond the outer levels."""
-    x, y = (at.new_tensor(list(v)) for v in (levels, values))
-    if len(x) == 1:
-        return y.expand_as(at)
-    at = at.clamp(x[0], x[-1])
-    i = torch.searchsorted(x, at, right=True).clamp(1, len(x) - 1)
-    f = (at - x[i - 1]) / (x[i] - x[i - 1])
-    return (1 - f) * y[i - 1] + f * y[i]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from skimage.data import astronaut
 
 from deepinv_deal import DEAL
 from deepinv_deal.training import retune_kappa
-from deepinv_deal.training.retune import _interpolated
 from deepinv_deal.weights import load_prior
 
 IMAGE = torch.from_numpy(astronaut()[60:108, 200:248].mean(-1).round()).byte()[None]
@@ -48,10 +49,20 @@ def test_a_wrong_weight_is_corrected_where_it_is_wrong():
 
 
 @pytest.mark.parametrize("levels", [(10,), (5, 10, 50)])
-def test_quotients_are_interpolated(levels):
-    at, values = torch.linspace(-1, 60, 50), [0.9, 1.0, 1.3][: len(levels)]
-    expected = np.interp(at.numpy(), levels, values)
-    np.testing.assert_allclose(_interpolated(at, levels, values), expected, rtol=1e-6)
+def test_quotients_are_interpolated(monkeypatch, levels):
+    values = [0.9, 1.0, 1.3][: len(levels)]
+    rest = iter(values)
+
+    def found(*_, lambda_reg, **__):
+        return SimpleNamespace(lambda_reg=next(rest) * lambda_reg)
+
+    monkeypatch.setattr("deepinv_deal.training.retune.tune", found)
+    prior = random_prior()
+    before = prior.kappa.coefficients[0].detach().clone()
+    assert retune_kappa(prior, [IMAGE], levels) == pytest.approx(values)
+    expected = np.interp(prior.kappa.knots.numpy(), levels, values)
+    actual = prior.kappa.coefficients[0].detach().numpy()
+    np.testing.assert_allclose(actual, before.numpy() * expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("levels", [(), (0, 5), (25, 5), (5, 5)])
