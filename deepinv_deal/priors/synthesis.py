@@ -28,6 +28,9 @@ from deepinv_deal.solvers.preconditioner import from_fourier, to_fourier
 #: Limit on the conjugate gradient iterations of one linear solve.
 MAX_CG_ITER = 1000
 
+#: Patches whose active sets are solved in one batch of matrices.
+ACTIVE_SET_CHUNK = 256
+
 #: ``solve(v, init=None, rtol=None)`` of a linear system in the image.
 ImageSolver = Callable[..., SolverResult]
 
@@ -387,15 +390,25 @@ def _active_set_solver(equation: CoefficientEquation, S: Any) -> LinearSolve:
     # Only there to let redundant supports pass: it is at the level of rounding.
     ridge = 10 * torch.finfo(G.dtype).eps * gram.trace()
 
-    def by_patch(v: Tensor) -> Tensor:  # (B, C p, H', W') -> (B, C, H', W', p)
-        return v.unflatten(1, (-1, len(G))).movedim(2, -1)
+    def by_patch(v: Tensor) -> Tensor:  # (B, C p, H', W') -> (B C H' W', p)
+        return v.unflatten(1, (-1, len(G))).movedim(2, -1).flatten(0, -2)
 
     def solve(v: Tensor, rtol: Tensor) -> SolverResult:
-        active = by_patch(S(torch.ones_like(v), 1.0))
-        matrix = active[..., None] * gram * active[..., None, :]
-        matrix = matrix + torch.diag_embed(1 - active + ridge)
-        e = torch.linalg.solve(matrix, (active * by_patch(v))[..., None])[..., 0]
-        e = e.movedim(-1, 2).flatten(1, 2)
+        active, rhs = by_patch(S(torch.ones_like(v), 1.0)), by_patch(v)
+        e = torch.zeros_like(rhs)
+        # Patches with supports of like size together: matrices no larger than needed.
+        for patches in active.sum(1).argsort().split(ACTIVE_SET_CHUNK):
+            size = int(active[patches].sum(1).max())
+            support = active[patches].topk(size, dim=1)
+            atoms, used = support.indices, support.values
+            matrix = gram[atoms[:, :, None], atoms[:, None, :]]
+            matrix = matrix * used[:, :, None] * used[:, None, :]
+            matrix = matrix + torch.diag_embed(1 - used + ridge)
+            values = used * rhs[patches].gather(1, atoms)
+            values = torch.linalg.solve(matrix, values[..., None])[..., 0]
+            e[patches] = torch.zeros_like(rhs[patches]).scatter(1, atoms, values)
+        shape = (len(v), -1, *v.shape[2:], len(G))
+        e = e.view(shape).movedim(-1, 2).flatten(1, 2)
         done = torch.zeros_like(rtol)
         return SolverResult(
             v + e - equation.hessian(e), done.to(torch.int8), done.to(torch.int64), done
