@@ -1,9 +1,9 @@
 r"""
-Choosing the regularization weight, and the model's noise level, on a few images.
+Choosing the regularization weight, and a second parameter, on a few images.
 
-:func:`tune` looks for the :math:`\lambda` (and, on request, the :math:`\sigma` of the
-model) with the best mean score on a validation set. With ground truth the score is any
-deepinv metric; without, it is Stein's unbiased risk estimate.
+:func:`tune` looks for the :math:`\lambda` (and, on request, the :math:`\sigma` or
+:math:`\beta` of the model) with the best mean score on a validation set. With ground
+truth the score is any deepinv metric; without, it is Stein's unbiased risk estimate.
 """
 
 from __future__ import annotations
@@ -46,8 +46,12 @@ __all__ = ["Trial", "TuningResult", "tune"]
 #: a probe that is correlated with the noise would bias the estimate.
 PROBE_SEED = 0x5EED_0BE5
 
-#: Evaluations allowed if ``max_trials`` is not given: for lambda, and with sigma.
+#: Evaluations allowed if ``max_trials`` is not given, by number of parameters.
 DEFAULT_MAX_TRIALS = {1: 15, 2: 45}
+
+#: First factors of the search are powers of ``spread``. The model's noise level acts
+#: through its logarithm like the others, but less strongly.
+POWERS = {"lambda_reg": 1.0, "sigma": 0.5, "beta": 1.0}
 
 #: Models that say how a reconstruction went, by ``return_info=True``.
 REPORTING = (FixedPointOptim, SynthesisModel)
@@ -62,6 +66,7 @@ class Trial:
 
     :param float lambda_reg: regularization weight.
     :param float sigma: noise level of the model; ``None`` if it was not tuned.
+    :param float beta: coupling of a dictionary; ``None`` if it was not tuned.
     :param float score: mean of the metric over the images.
     :param float converged: share of the images whose solver met its tolerance.
     :param float n_iter: mean number of outer iterations.
@@ -70,10 +75,17 @@ class Trial:
 
     lambda_reg: float
     sigma: float | None
+    beta: float | None
     score: float
     converged: float
     n_iter: float
     seconds: float
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The parameters that were tuned, by name."""
+        values = {name: getattr(self, name) for name in POWERS}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass
@@ -110,10 +122,14 @@ class TuningResult:
         return self.best.sigma
 
     @property
+    def beta(self) -> float | None:
+        """The best coupling of a dictionary, ``None`` if it was not tuned."""
+        return self.best.beta
+
+    @property
     def settings(self) -> dict[str, float]:
         """The best values as arguments: ``model(y, physics, **result.settings)``."""
-        values = {"lambda_reg": self.lambda_reg, "sigma": self.sigma}
-        return {name: value for name, value in values.items() if value is not None}
+        return self.best.settings
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one line per trial."""
@@ -124,7 +140,7 @@ class TuningResult:
 
     def plot(self, axis: Axes | None = None) -> Figure:
         """
-        Draws the score over lambda or, if sigma was tuned too, over both.
+        Draws the score over lambda or, if two parameters were tuned, over both.
 
         :param matplotlib.axes.Axes axis: where to draw; on a figure of its own if
             ``None``.
@@ -141,16 +157,22 @@ class TuningResult:
         weights = [trial.lambda_reg for trial in trials]
         scores = [trial.score for trial in trials]
         best = self.best
-        if best.sigma is None:
+        second = [name for name in best.settings if name != "lambda_reg"]
+        if not second:
             axis.plot(weights, scores, "o-", markersize=4)
             height = best.score
             axis.set_ylabel(self.metric)
         else:
-            levels = [255 * (trial.sigma or 0) for trial in trials]
-            shown = axis.scatter(weights, levels, c=scores, cmap="viridis", s=60)
-            height = 255 * best.sigma
+            scale = 255 if second == ["sigma"] else 1
+            heights = [scale * trial.settings[second[0]] for trial in trials]
+            shown = axis.scatter(weights, heights, c=scores, cmap="viridis", s=60)
+            height = scale * best.settings[second[0]]
             figure.colorbar(shown, ax=axis, label=self.metric)
-            axis.set_ylabel("sigma of the model, gray levels")
+            if second == ["sigma"]:
+                axis.set_ylabel("sigma of the model, gray levels")
+            else:
+                axis.set_ylabel("beta")
+                axis.set_yscale("log")
         axis.scatter(
             [best.lambda_reg], [height], s=140, c="tab:red", marker="*", zorder=3
         )
@@ -171,6 +193,8 @@ def tune(
     lambda_reg: float | None = None,
     sigma: float | None = None,
     tune_sigma: bool = False,
+    beta: float | None = None,
+    tune_beta: bool = False,
     spread: float = 4.0,
     precision: float = 1.2,
     max_trials: int | None = None,
@@ -180,16 +204,17 @@ def tune(
     progress: bool | None = None,
 ) -> TuningResult:
     r"""
-    Chooses ``lambda_reg``, and on request ``sigma``, on a validation set.
+    Chooses ``lambda_reg``, and on request ``sigma`` or ``beta``, on a validation set.
 
     The search is on a logarithmic scale, from coarse to fine, as in the code of
     :footcite:t:`pourya2024iteratively`. It compares the weights :math:`p/g`, :math:`p`
     and :math:`p g`; while an end is best, the three points move one step that way;
     else :math:`g \leftarrow \sqrt{g}`, until :math:`g` is at most ``precision``. We add
     one last point, the vertex of the parabola through the scores of the three points
-    over :math:`\log \lambda`. With ``tune_sigma``, the points are the 9 of a 3 x 3
-    grid, :math:`\sigma` moves by :math:`\sqrt g`, and the last point comes from the
-    paraboloid fitted to them. No setting is tried twice.
+    over :math:`\log \lambda`. With ``tune_sigma`` or ``tune_beta``, the points are
+    those of a 3 x 3 grid, :math:`\beta` moves by :math:`g`, :math:`\sigma` by
+    :math:`\sqrt g`, and the last point comes from the paraboloid fitted to them. No
+    setting is tried twice.
 
     All settings see the same measurements, and each is solved from the model's own
     first image: started at a neighbour's result, the solver would stop elsewhere within
@@ -226,8 +251,8 @@ def tune(
     :param deepinv.models.Reconstructor model: a model of this package; or any other,
         called as ``model(y, physics, lambda_reg=...)``, to tune a rival with the same
         care: ``converged`` and ``n_iter`` are then NaN, and candidates are tried one by
-        one. Models of others need a ``lambda_reg`` to start at. Only for DEAL, SAFI
-        and MMR is ``sigma`` looked at.
+        one. Models of others need a ``lambda_reg`` to start at. Only DEAL, SAFI and
+        MMR have a ``sigma``, only dictionaries a ``beta`` to choose.
     :param deepinv.physics.LinearPhysics physics: forward operator with its noise.
         ``None`` to denoise given pairs.
     :param Dataset, DataLoader, Iterable, torch.Tensor dataset: ground-truth images
@@ -243,10 +268,13 @@ def tune(
     :param float sigma: noise level of the model: where its search starts, or fixed if
         ``tune_sigma`` is false. ``None``: the model's own.
     :param bool tune_sigma: choose ``sigma`` too.
+    :param float beta: coupling of a dictionary: where its search starts, or fixed if
+        ``tune_beta`` is false. ``None``: the model's own.
+    :param bool tune_beta: choose ``beta`` too.
     :param float spread: first factor :math:`g`.
     :param float precision: last factor :math:`g`.
-    :param int max_trials: largest number of settings; 15, or 45 with ``tune_sigma``, if
-        ``None``.
+    :param int max_trials: largest number of settings; if ``None``, 15, or 45 for two
+        parameters.
     :param bool batch_candidates: solve the candidates of a grid as one batch, with the
         same result; for images that are small for the machine. Each physics must serve
         batches larger than its data's.
@@ -263,16 +291,21 @@ def tune(
             "model must be a deepinv Reconstructor such as deepinv_deal.DEAL, got "
             f"{type(model).__name__}."
         )
-    if lambda_reg is None and isinstance(model, SynthesisModel):
-        own = model.prior.lambda_reg if model.lambda_reg is None else model.lambda_reg
-        lambda_reg = float(torch.as_tensor(own).mean())
-    if not isinstance(model, FixedPointOptim) and (
-        lambda_reg is None or tune_sigma or sigma is not None
-    ):
+    kind, iterates = type(model).__name__, isinstance(model, FixedPointOptim)
+    dictionary = isinstance(model, SynthesisModel)
+    if (sigma is not None or tune_sigma) and not iterates:
         raise ValueError(
-            f"For {type(model).__name__}, lambda_reg must be given and sigma cannot be "
-            f"tuned; got lambda_reg={lambda_reg}, sigma={sigma}, "
-            f"tune_sigma={tune_sigma}."
+            f"sigma cannot be tuned for {kind}, got sigma={sigma}, "
+            f"tune_sigma={tune_sigma}. Only DEAL, SAFI and MMR have one to choose."
+        )
+    if (beta is not None or tune_beta) and not dictionary:
+        raise ValueError(
+            f"beta cannot be tuned for {kind}, got beta={beta}, tune_beta={tune_beta}. "
+            "Only PatchSynthesis and SmoothPlusSparse have one."
+        )
+    if lambda_reg is None and not iterates and not dictionary:
+        raise ValueError(
+            f"For {kind}, lambda_reg must be given: the weight to start at."
         )
     scorer = _scorer(metric, seed)
     if not math.inf > spread >= precision > 1:
@@ -280,14 +313,20 @@ def tune(
             "spread and precision are factors with spread >= precision > 1, got "
             f"spread={spread}, precision={precision}."
         )
-    names = ["lambda_reg", "sigma"] if tune_sigma else ["lambda_reg"]
+    tuned = {"lambda_reg": True, "sigma": tune_sigma, "beta": tune_beta}
+    names = [name for name in POWERS if tuned[name]]
     budget = DEFAULT_MAX_TRIALS[len(names)] if max_trials is None else max_trials
     if budget < 1:
         raise ValueError(f"max_trials must be at least 1, got {max_trials}.")
     problems = _problems(model, physics, dataset, seed)
     scorer.check(problems)
-    start = _start(model, problems[0], lambda_reg, sigma, names)
-    fixed = {} if sigma is None or tune_sigma else {"sigma": float(sigma)}
+    given = {"lambda_reg": lambda_reg, "sigma": sigma, "beta": beta}
+    start = _start(model, problems[0], given, names)
+    fixed = {
+        name: float(value)
+        for name, value in given.items()
+        if value is not None and name not in names
+    }
     result = TuningResult(scorer.name, scorer.lower_better, [])
     bar = tqdm(
         total=budget,
@@ -314,8 +353,7 @@ def tune(
             bar.set_postfix_str(f"best {_describe(result.best)}")
         return costs
 
-    # The model's noise level acts through its logarithm too, but less strongly.
-    steps = np.array([1.0, 0.5][: len(names)]) * math.log(spread)
+    steps = np.array([POWERS[name] for name in names]) * math.log(spread)
     file = None if log is None else open(Path(log), "w", newline="", encoding="utf-8")
     rows = None if file is None else _Rows(file)
     try:
@@ -358,8 +396,7 @@ def tune(
 
 
 def _describe(trial: Trial) -> str:
-    sigma = "" if trial.sigma is None else f", sigma={trial.sigma:.4g}"
-    return f"lambda_reg={trial.lambda_reg:.4g}{sigma}"
+    return ", ".join(f"{name}={value:.4g}" for name, value in trial.settings.items())
 
 
 class _Rows:
@@ -435,13 +472,22 @@ def _vertex(points: np.ndarray, values: np.ndarray) -> np.ndarray | None:
 def _start(
     model: Reconstructor,
     problem: _Problem,
-    lambda_reg: float | None,
-    sigma: float | None,
+    given: dict[str, float | None],
     names: Sequence[str],
 ) -> np.ndarray:
     """Returns the first value of each parameter."""
     if not isinstance(model, FixedPointOptim):
-        return _positive({"lambda_reg": lambda_reg})
+        first: dict[str, Any] = {}
+        for name in names:  # of a dictionary, the constructor's before the learned
+            own = getattr(model, name, None)
+            values = (
+                given[name],
+                own,
+                getattr(getattr(model, "prior", None), name, None),
+            )
+            first[name] = next(value for value in values if value is not None)
+        return _positive(first)
+    lambda_reg, sigma = given["lambda_reg"], given["sigma"]
     own = model.update_params_fn(0)
     denoising = problem.physics is None or isinstance(problem.physics, Denoising)
     level: Any = sigma
@@ -646,6 +692,7 @@ def _evaluate(
         Trial(
             candidate["lambda_reg"],
             candidate.get("sigma"),
+            candidate.get("beta"),
             float(np.mean(scores[i])),
             float(np.mean(converged[i] or math.nan)),
             float(np.mean(n_iter[i] or math.nan)),

@@ -374,9 +374,26 @@ def test_the_weight_can_be_tuned_on_other_images(folder, capsys):
     assert main([*command, "--tune", folder]) == 0
     assert "lambda_reg" in capsys.readouterr().err
     assert main([*command, "--tune", folder, "--lambda-reg", "1"]) == 2
+    assert main([*command, "--tune", folder, "--beta", "1"]) == 2
+    assert main([*command, "--lambda-reg", "1", "--beta", "1"]) == 2
+    assert "beta is for dictionaries" in capsys.readouterr().err
     assert main([*command, "--kernel", "square:3"]) == 2
-    assert main([*command, "--method", "tv"]) == 2
-    assert "--tune" in capsys.readouterr().err
+    assert "--kernel is for" in capsys.readouterr().err
+    assert main(["evaluate", "--data", folder, "--method", "tv"]) == 2
+    assert "give --tune DIR" in capsys.readouterr().err
+
+
+def test_only_the_centre_of_every_image_is_evaluated_on_request(folder, capsys):
+    command = ["evaluate", "--data", folder, "--method", "adjoint", "--sigma", "25"]
+    psnr = {}
+    for crop in ([], ["--crop", "12"], ["--crop", "9999"]):
+        assert main([*command, *crop]) == 0
+        out = capsys.readouterr().out
+        assert ("cropped images" in out) == bool(crop)
+        psnr[crop[-1] if crop else None] = out.splitlines()[1].split()[2:4]
+    assert psnr["12"] != psnr[None]
+    assert main([*command, "--crop", "0"]) == 2
+    assert "--crop must be positive, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["tv", "adjoint"])

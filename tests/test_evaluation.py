@@ -1,5 +1,6 @@
 """The published protocols."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from problems import images, random_model
 from scipy import ndimage
 from scipy.io import savemat
 
+from deepinv_deal import SmoothPlusSparse
 from deepinv_deal._batch import central
 from deepinv_deal.evaluation import (
     PUBLISHED,
@@ -26,6 +28,7 @@ from deepinv_deal.evaluation import (
 )
 from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask
 from deepinv_deal.files import read_array
+from deepinv_deal.priors import SmoothPlusSparsePrior
 
 
 def photograph(channels=1, height=20, width=22):
@@ -257,6 +260,33 @@ def test_a_tuned_rival_is_no_worse_than_at_other_weights():
         assert other.psnr < best.psnr
     (noisy,) = evaluate(Adjoint(), task, data, progress=False)
     assert noisy.psnr < best.psnr
+
+
+def test_weight_and_coupling_of_a_dictionary_are_tuned_together():
+    prior = SmoothPlusSparsePrior("group", 8, 4, num_free_atoms=4)
+    model = SmoothPlusSparse(prior=prior, max_iter=30, warn=False)
+    data = [("a", photograph(1, 20, 20))]
+    task = TASKS["super-resolution-x2"](noise=[2.55])
+    task = replace(task, conditions=task.conditions[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the weights are random: best without atoms
+        tuned = tune_task(model, task, data, progress=False)
+        plain = TASKS["denoising"](noise=[25])
+        denoising = tune_task(model, plain, data, progress=False)
+    (condition,) = tuned.conditions
+    assert condition.beta != pytest.approx(prior.beta.item())
+    (best,) = evaluate(model, tuned, data, progress=False)
+    assert (best.lambda_reg, best.beta) == pytest.approx(
+        (condition.lambda_reg, condition.beta)
+    )
+    (other,) = evaluate(
+        model, task, data, lambda_reg=best.lambda_reg, beta=10 * best.beta,
+        progress=False,
+    )  # fmt: skip
+    assert other.beta == pytest.approx(10 * best.beta) and other.psnr < best.psnr
+    assert denoising.conditions[0].beta is None  # learned
+    with pytest.raises(ValueError, match="beta is for dictionaries, not for Adjoint"):
+        evaluate(Adjoint(), task, data, beta=1.0)
 
 
 def test_the_weight_published_for_deal_is_not_given_to_rivals():

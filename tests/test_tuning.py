@@ -379,6 +379,14 @@ def test_an_error_carries_what_was_tried(model, x, tmp_path):
         ({"lambda_reg": 0.0}, ValueError, "positive.*lambda_reg"),
         ({"lambda_reg": -1.0}, ValueError, "positive.*lambda_reg"),
         ({"sigma": 0.0, "tune_sigma": True}, ValueError, "positive.*sigma"),
+        ({"beta": 1.0}, ValueError, "beta cannot be tuned for DEAL"),
+        ({"tune_beta": True}, ValueError, "beta cannot be tuned for DEAL"),
+        ({"model": MMR(num_filters=2), "beta": 1.0}, ValueError, "beta cannot"),
+        (
+            {"model": SmoothPlusSparse(num_atoms=2), "tune_sigma": True},
+            ValueError,
+            "sigma cannot be tuned for SmoothPlusSparse",
+        ),
         ({"spread": 1.0}, ValueError, "spread"),
         ({"precision": 5.0}, ValueError, "precision"),
         ({"max_trials": 0}, ValueError, "max_trials"),
@@ -445,6 +453,31 @@ def test_dictionaries_are_tuned_from_their_own_weight(x):
         with pytest.warns(RuntimeWarning, match="max_trials=1"):
             result = tune(model, denoising(), x, max_trials=1, progress=False)
         assert result.lambda_reg == pytest.approx(own or float(prior.lambda_reg))
+
+
+def test_the_coupling_of_a_dictionary_is_chosen_or_fixed_on_request(x, tmp_path):
+    prior = SmoothPlusSparsePrior("group", 8, 4, num_free_atoms=4, beta=0.7).double()
+    model, physics = SmoothPlusSparse(prior=prior), blur()
+    with pytest.warns(RuntimeWarning, match=r"beta=.* is the best so far"):
+        both = tune(model, physics, [x], tune_beta=True, max_trials=9)
+    assert {round(t.beta, 3) for t in both.trials} == {0.175, 0.7, 2.8}
+    assert set(both.settings) == {"lambda_reg", "beta"}
+    assert torch.isfinite(model(physics(x), physics, **both.settings)).all()
+    both.to_csv(tmp_path / "t.csv")
+    assert [float(r["beta"]) for r in read(tmp_path / "t.csv")] == [
+        t.beta for t in both.trials
+    ]
+    axis = both.plot().axes[0]
+    assert len(axis.collections[0].get_offsets()) == 9
+    assert (axis.get_ylabel(), axis.get_yscale()) == ("beta", "log")
+
+    scores = {}
+    for beta in (None, 0.7, 2.8):
+        with pytest.warns(RuntimeWarning, match="max_trials=1"):
+            result = tune(model, physics, [x], beta=beta, max_trials=1)
+        assert result.beta is None
+        scores[beta] = result.best.score
+    assert scores[None] == pytest.approx(scores[0.7]) != pytest.approx(scores[2.8])
 
 
 def test_any_reconstructor_is_tuned_with_the_same_care(x):

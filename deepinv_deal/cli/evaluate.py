@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deepinv_deal.cli._options import (
@@ -42,6 +43,12 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
         help="noise levels, gray levels; if unset, the published ones",
     )
     evaluate.add_argument(
+        "--crop",
+        type=int,
+        metavar="N",
+        help="only the central N x N pixels of every image",
+    )
+    evaluate.add_argument(
         "--kernel",
         action="append",
         help="deblurring: FILE (.npy, .npz:NAME, .mat:NAME/INDEX, image), "
@@ -51,9 +58,13 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
         "--lambda-reg", type=float, help="weight; if unset, the published one"
     )
     evaluate.add_argument(
+        "--beta", type=float, help="coupling of a dictionary; if unset, its own"
+    )
+    evaluate.add_argument(
         "--tune",
         metavar="DIR",
-        help="choose the weight on the images of another folder, for each condition",
+        help="choose the weight (and, of dictionaries, beta) on the images of another "
+        "folder, for each condition",
     )
     evaluate.add_argument(
         "--sigma-model",
@@ -82,28 +93,39 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     if args.kernel and args.task != "deblurring":
         raise ValueError(f"--kernel is for --task deblurring, not {args.task}.")
-    if args.tune and args.lambda_reg is not None:
-        raise ValueError("Give either --lambda-reg or --tune, not both.")
+    given = (args.lambda_reg, args.beta)
+    if args.tune and given != (None, None):
+        raise ValueError("Give either --lambda-reg and --beta, or --tune, not both.")
     options = {"kernels": args.kernel} if args.kernel else {}
     task = TASKS[args.task](noise=args.sigma, **options)
+    if args.crop is not None:
+        if args.crop < 1:
+            raise ValueError(f"--crop must be positive, got {args.crop}.")
+        task = replace(task, side=min(args.crop, task.side or args.crop))
     model, channels = _method(args, task)
     images = load_image_folder(args.data, channels)
     if args.tune:
         validation = load_image_folder(args.tune, channels)
         task = tune_task(model, task, validation, sigma=args.sigma_model)
         for condition in task.conditions:
+            beta = "" if condition.beta is None else f", beta {condition.beta:.4g}"
             print(
                 f"{condition.setting or task.name}, noise {condition.noise:g}: "
-                f"lambda_reg {condition.lambda_reg:.4g}, chosen on {len(validation)} "
-                "images",
+                f"lambda_reg {condition.lambda_reg:.4g}{beta}, chosen on "
+                f"{len(validation)} images",
                 file=sys.stderr,
             )
     scores = evaluate(
-        model, task, images, lambda_reg=args.lambda_reg, sigma=args.sigma_model
+        model,
+        task,
+        images,
+        lambda_reg=args.lambda_reg,
+        sigma=args.sigma_model,
+        beta=args.beta,
     )
     if args.csv:
         write_csv(scores, args.csv)
-    print(summarise(scores, args.task, channels))
+    print(summarise(scores, args.task, channels, cropped=args.crop is not None))
     return 0 if all(score.converged for score in scores) else 1
 
 

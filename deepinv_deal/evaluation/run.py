@@ -22,6 +22,7 @@ from deepinv_deal.evaluation.baselines import TotalVariation
 from deepinv_deal.evaluation.published import PUBLISHED, SOURCE
 from deepinv_deal.evaluation.tasks import Task
 from deepinv_deal.models import DEAL
+from deepinv_deal.models.patches import SynthesisInfo, SynthesisModel
 from deepinv_deal.tuning import REPORTING, tune
 
 
@@ -42,6 +43,7 @@ class Score:
     :param bool converged: whether the solver met its tolerance.
     :param str setting: operator, if the task has several.
     :param float lambda_reg: regularization weight, NaN if there was none.
+    :param float beta: coupling, NaN for methods other than dictionaries.
     """
 
     image: str
@@ -55,6 +57,7 @@ class Score:
     converged: bool = True
     setting: str = ""
     lambda_reg: float = math.nan
+    beta: float = math.nan
 
 
 def add_noise(x: Tensor, sigma: float) -> Tensor:
@@ -78,6 +81,7 @@ def evaluate(
     *,
     lambda_reg: float | None = None,
     sigma: float | None = None,
+    beta: float | None = None,
     progress: bool | None = None,
 ) -> list[Score]:
     """
@@ -92,11 +96,17 @@ def evaluate(
     :param float lambda_reg: weight; that of each condition if ``None``.
     :param float sigma: noise level of the model in gray levels; the published one if
         ``None``.
+    :param float beta: coupling of a dictionary; that of each condition if ``None``.
     :param bool progress: show a progress bar; on terminals if ``None``.
     :return: list of :class:`Score`.
-    :raises ValueError: if there is no image, or no published weight and none is given.
+    :raises ValueError: if there is no image, no published weight and none is given, or
+        ``beta`` is given to a model that has none.
     """
     reporting, deal = isinstance(model, REPORTING), isinstance(model, DEAL)
+    if beta is not None and not isinstance(model, SynthesisModel):
+        raise ValueError(
+            f"beta is for dictionaries, not for {type(model).__name__}, got {beta}."
+        )
     settings = _settings(model, task, sigma)
     if reporting:
         settings["return_info"] = True
@@ -128,6 +138,8 @@ def evaluate(
         if weight is None and (deal or condition.tuned):
             weight = condition.lambda_reg  # the published one is of no use to others
         own = settings if weight is None else {**settings, "lambda_reg": weight}
+        if (coupling := condition.beta if beta is None else beta) is not None:
+            own = {**own, "beta": coupling}
         start = time.perf_counter()
         with torch.no_grad():
             result = model(y, physics, **own)
@@ -142,6 +154,8 @@ def evaluate(
                 "converged": bool(info.converged),
                 "lambda_reg": float(info.lambda_reg),
             }
+            if isinstance(info, SynthesisInfo):
+                extra["beta"] = float(info.beta)
         elif weight is not None:
             extra = {"lambda_reg": weight}
         psnr, ssim = quality(task.compare(result), task.compare(x))
@@ -170,6 +184,8 @@ def tune_task(
     """
     Chooses the weight of every condition by :func:`deepinv_deal.tune`, by PSNR.
 
+    For dictionaries the coupling ``beta`` is chosen with it, except for denoising.
+
     :param deepinv.models.Reconstructor model: as in :func:`evaluate`.
     :param Task task: made by one of ``TASKS``.
     :param Iterable images: pairs of name and 8-bit image ``(C, H, W)``, not those that
@@ -177,7 +193,7 @@ def tune_task(
     :param float sigma: noise level of the model in gray levels; the published one if
         ``None``.
     :param bool progress: show progress bars; on terminals if ``None``.
-    :return: the task with these weights.
+    :return: the task with these weights and couplings.
     :raises ValueError: if there is no image, or for images of several sizes.
     """
     truths = [task.ground_truth(image) for _, image in images]
@@ -193,6 +209,7 @@ def tune_task(
     metric = Metric(metric=compared)
     metric.lower_better = False
     settings = _settings(model, task, sigma)
+    tune_beta = isinstance(model, SynthesisModel) and task.sigma is not None
     conditions = []
     for condition in task.conditions:
         measured = [(x, *condition.measure(x)) for x in truths]
@@ -210,10 +227,14 @@ def tune_task(
             [(x, y) for x, y, _ in measured],
             metric=metric,
             lambda_reg=start,
+            tune_beta=tune_beta,
             progress=progress,
             **settings,
         )
-        conditions.append(replace(condition, lambda_reg=result.lambda_reg, tuned=True))
+        best = result.best
+        conditions.append(
+            replace(condition, lambda_reg=best.lambda_reg, beta=best.beta, tuned=True)
+        )
     return replace(task, conditions=tuple(conditions))
 
 
@@ -237,7 +258,11 @@ def quality(x_hat: Tensor, x: Tensor) -> tuple[float, float]:
 
 
 def summarise(
-    scores: Sequence[Score], task: str | None = None, channels: int = 1
+    scores: Sequence[Score],
+    task: str | None = None,
+    channels: int = 1,
+    *,
+    cropped: bool = False,
 ) -> str:
     """
     Returns a table of means, and the published figures for comparison.
@@ -245,6 +270,7 @@ def summarise(
     :param list scores: from :func:`evaluate`.
     :param str task: name of the task whose published figures are added.
     :param int channels: 1 (gray) or 3 (colour).
+    :param bool cropped: whether the images were smaller than the task wants them.
     """
     head = "sigma  images   PSNR    SSIM   n_iter  cg_iter  converged  s/image  setting"
     lines = [head.removesuffix("  setting")]
@@ -258,7 +284,9 @@ def summarise(
             lines.append(_line(sigma, own, setting))
         if len(settings) > 1:
             lines.append(_line(sigma, level, "mean"))
-    return "\n".join(lines + (_beside(scores, task, channels) if task else []))
+    if task:
+        lines += _beside(scores, task, channels, cropped)
+    return "\n".join(lines)
 
 
 def _line(sigma: float, scores: Sequence[Score], setting: str) -> str:
@@ -273,7 +301,9 @@ def _line(sigma: float, scores: Sequence[Score], setting: str) -> str:
     ).rstrip()
 
 
-def _beside(scores: Sequence[Score], task: str, channels: int) -> list[str]:
+def _beside(
+    scores: Sequence[Score], task: str, channels: int, cropped: bool
+) -> list[str]:
     """The published figures at the noise levels and settings of the scores."""
     keys = {(score.sigma, score.setting) for score in scores}
     levels = {sigma for sigma, _ in keys}
@@ -297,7 +327,7 @@ def _beside(scores: Sequence[Score], task: str, channels: int) -> list[str]:
         lines.append(f"{row.noise:5g}  {figures}  ({row.data}; {colour})")
     images = len({score.image for score in scores})
     total = {row.images for row in fitting}
-    differences = []
+    differences = ["cropped images"] if cropped else []
     if images not in total and not (task == "deblurring" and images == 3):
         differences.append(
             f"{images} image{'s' * (images != 1)} instead of {min(total)}"

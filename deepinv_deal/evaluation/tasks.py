@@ -43,6 +43,7 @@ class Condition:
     :param float lambda_reg: weight; the published one of DEAL unless ``tuned``;
         ``None`` if there is none, and for denoising, where it is learned.
     :param bool tuned: whether ``lambda_reg`` was chosen by ``tune_task``.
+    :param float beta: coupling of a dictionary that was chosen with it.
     """
 
     setting: str
@@ -50,6 +51,7 @@ class Condition:
     physics: Callable[[Tensor], LinearPhysics]
     lambda_reg: float | None = None
     tuned: bool = False
+    beta: float | None = None
 
     def measure(self, x: Tensor) -> tuple[Tensor, LinearPhysics]:
         """
