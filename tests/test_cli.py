@@ -348,6 +348,7 @@ def folder(tmp_path):
         ("super-resolution-x3", ["--sigma", "2.55"], 8, "DEAL 26.20"),
         ("deblurring", ["--sigma", "2.55"], 4, "other kernels"),
         ("mri-single-coil-4x", ["--lambda-reg", "0.01"], 2, "DEAL 36.59"),
+        ("mri-single-coil-8x", ["--lambda-reg", "0.01"], 2, "nothing at these"),
         ("mri-multi-coil-8x", ["--lambda-reg", "0.01"], 2, "simulated coil maps"),
     ],
 )
@@ -381,6 +382,20 @@ def test_the_weight_can_be_tuned_on_other_images(folder, capsys):
     assert "--kernel is for" in capsys.readouterr().err
     assert main(["evaluate", "--data", folder, "--method", "tv"]) == 2
     assert "give --tune DIR" in capsys.readouterr().err
+
+
+def test_operators_of_a_task_are_chosen_by_name(folder, capsys):
+    command = ["evaluate", "--data", folder, "--task", "super-resolution-x4"]
+    command += ["--method", "adjoint", "--sigma", "2.55"]
+    assert main([*command, "--only", "blur 1."]) == 0
+    out = capsys.readouterr().out
+    assert [line.split("  ")[-1] for line in out.splitlines()[1:4]] == [
+        "blur 1.2",
+        "blur 1.6",
+        "mean",
+    ]
+    assert main([*command, "--only", "motion"]) == 2
+    assert "'motion' fits none of blur 0.7, blur 1.2" in capsys.readouterr().err
 
 
 def test_only_the_centre_of_every_image_is_evaluated_on_request(folder, capsys):

@@ -49,6 +49,12 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
         help="only the central N x N pixels of every image",
     )
     evaluate.add_argument(
+        "--only",
+        metavar="TEXT",
+        help="of a task with several operators, those whose name holds this, as in "
+        "'blur 1.6'",
+    )
+    evaluate.add_argument(
         "--kernel",
         action="append",
         help="deblurring: FILE (.npy, .npz:NAME, .mat:NAME/INDEX, image), "
@@ -98,6 +104,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ValueError("Give either --lambda-reg and --beta, or --tune, not both.")
     options = {"kernels": args.kernel} if args.kernel else {}
     task = TASKS[args.task](noise=args.sigma, **options)
+    if args.only is not None:
+        names = dict.fromkeys(c.setting or task.name for c in task.conditions)
+        kept = [c for c in task.conditions if args.only in (c.setting or task.name)]
+        if not kept:
+            raise ValueError(f"--only {args.only!r} fits none of {', '.join(names)}.")
+        task = replace(task, conditions=tuple(kept))
     if args.crop is not None:
         if args.crop < 1:
             raise ValueError(f"--crop must be positive, got {args.crop}.")

@@ -125,7 +125,7 @@ def super_resolution(factor: int, noise: Sequence[float] | None = None) -> Task:
     """
     Super-resolution: circular Gaussian blur, every ``factor``-th pixel, noise.
 
-    :param int factor: 2 or 3.
+    :param int factor: 2, 3 or 4.
     :param tuple noise: noise levels in gray levels.
     """
 
@@ -222,8 +222,10 @@ TASKS: dict[str, Callable[..., Task]] = {
     "denoising": denoising,
     "super-resolution-x2": partial(super_resolution, 2),
     "super-resolution-x3": partial(super_resolution, 3),
+    "super-resolution-x4": partial(super_resolution, 4),
     "deblurring": deblurring,
     "mri-single-coil-4x": partial(mri, 1, 4),
+    "mri-single-coil-8x": partial(mri, 1, 8),
     "mri-multi-coil-8x": partial(mri, 15, 8),
 }
 
