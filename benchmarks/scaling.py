@@ -19,7 +19,7 @@ from skimage.data import camera
 
 from deepinv_deal import DEAL
 from deepinv_deal.evaluation import application_times, quality
-from deepinv_deal.evaluation.speed import PeakMemory, median_seconds
+from deepinv_deal.evaluation.timing import PeakMemory, median_seconds
 
 
 def per_pixel(model: DEAL, batch: int, size: int, repeats: int = 5) -> float:

@@ -22,13 +22,8 @@ from deepinv_deal.evaluation import (
     speed_table,
     write_csv,
 )
-from deepinv_deal.evaluation.speed import (
-    SOLVERS,
-    PeakMemory,
-    _Case,
-    _Watch,
-    plain_normal,
-)
+from deepinv_deal.evaluation.speed import SOLVERS, _Case, _Watch
+from deepinv_deal.evaluation.timing import PeakMemory, plain_normal
 from deepinv_deal.priors import AttentiveQuadratic, DEALPrior
 
 IMAGE = (255 * images(1, 1, 16, 16)[0]).clamp(0, 255).round().byte()

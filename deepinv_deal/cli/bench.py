@@ -80,7 +80,7 @@ def _bench(args: argparse.Namespace) -> int:
     import torch
 
     from deepinv_deal import DEAL
-    from deepinv_deal.evaluation import speed, write_csv
+    from deepinv_deal.evaluation import application_times, speed, write_csv
 
     if args.size < 16:
         raise ValueError(f"--size must be at least 16, got {args.size}.")
@@ -88,7 +88,7 @@ def _bench(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     model = DEAL(pretrained=args.pretrained, warn=False, device=args.device)
     image = _image(args.image, args.size, model.prior[0].in_channels)
-    times = speed.application_times(model, args.size)
+    times = application_times(model, args.size)
     print(
         f"One application of W^T M^2 W at {args.size} x {args.size}: "
         f"{1e3 * times.normal:.2f} ms, with plain convolutions "

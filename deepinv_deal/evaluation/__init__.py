@@ -13,15 +13,14 @@ from deepinv_deal.evaluation.run import (
 )
 from deepinv_deal.evaluation.speed import (
     SPEED_TASKS,
-    ApplicationTimes,
     SpeedRun,
-    application_times,
     compare_speed,
     deepinv_model,
     plot_speed,
     speed_table,
 )
 from deepinv_deal.evaluation.tasks import TASKS, Condition, Task, make_kernel
+from deepinv_deal.evaluation.timing import ApplicationTimes, application_times
 
 __all__ = [
     "speed_table",
