@@ -275,13 +275,13 @@ def make_kernel(text: str) -> tuple[str, Tensor]:
 
 
 def line_mask(
-    size: tuple[int, int], acceleration: int, center_fraction: float
+    size: tuple[int, int], acceleration: float, center_fraction: float
 ) -> Tensor:
     """
     Draws the vertical lines of fastMRI's ``RandomMaskFunc``, always the same.
 
     :param tuple size: height and width.
-    :param int acceleration: expected number of lines per line that is kept.
+    :param float acceleration: expected number of lines per line that is kept.
     :param float center_fraction: share of the lines that are kept around the centre.
     :return: mask ``(H, W)``, zero frequency in the middle.
     """
