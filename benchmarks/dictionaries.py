@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,10 +41,9 @@ class Reached(Exception):  # noqa: N818 - control flow, not an error
 
 
 @dataclass
-class Watched:
-    """A penalty that looks at the coefficients of every iteration."""
+class Watch:
+    """Looks at the coefficients of every iteration."""
 
-    penalty: Any
     problem: SynthesisProblem
     target: Tensor | None
     distances: list[float]
@@ -54,12 +52,8 @@ class Watched:
     reached: dict[float, tuple[int, float]] = field(default_factory=dict)
     start: float = field(default_factory=time.perf_counter)
 
-    @property
-    def weak_convexity(self) -> float:
-        return self.penalty.weak_convexity
-
-    def prox(self, v: Tensor, r: float = 1.0) -> Tensor:
-        a = self.penalty.prox(v, r)
+    def look(self, a: Tensor) -> Tensor:
+        """Compares the image of the coefficients with the target, not timed."""
         self.n_iter += 1
         if self.target is None:
             return a
@@ -75,10 +69,24 @@ class Watched:
         return a
 
 
-def run(solver, problem, y, watched, **options) -> Tensor:
+@dataclass(frozen=True)
+class Watched(SynthesisProblem):
+    """A problem whose iterations are watched."""
+
+    watch: Watch | None = None
+
+    def threshold(self, a: Tensor, f: Tensor) -> Tensor:
+        return self.watch.look(super().threshold(a, f))
+
+    def prox(self, a: Tensor, r: float) -> Tensor:
+        return self.watch.look(super().prox(a, r))
+
+
+def run(solver, problem, y, watch, **options) -> Tensor:
     """Runs a solver until the watched distances are reached or its limit."""
-    watched.start = time.perf_counter()
-    watching = replace(problem, penalty=watched)
+    parts = {f.name: getattr(problem, f.name) for f in fields(problem)}
+    watching = Watched(**parts, watch=watch)
+    watch.start = time.perf_counter()
     try:
         with torch.no_grad():
             zero = problem.zero_coefficients()
@@ -99,7 +107,7 @@ def published(
     for k in range(1, max_iter + 1):
         w = (k - 1) / (k + 2)
         v = a + w * (a - old_a)
-        old_a, a = a, problem.penalty.prox(v - channel_map(gram, v) + D(x))
+        old_a, a = a, problem.prox(v - channel_map(gram, v) + D(x), 1.0)
         v = x + w * (x - old_x)
         slope = v - y + problem.aggregate(v) - D.adjoint(a)
         old_x, x = x, v - slope / L
@@ -135,9 +143,9 @@ def main() -> None:
         "admm": (joint_admm, {"r": r}),
     }
     best = "admm" if convex else "fista"
-    watched = Watched(problem.penalty, problem, None, [])
+    watch = Watch(problem, None, [])
     function, options = solvers[best]
-    target = run(function, problem, y, watched, max_iter=args.reference, **options)
+    target = run(function, problem, y, watch, max_iter=args.reference, **options)
     zero = problem.zero_coefficients()
     theirs = published(problem, y, zero, rtol=1e-4, max_iter=args.max_iter)
     stop = float((theirs.x - target).norm() / target.norm())
@@ -155,10 +163,10 @@ def main() -> None:
     )
     base: dict[float, float] = {}
     for name, (function, options) in solvers.items():
-        watched = Watched(problem.penalty, problem, target, wanted_distances)
-        run(function, problem, y, watched, max_iter=args.max_iter, **options)
+        watch = Watch(problem, target, wanted_distances)
+        run(function, problem, y, watch, max_iter=args.max_iter, **options)
         for wanted in wanted_distances:
-            found = watched.reached.get(wanted)
+            found = watch.reached.get(wanted)
             if found is None:
                 print(f"{name:<10}{wanted:>10.1e}{'not reached':>12}", flush=True)
                 continue

@@ -1,4 +1,4 @@
-"""Evaluation of local maps in blocks of rows, which bounds the memory they need."""
+"""Evaluation of local maps in blocks of rows: less memory, or all in the cache."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from torch import Tensor
 #: Largest size in bytes of the features of one block, all channels of one layer.
 BLOCK_BYTES = 2**28
 
+#: The same for chains of element-wise maps, each of which is to find the last one's
+#: result in the cache of the CPU.
+CACHE_BYTES = 2**19
+
 
 def in_row_blocks(
-    function: Callable[..., Tensor], *inputs: Tensor, reach: int, channels: int
+    function: Callable[..., Tensor],
+    *inputs: Tensor,
+    reach: int,
+    channels: int,
+    block_bytes: int | None = None,
+    multiple: int = 1,
 ) -> Tensor:
     """
     Evaluates ``function(*inputs)`` block by block where its features would be large.
@@ -27,11 +36,15 @@ def in_row_blocks(
     :param torch.Tensor inputs: tensors ``(B, C, H, W)`` of equal B, H and W.
     :param int reach: rows that an output pixel sees on each side.
     :param int channels: largest number of channels of the features.
+    :param int block_bytes: size of a block; ``BLOCK_BYTES`` if ``None``.
+    :param int multiple: blocks start at multiples of so many rows.
     """
     batch, _, height, width = inputs[0].shape
     row_bytes = max(1, batch * width * channels * inputs[0].element_size())
+    size = BLOCK_BYTES if block_bytes is None else block_bytes
     # Blocks of a few rows would compute mostly what is cut off.
-    rows = max(BLOCK_BYTES // row_bytes, 4 * reach, 1)
+    rows = max(size // row_bytes, 4 * reach, 1)
+    rows += -rows % multiple
     if rows >= height or torch.is_grad_enabled():
         return function(*inputs)
     out: Tensor | None = None

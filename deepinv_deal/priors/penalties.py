@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from deepinv_deal.solvers.proximal import soft_threshold
 
+#: Rows (and columns) of the groups of coefficients that belong together.
+GROUP_SIDE = 2
+
 #: Largest number of steps of the Newton method that inverts a proximal map.
 NEWTON_STEPS = 60
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from deepinv_deal._batch import expand, inner
 from deepinv_deal.operators import PatchConv, PatchFrame
 from deepinv_deal.operators.patches import channel_map
-from deepinv_deal.priors.penalties import L1Penalty, Penalty
+from deepinv_deal.operators.row_blocks import CACHE_BYTES, in_row_blocks
+from deepinv_deal.priors.penalties import GROUP_SIDE, L1Penalty, Penalty
 from deepinv_deal.solvers import (
     AdjointOptions,
     SolverResult,
@@ -147,7 +148,15 @@ class SynthesisProblem:
 
     def threshold(self, a: Tensor, f: Tensor) -> Tensor:
         """Returns a proximal gradient step from a for the features f."""
-        return self.penalty.prox(a - self.analysis(self.synthesis(a) - f))
+        return _in_cache(
+            lambda a, f: self.penalty.prox(a - self.analysis(self.synthesis(a) - f)),
+            a,
+            f,
+        )
+
+    def prox(self, a: Tensor, r: float) -> Tensor:
+        r"""Returns :math:`\mathrm{prox}_{R/r}(a)`."""
+        return _in_cache(lambda a: self.penalty.prox(a, r), a)
 
     # -- linear systems in the image -------------------------------------------
 
@@ -417,7 +426,21 @@ def _active_set_solver(equation: CoefficientEquation, S: Any) -> LinearSolve:
     return solve
 
 
-# -- solvers ---------------------------------------------------------------------
+# -- helpers ---------------------------------------------------------------------
+
+
+def _in_cache(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """Evaluates a pointwise function of maps ``(B, C p, H', W')`` block by block."""
+    if maps[0].device.type != "cpu":
+        return function(*maps)
+    return in_row_blocks(
+        function,
+        *maps,
+        reach=0,
+        channels=maps[0].shape[1],
+        block_bytes=CACHE_BYTES,
+        multiple=GROUP_SIDE,
+    )
 
 
 def patch_count(x: Tensor, n: int) -> Tensor:

@@ -226,7 +226,7 @@ def joint_admm(
         return image, (a, image)[: len(targets)]
 
     def prox(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        z = (problem.penalty.prox(v[0], r),)
+        z = (problem.prox(v[0], r),)
         return z if bounds is None else (*z, v[1].clamp(*bounds))
 
     z = (a,) if bounds is None else (a, x)
@@ -297,7 +297,7 @@ def sparse_coding(
     u = problem.analysis(features - problem.synthesis(a)) / r
     result = admm(
         solve_x,
-        lambda v: (problem.penalty.prox(v[0], r),),
+        lambda v: (problem.prox(v[0], r),),
         ADMMState(a, z=(a,), u=(u,), Kx=(a,)),
         rho=(r,),
         relaxation=RELAXATION,

@@ -67,6 +67,21 @@ def test_regularizer_and_mask_are_those_of_the_whole_image(channels, monkeypatch
     assert max(heights) < 203
 
 
+@pytest.mark.parametrize(("multiple", "heights"), [(1, [3, 3, 3, 1]), (2, [4, 4, 2])])
+def test_blocks_have_the_size_asked_for_and_start_at_multiples(multiple, heights):
+    x, seen = images(1, 2, 10, 5), []
+
+    def double(x):
+        seen.append(x.shape[-2])
+        return 2 * x
+
+    with torch.no_grad():
+        out = in_row_blocks(
+            double, x, reach=0, channels=2, block_bytes=3 * 10 * 8, multiple=multiple
+        )
+    assert torch.equal(out, 2 * x) and seen == heights
+
+
 def test_blocks_of_nothing_and_of_single_rows(small_blocks):
     with torch.no_grad():
         for x in (images(1, 1, 5, 6)[:0], images(1, 1, 5, 6)):

@@ -405,6 +405,30 @@ def test_closed_form_and_conjugate_gradients_give_the_same_adjoint(rng, monkeypa
     assert check.converged.all()
 
 
+@pytest.mark.parametrize("kind", ["synthesis", "group", "weakly_convex"])
+def test_pointwise_steps_in_blocks_of_rows_are_those_of_all_rows(
+    rng, kind, monkeypatch
+):
+    problem = small_prior(kind, rng).problem(ImageSystem.identity(images(2, 2, 9, 7)))
+    a = random(rng, *problem.zero_coefficients().shape)
+    heights = []
+    prox = type(problem.penalty).prox
+
+    def recorded(self, v, *args):
+        heights.append(v.shape[-2])
+        return prox(self, v, *args)
+
+    monkeypatch.setattr(type(problem.penalty), "prox", recorded)
+    with torch.no_grad():
+        f = problem.features(problem.data.b)
+        step, shrunk = problem.threshold(a, f), problem.prox(a, 0.7)
+        assert heights == 2 * [a.shape[-2]]
+        monkeypatch.setattr("deepinv_deal.priors.synthesis.CACHE_BYTES", 1)
+        torch.testing.assert_close(problem.threshold(a, f), step, rtol=1e-13, atol=0)
+        torch.testing.assert_close(problem.prox(a, 0.7), shrunk, rtol=1e-12, atol=1e-15)
+    assert set(heights[2:]) == {2, a.shape[-2] % 2} - {0}  # groups of 2 rows stay whole
+
+
 def test_nothing_is_differentiated_without_gradients(rng):
     prior = small_prior("group", rng)
     problem = prior.problem(ImageSystem.identity(images(1, 1, 6, 6)))
