@@ -21,14 +21,15 @@ from deepinv_deal.models.image_operator import (
     per_sample,
 )
 from deepinv_deal.models.info import ReconstructionInfo
-from deepinv_deal.operators import PatchConv
 from deepinv_deal.operators.patches import Boundary
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
 from deepinv_deal.priors.patches import (
     ADMM_CONVEX,
     ADMM_WEAKLY_CONVEX,
+    Mean,
     PatchPrior,
     PenaltyName,
+    check_mean,
 )
 from deepinv_deal.priors.synthesis import ImageSystem, SynthesisProblem
 from deepinv_deal.priors.synthesis_solvers import (
@@ -460,7 +461,8 @@ class PatchSynthesis(SynthesisModel):
 
     * ``mean="free"`` ("++" in the paper): the mean of every patch of the *estimate* is
       removed;
-    * ``mean="fixed"``: the patch means of :math:`A^{\top} y` are kept.
+    * ``mean="fixed"``: the patch means of :math:`A^{\top} y` are kept;
+    * ``mean=None``: as the weights were trained for denoising, and free otherwise.
 
     The calls are those of :class:`SmoothPlusSparse`, and so are its solvers; in
     addition
@@ -487,8 +489,8 @@ class PatchSynthesis(SynthesisModel):
     :param int patch_size: rows (and columns) of a patch, without weights.
     :param str boundary: ``"valid"`` (patches inside the image, as published) or
         ``"circular"``, without weights.
-    :param str mean: ``"free"`` or ``"fixed"``, see above; ``"fixed"`` needs patches
-        inside the image.
+    :param str mean: ``"free"``, ``"fixed"`` or ``None``, see above; ``"fixed"`` needs
+        patches inside the image.
     :param str solver: see above.
     :param float, torch.Tensor beta: default coupling; the prior's own if ``None``.
     :param float, torch.Tensor lambda_reg: default threshold.
@@ -517,7 +519,7 @@ class PatchSynthesis(SynthesisModel):
         patch_size: int = 10,
         boundary: Boundary = "valid",
         *,
-        mean: Literal["free", "fixed"] = "free",
+        mean: Mean | None = None,
         solver: Solver | None = None,
         beta: float | Tensor | None = None,
         lambda_reg: float | Tensor | None = None,
@@ -538,13 +540,8 @@ class PatchSynthesis(SynthesisModel):
         elif prior is None and pretrained is not None:
             prior = load_patch_prior(pretrained, PatchSynthesisPrior)
         assert prior is not None
-        if mean not in ("free", "fixed"):
-            raise ValueError(f"mean must be 'free' or 'fixed', got {mean!r}.")
-        if mean == "fixed" and prior.dictionary.boundary != "valid":
-            raise ValueError(
-                "mean='fixed' needs patches inside the image: boundary='valid', got "
-                f"{prior.dictionary.boundary!r}."
-            )
+        if mean is not None:
+            check_mean(mean, prior.dictionary.boundary)
         super().__init__(
             prior,
             solver=solver,
@@ -575,11 +572,10 @@ class PatchSynthesis(SynthesisModel):
     ) -> ImageSystem:
         """Returns the data term, patch means tied to those of the data if asked."""
         data = super()._data(operator, beta, notes)
-        if self.mean == "free":
+        mean = self.mean or (self.prior.mean if operator.denoising else "free")
+        if mean == "free":
             return data
-        n = self.prior.dictionary.patch_size
-        box = PatchConv(operator.b.new_full((1, n, n), 1 / n**2), "valid")
-        return data.with_means(box(operator.b), n, beta)
+        return data.with_means(operator.b, self.prior.dictionary.patch_size, beta)
 
 
 def _positive(name: str, value: Any, like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ r"""Learned dictionaries of patches as deepinv priors."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from deepinv.optim.prior import Prior
@@ -28,6 +28,9 @@ from deepinv_deal.solvers import AdjointOptions, SolverResult, full_precision
 
 PenaltyName = Literal["group", "l1", "weakly_convex"]
 PENALTIES: tuple[str, ...] = ("group", "l1", "weakly_convex")
+
+#: What a denoiser takes the means of patches from: estimate or data.
+Mean = Literal["free", "fixed"]
 
 #: Penalty parameters of ADMM. For convex penalties the one that reaches a relative
 #: error of 1e-3 first (benchmarks/dictionaries.py); for others it has to exceed their
@@ -254,6 +257,17 @@ def solve_jointly(
     return image, result
 
 
+def check_mean(mean: str, boundary: str) -> None:
+    """Raises a ``ValueError`` for a handling of patch means that does not exist."""
+    if mean not in get_args(Mean):
+        raise ValueError(f"mean must be 'free' or 'fixed', got {mean!r}.")
+    if mean == "fixed" and boundary != "valid":
+        raise ValueError(
+            "mean='fixed' needs patches inside the image: boundary='valid', got "
+            f"{boundary!r}."
+        )
+
+
 class PatchSynthesisPrior(PatchPrior):
     r"""
     The convex patch-based synthesis prior.
@@ -285,6 +299,10 @@ class PatchSynthesisPrior(PatchPrior):
     :param float sigma: noise level at which :math:`\lambda` applies, in [0, 1] units.
     :param str boundary: ``"valid"`` (patches inside the image, as published) or
         ``"circular"``.
+    :param str mean: how the weights were trained to denoise, see
+        :class:`deepinv_deal.PatchSynthesis`; no matter for the prior itself.
+    :raises ValueError: for an unknown ``mean``, or ``"fixed"`` with a circular
+        boundary.
     """
 
     def __init__(
@@ -296,9 +314,12 @@ class PatchSynthesisPrior(PatchPrior):
         lambda_reg: float = 0.0075,
         sigma: float = 25 / 255,
         boundary: Boundary = "valid",
+        mean: Mean = "free",
     ):
+        check_mean(mean, boundary)
         dictionary = PatchDictionary(num_atoms, patch_size, 0, boundary)
         super().__init__(dictionary, beta, lambda_reg, sigma, gain=1.0)
+        self.mean: Mean = mean
 
     def penalty(self, beta: Tensor, lambda_reg: Tensor, channels: int) -> L1Penalty:
         """Returns the l1 norm of the coefficients times the root of beta."""

@@ -64,25 +64,25 @@ class ImageSystem:
         w4 = w.view(-1, 1, 1, 1)
         return cls(lambda x: w4 * x, w4 * b, w4.expand(-1, 1, *b.shape[2:]), w)
 
-    def with_means(self, means: Tensor, n: int, weight: Tensor) -> ImageSystem:
+    def with_means(self, image: Tensor, n: int, weight: Tensor) -> ImageSystem:
         r"""
-        Adds :math:`\tfrac{w d}{2} \|M x - m\|^2`: patch means tied to given ones.
+        Adds :math:`\tfrac{w d}{2} \|M (x - z)\|^2`: patch means tied to those of z.
 
         Together with the free mean of the patches this makes the plain mean handling
         of :footcite:t:`ducotterd2024convex`, in which the means are not estimated.
 
-        :param torch.Tensor means: the means m of all patches inside the image.
+        :param torch.Tensor image: the image z, whose patches M takes the means of.
         :param int n: patch size, :math:`d = n^2`.
         :param torch.Tensor weight: w per sample, ``(B,)``.
         """
-        scaled = PatchConv(means.new_full((1, n, n), 1 / n), "valid")  # sqrt(d) M
+        scaled = PatchConv(image.new_full((1, n, n), 1 / n), "valid")  # sqrt(d) M
 
         def tied(f: Tensor) -> Tensor:
             return expand(weight, f) * scaled.adjoint(f)
 
         return ImageSystem(
             lambda x: self.H(x) + tied(scaled(x)),
-            self.b + n * tied(means),
+            self.b + tied(scaled(image)),
             None,
             self.sqnorm + weight * n * n,
         )

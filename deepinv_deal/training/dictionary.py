@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepinv_deal.models.patches import PatchSynthesis, SmoothPlusSparse
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
-from deepinv_deal.priors.patches import PenaltyName, solve_jointly
+from deepinv_deal.priors.patches import Mean, PenaltyName, check_mean, solve_jointly
 from deepinv_deal.priors.penalties import WeaklyConvexPenalty
 from deepinv_deal.priors.synthesis import ImageSystem
 from deepinv_deal.priors.synthesis_solvers import coordinate_descent
@@ -84,6 +84,8 @@ class DictionaryRecipe(SingleLevelRecipe):
     :param float beta: first coupling; ``None``: as published.
     :param float lambda_reg: base of the thresholds; ``None``: as published.
     :param float order: exponent of the penalty of ``"ncpr"``; ``None``: as published.
+    :param str mean: of ``"patch"``, see :class:`deepinv_deal.PatchSynthesis`. Fixed
+        means denoise better, free ones ("++" in the paper) are for inverse problems.
     :param int max_iter: most iterations of the solver on a new batch; ``None``: 50, for
         ``"ncpr"`` 150.
     :param int warm_max_iter: most iterations on a batch used before; ``None``: 10, for
@@ -107,6 +109,7 @@ class DictionaryRecipe(SingleLevelRecipe):
     beta: float | None = None
     lambda_reg: float | None = None
     order: float | None = None
+    mean: Mean = "fixed"
     max_iter: int | None = None
     warm_max_iter: int | None = None
 
@@ -126,6 +129,7 @@ class DictionaryRecipe(SingleLevelRecipe):
             raise ValueError(
                 f"model must be 'cpr', 'ncpr' or 'patch', got {self.model!r}."
             )
+        check_mean(self.mean, "valid")
 
     def accuracy(self, new: bool) -> tuple[float, int]:
         """Returns the solver's tolerance and most iterations, on a new batch or not."""
@@ -170,7 +174,7 @@ class DictionaryTrainer(
         }
         size = {name: value for name, value in size.items() if value is not None}
         if recipe.model == "patch":
-            return PatchSynthesisPrior(**size, **options)
+            return PatchSynthesisPrior(**size, **options, mean=recipe.mean)
         return SmoothPlusSparsePrior(
             PENALTIES[recipe.model],
             num_free_atoms=recipe.num_free_atoms,
@@ -191,6 +195,8 @@ class DictionaryTrainer(
         theirs, ours = self.describe(prior), self.describe(new)
         same_model = theirs.pop("model") == ours.pop("model")
         if theirs != ours or (same_model and _gray_level(prior) == _gray_level(new)):
+            if isinstance(prior, PatchSynthesisPrior):
+                prior.mean = self.recipe.mean
             return prior
         new.dictionary.load_state_dict(prior.dictionary.state_dict())
         return new
@@ -242,7 +248,11 @@ class DictionaryTrainer(
         :param torch.Tensor start: the last coefficients; ``None`` for a new batch.
         """
         recipe = self.recipe
-        problem = self.prior.problem(ImageSystem.identity(problems.y))
+        prior, data = self.prior, ImageSystem.identity(problems.y)
+        if isinstance(prior, PatchSynthesisPrior) and prior.mean == "fixed":
+            beta = prior.beta.expand(len(problems.y))
+            data = data.with_means(problems.y, prior.dictionary.patch_size, beta)
+        problem = prior.problem(data)
         if isinstance(problem.penalty, WeaklyConvexPenalty):
             penalty = replace(problem.penalty, largest_slope=LARGEST_SLOPE)
             problem = replace(problem, penalty=penalty)

@@ -67,6 +67,8 @@ def save_patch_prior(
     header: dict[str, str] = {"boundary": prior.dictionary.boundary}
     if isinstance(prior, SmoothPlusSparsePrior):
         header |= {"penalty": prior.penalty_name, "order": repr(prior.order)}
+    else:
+        header |= {"mean": prior.mean}
     write_weights(prior, path, {**header, **(metadata or {})})
 
 
@@ -82,7 +84,7 @@ def patch_prior_from_state_dict(
     :param dict state: state dict of a prior.
     :param dict header: ``"boundary"`` and, for
         :class:`~deepinv_deal.priors.SmoothPlusSparsePrior`, ``"penalty"`` and
-        ``"order"``.
+        ``"order"``, for the other ``"mean"``.
     :param type kind: class of the prior.
     :param str source: what to call the weights in errors.
     :raises ValueError: for missing or extra entries, wrong shapes, NaN or infinity.
@@ -104,6 +106,8 @@ def patch_prior_from_state_dict(
             "penalty": header.get("penalty"),
             "order": float(header.get("order", "nan")),
         }
+    else:
+        options |= {"mean": header.get("mean", "free")}
     with torch.random.fork_rng(devices=[]):  # the random initial weights are replaced
         return checked(kind(**size, **options), state, source)
 
@@ -144,6 +148,7 @@ def convert_patch_checkpoint(
                 beta=options["beta"],
                 lambda_reg=prox["threshold"],
                 sigma=sigma,
+                mean="fixed",  # the files of "++" hold more, and are refused above
             )
         else:
             free_atoms = _atoms(state["free_atoms"], "free_atoms", source)

@@ -19,7 +19,11 @@ from deepinv_deal import (
     SmoothPlusSparse,
     SmoothPlusSparsePrior,
 )
-from deepinv_deal.weights import convert_patch_checkpoint, load_patch_prior
+from deepinv_deal.weights import (
+    convert_patch_checkpoint,
+    load_patch_prior,
+    save_patch_prior,
+)
 
 DOUBLE = torch.float64
 FORMS = [
@@ -238,6 +242,7 @@ def test_checkpoints_of_smooth_plus_sparse_are_converted(kind, tmp_path):
 def test_dictionaries_of_the_authors_are_converted():
     checkpoint = authors_checkpoint("dictionary")
     prior = convert_patch_checkpoint(checkpoint, PatchSynthesisPrior)
+    assert prior.mean == "fixed"
     assert float(prior.lambda_reg) == pytest.approx(0.0075)
     assert prior.beta.item() == pytest.approx(2.0)
     torch.testing.assert_close(
@@ -302,6 +307,24 @@ def test_bad_settings_of_patch_synthesis_are_refused():
         PatchSynthesis(4, 3, "circular", mean="fixed")
     with pytest.raises(ValueError, match="beta must be positive"):
         PatchSynthesisPrior(4, 3, beta=0.0)
+    with pytest.raises(ValueError, match="needs patches inside"):
+        PatchSynthesisPrior(4, 3, boundary="circular", mean="fixed")
+
+
+def test_denoising_handles_means_as_the_training_did_and_other_problems_free_them(
+    tmp_path,
+):
+    prior = PatchSynthesisPrior(6, 3, mean="fixed").double()
+    save_patch_prior(prior, tmp_path / "p.safetensors")
+    own = PatchSynthesis(pretrained=tmp_path / "p.safetensors").double()
+    assert own.prior.mean == "fixed"
+    free, fixed = (PatchSynthesis(prior=prior, mean=m) for m in ("free", "fixed"))
+    y, physics = images(1, 1, 8, 9), dinv.physics.Inpainting((1, 8, 9), mask=0.8)
+    with torch.no_grad():
+        assert torch.equal(own(y), fixed(y)) and not torch.equal(own(y), free(y))
+        y = physics(y)
+        assert torch.equal(own(y, physics), free(y, physics))
+        assert not torch.equal(own(y, physics), fixed(y, physics))
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_plain_mean_handling_ties_the_means(rng):
     y, x = images(2, 1, 5, 6), random(rng, 2, 1, 5, 6)
     unfold = torch.nn.functional.unfold
     means = unfold(y, 3).mean(1).view(2, 1, 3, 4)
-    data = ImageSystem.identity(y).with_means(means, 3, prior.beta.expand(2))
+    data = ImageSystem.identity(y).with_means(y, 3, prior.beta.expand(2))
     problem = prior.problem(data)
     a = random(rng, 2, 6, 3, 4)
     D = prior.dictionary.frame().atoms.flatten(1).T

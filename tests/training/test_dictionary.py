@@ -79,6 +79,7 @@ def plain(folder, tmp_path_factory):
         ("ncpr", {"order": 1.5}),
         ("patch", {"lambda_reg": 0.02}),
         ("patch", {"rtol": 0.3}),
+        ("patch", {"mean": "free"}),
     ],
 )
 def test_each_setting_changes_the_training(folder, tmp_path, plain, model, change):
