@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -47,7 +47,7 @@ __all__ = ["Trial", "TuningResult", "tune"]
 PROBE_SEED = 0x5EED_0BE5
 
 #: Evaluations allowed if ``max_trials`` is not given, by number of parameters.
-DEFAULT_MAX_TRIALS = {1: 15, 2: 45}
+DEFAULT_MAX_TRIALS = {1: 15, 2: 60}
 
 #: First factors of the search are powers of ``spread``. The model's noise level acts
 #: through its logarithm like the others, but less strongly.
@@ -98,12 +98,14 @@ class TuningResult:
     :param list trials: one :class:`Trial` per setting.
     :param bool complete: whether the search ended by its own rule, rather than by
         ``max_trials``, an interrupt or an error.
+    :param dict fixed: parameters that were given and not tuned.
     """
 
     metric: str
     lower_better: bool
     trials: list[Trial]
     complete: bool = False
+    fixed: dict[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> Trial:
@@ -128,8 +130,11 @@ class TuningResult:
 
     @property
     def settings(self) -> dict[str, float]:
-        """The best values as arguments: ``model(y, physics, **result.settings)``."""
-        return self.best.settings
+        """
+        The best values as arguments, ``model(y, physics, **result.settings)``, with
+        those that were fixed.
+        """
+        return {**self.fixed, **self.best.settings}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one line per trial."""
@@ -273,7 +278,7 @@ def tune(
     :param bool tune_beta: choose ``beta`` too.
     :param float spread: first factor :math:`g`.
     :param float precision: last factor :math:`g`.
-    :param int max_trials: largest number of settings; if ``None``, 15, or 45 for two
+    :param int max_trials: largest number of settings; if ``None``, 15, or 60 for two
         parameters.
     :param bool batch_candidates: solve the candidates of a grid as one batch, with the
         same result; for images that are small for the machine. Each physics must serve
@@ -295,13 +300,13 @@ def tune(
     dictionary = isinstance(model, SynthesisModel)
     if (sigma is not None or tune_sigma) and not iterates:
         raise ValueError(
-            f"sigma cannot be tuned for {kind}, got sigma={sigma}, "
-            f"tune_sigma={tune_sigma}. Only DEAL, SAFI and MMR have one to choose."
+            f"sigma can be fixed or tuned for DEAL, SAFI and MMR only, not for {kind}, "
+            f"got sigma={sigma}, tune_sigma={tune_sigma}."
         )
     if (beta is not None or tune_beta) and not dictionary:
         raise ValueError(
-            f"beta cannot be tuned for {kind}, got beta={beta}, tune_beta={tune_beta}. "
-            "Only PatchSynthesis and SmoothPlusSparse have one."
+            "beta can be fixed or tuned for PatchSynthesis and SmoothPlusSparse only, "
+            f"not for {kind}, got beta={beta}, tune_beta={tune_beta}."
         )
     if lambda_reg is None and not iterates and not dictionary:
         raise ValueError(
@@ -321,13 +326,16 @@ def tune(
     problems = _problems(model, physics, dataset, seed)
     scorer.check(problems)
     given = {"lambda_reg": lambda_reg, "sigma": sigma, "beta": beta}
+    for name, value in given.items():
+        if value is not None and torch.as_tensor(value).numel() != 1:
+            raise ValueError(f"{name} must be one number, got {value}.")
     start = _start(model, problems[0], given, names)
     fixed = {
         name: float(value)
         for name, value in given.items()
         if value is not None and name not in names
     }
-    result = TuningResult(scorer.name, scorer.lower_better, [])
+    result = TuningResult(scorer.name, scorer.lower_better, [], fixed=fixed)
     bar = tqdm(
         total=budget,
         desc="Tuning",
@@ -476,20 +484,17 @@ def _start(
     names: Sequence[str],
 ) -> np.ndarray:
     """Returns the first value of each parameter."""
+    denoising = problem.physics is None or isinstance(problem.physics, Denoising)
+    own: dict[str, Any] = {}
+    if isinstance(model, SynthesisModel):
+        known = _noise_level(problem.physics) if denoising else None
+        own["lambda_reg"] = model.default_lambda(known)
+        own["beta"] = model.prior.beta if model.beta is None else model.beta
     if not isinstance(model, FixedPointOptim):
-        first: dict[str, Any] = {}
-        for name in names:  # of a dictionary, the constructor's before the learned
-            own = getattr(model, name, None)
-            values = (
-                given[name],
-                own,
-                getattr(getattr(model, "prior", None), name, None),
-            )
-            first[name] = next(value for value in values if value is not None)
-        return _positive(first)
+        first = {k: own.get(k) if v is None else v for k, v in given.items()}
+        return _positive({name: first[name] for name in names})
     lambda_reg, sigma = given["lambda_reg"], given["sigma"]
     own = model.update_params_fn(0)
-    denoising = problem.physics is None or isinstance(problem.physics, Denoising)
     level: Any = sigma
     if level is None and denoising:
         level = _noise_level(problem.physics)

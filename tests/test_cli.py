@@ -389,6 +389,7 @@ def test_operators_of_a_task_are_chosen_by_name(folder, capsys):
     command += ["--method", "adjoint", "--sigma", "2.55"]
     assert main([*command, "--only", "blur 1."]) == 0
     out = capsys.readouterr().out
+    assert "some operators only" not in out  # nothing was published for it
     assert [line.split("  ")[-1] for line in out.splitlines()[1:4]] == [
         "blur 1.2",
         "blur 1.6",
@@ -401,14 +402,27 @@ def test_operators_of_a_task_are_chosen_by_name(folder, capsys):
 def test_only_the_centre_of_every_image_is_evaluated_on_request(folder, capsys):
     command = ["evaluate", "--data", folder, "--method", "adjoint", "--sigma", "25"]
     psnr = {}
-    for crop in ([], ["--crop", "12"], ["--crop", "9999"]):
-        assert main([*command, *crop]) == 0
+    for crop in ("16", "9999", None):
+        assert main([*command, *([] if crop is None else ["--crop", crop])]) == 0
         out = capsys.readouterr().out
-        assert ("cropped images" in out) == bool(crop)
-        psnr[crop[-1] if crop else None] = out.splitlines()[1].split()[2:4]
-    assert psnr["12"] != psnr[None]
-    assert main([*command, "--crop", "0"]) == 2
-    assert "--crop must be positive, got 0" in capsys.readouterr().err
+        assert ("cropped images" in out) == (crop == "16")
+        psnr[crop] = out.splitlines()[1].split()[2:4]
+    assert psnr["16"] != psnr["9999"] == psnr[None]
+    assert main([*command, "--crop", "5"]) == 2
+    assert "--crop must be at least 16, got 5" in capsys.readouterr().err
+
+
+def test_a_crop_does_not_undo_that_of_the_task(tmp_path, capsys):
+    image = np.random.default_rng(0).integers(0, 256, (260, 262), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    command = ["evaluate", "--data", str(tmp_path), "--task", "super-resolution-x2"]
+    command += ["--method", "adjoint", "--sigma", "2.55", "--only", "blur 0.7"]
+    said = []
+    for crop in ([], ["--crop", "258"]):
+        assert main([*command, *crop]) == 0
+        said.append(capsys.readouterr().out.split("s/image")[1].split("blur")[0])
+        said[-1] = said[-1].split()[:4]
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("method", ["tv", "adjoint"])

@@ -285,8 +285,13 @@ def test_weight_and_coupling_of_a_dictionary_are_tuned_together():
     )  # fmt: skip
     assert other.beta == pytest.approx(10 * best.beta) and other.psnr < best.psnr
     assert denoising.conditions[0].beta is None  # learned
+    (own,) = evaluate(model, tuned, data, lambda_reg=1e-3, progress=False)
+    assert own.beta == pytest.approx(prior.beta.item())  # not that of another weight
+    assert np.isnan(evaluate(Adjoint(), tuned, data, progress=False)[0].beta)
     with pytest.raises(ValueError, match="beta is for dictionaries, not for Adjoint"):
         evaluate(Adjoint(), task, data, beta=1.0)
+    with pytest.raises(ValueError, match="for DEAL only, not for SmoothPlusSparse"):
+        evaluate(model, task, data, sigma=15.0)
 
 
 def test_the_weight_published_for_deal_is_not_given_to_rivals():

@@ -281,6 +281,9 @@ def test_sigma_is_chosen_or_fixed_on_request(model, x):
     fixed = tune(model, physics, [x], sigma=0.3, max_trials=1)
     own = tune(model, physics, [x], max_trials=1)
     assert fixed.sigma is None and fixed.best.score != own.best.score
+    # settings are what was tried, fixed parameters too
+    assert fixed.settings == {"lambda_reg": fixed.lambda_reg, "sigma": 0.3}
+    assert set(own.settings) == {"lambda_reg"}
 
 
 def test_denoising_starts_at_the_learned_weight(model, x):
@@ -379,14 +382,15 @@ def test_an_error_carries_what_was_tried(model, x, tmp_path):
         ({"lambda_reg": 0.0}, ValueError, "positive.*lambda_reg"),
         ({"lambda_reg": -1.0}, ValueError, "positive.*lambda_reg"),
         ({"sigma": 0.0, "tune_sigma": True}, ValueError, "positive.*sigma"),
-        ({"beta": 1.0}, ValueError, "beta cannot be tuned for DEAL"),
-        ({"tune_beta": True}, ValueError, "beta cannot be tuned for DEAL"),
-        ({"model": MMR(num_filters=2), "beta": 1.0}, ValueError, "beta cannot"),
+        ({"beta": 1.0}, ValueError, "beta can be .* not for DEAL"),
+        ({"tune_beta": True}, ValueError, "beta can be .* not for DEAL"),
+        ({"model": MMR(num_filters=2), "beta": 1.0}, ValueError, "not for MMR"),
         (
             {"model": SmoothPlusSparse(num_atoms=2), "tune_sigma": True},
             ValueError,
-            "sigma cannot be tuned for SmoothPlusSparse",
+            "sigma can be .* not for SmoothPlusSparse",
         ),
+        ({"sigma": torch.ones(2)}, ValueError, "sigma must be one number"),
         ({"spread": 1.0}, ValueError, "spread"),
         ({"precision": 5.0}, ValueError, "precision"),
         ({"max_trials": 0}, ValueError, "max_trials"),
@@ -448,11 +452,19 @@ def test_models_without_noise_level_are_tuned_too():
 
 def test_dictionaries_are_tuned_from_their_own_weight(x):
     prior = SmoothPlusSparsePrior("group", 8, 4, num_free_atoms=4).double()
-    for own in (None, 0.02):
+    learned = float(prior.lambda_reg)
+    for own, physics, expected in (
+        (None, blur(), learned),
+        (None, denoising(0.1), learned * 0.1 / float(prior.sigma)),
+        (0.02, denoising(0.1), 0.02),
+    ):
         model = SmoothPlusSparse(prior=prior, lambda_reg=own)
         with pytest.warns(RuntimeWarning, match="max_trials=1"):
-            result = tune(model, denoising(), x, max_trials=1, progress=False)
-        assert result.lambda_reg == pytest.approx(own or float(prior.lambda_reg))
+            result = tune(model, physics, x, max_trials=1, progress=False)
+        assert result.lambda_reg == pytest.approx(expected)
+        with torch.no_grad():
+            _, info = model(physics(x), physics, return_info=True)
+        assert float(info.lambda_reg[0]) == pytest.approx(expected)
 
 
 def test_the_coupling_of_a_dictionary_is_chosen_or_fixed_on_request(x, tmp_path):
@@ -475,7 +487,7 @@ def test_the_coupling_of_a_dictionary_is_chosen_or_fixed_on_request(x, tmp_path)
     for beta in (None, 0.7, 2.8):
         with pytest.warns(RuntimeWarning, match="max_trials=1"):
             result = tune(model, physics, [x], beta=beta, max_trials=1)
-        assert result.beta is None
+        assert result.beta is None and result.settings.get("beta") == beta
         scores[beta] = result.best.score
     assert scores[None] == pytest.approx(scores[0.7]) != pytest.approx(scores[2.8])
 

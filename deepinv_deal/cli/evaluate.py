@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from deepinv_deal.evaluation import Task
 
+#: The windows of SSIM must fit in.
+SMALLEST_CROP = 16
+
 #: Rivals, and what models improve on.
 OTHERS = ("tv", "adjoint")
 
@@ -69,13 +72,13 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     evaluate.add_argument(
         "--tune",
         metavar="DIR",
-        help="choose the weight (and, of dictionaries, beta) on the images of another "
-        "folder, for each condition",
+        help="choose the weight (and, of dictionaries, beta, but for denoising) on the "
+        "images of another folder, for each condition",
     )
     evaluate.add_argument(
         "--sigma-model",
         type=float,
-        help="noise level of the model, gray levels; if unset, the published one",
+        help="noise level of DEAL, gray levels; if unset, the published one",
     )
     add_model_options(
         evaluate,
@@ -104,18 +107,30 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ValueError("Give either --lambda-reg and --beta, or --tune, not both.")
     options = {"kernels": args.kernel} if args.kernel else {}
     task = TASKS[args.task](noise=args.sigma, **options)
+    differences = []
     if args.only is not None:
         names = dict.fromkeys(c.setting or task.name for c in task.conditions)
         kept = [c for c in task.conditions if args.only in (c.setting or task.name)]
         if not kept:
             raise ValueError(f"--only {args.only!r} fits none of {', '.join(names)}.")
+        if len(kept) < len(task.conditions):
+            differences.append("some operators only")
         task = replace(task, conditions=tuple(kept))
-    if args.crop is not None:
-        if args.crop < 1:
-            raise ValueError(f"--crop must be positive, got {args.crop}.")
-        task = replace(task, side=min(args.crop, task.side or args.crop))
     model, channels = _method(args, task)
     images = load_image_folder(args.data, channels)
+    if args.crop is not None:
+        if args.crop < SMALLEST_CROP:
+            raise ValueError(
+                f"--crop must be at least {SMALLEST_CROP}, got {args.crop}."
+            )
+        cropped = replace(task, side=min(args.crop, task.side or args.crop))
+        as_published = task.name == "denoising" and (channels, args.crop) == (3, 256)
+        if not as_published and any(
+            cropped.ground_truth(x).shape != task.ground_truth(x).shape
+            for _, x in images
+        ):
+            differences.append("cropped images")
+        task = cropped
     if args.tune:
         validation = load_image_folder(args.tune, channels)
         task = tune_task(model, task, validation, sigma=args.sigma_model)
@@ -137,7 +152,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     if args.csv:
         write_csv(scores, args.csv)
-    print(summarise(scores, args.task, channels, cropped=args.crop is not None))
+    print(summarise(scores, args.task, channels, differences=differences))
     return 0 if all(score.converged for score in scores) else 1
 
 

@@ -94,9 +94,10 @@ def evaluate(
     :param Task task: made by one of ``TASKS``, perhaps tuned by :func:`tune_task`.
     :param Iterable images: pairs of name and 8-bit image ``(C, H, W)``.
     :param float lambda_reg: weight; that of each condition if ``None``.
-    :param float sigma: noise level of the model in gray levels; the published one if
+    :param float sigma: noise level of DEAL in gray levels; the published one if
         ``None``.
-    :param float beta: coupling of a dictionary; that of each condition if ``None``.
+    :param float beta: coupling of a dictionary; if ``None``, that of each condition
+        unless ``lambda_reg`` is given, else the model's own.
     :param bool progress: show a progress bar; on terminals if ``None``.
     :return: list of :class:`Score`.
     :raises ValueError: if there is no image, no published weight and none is given, or
@@ -138,7 +139,10 @@ def evaluate(
         if weight is None and (deal or condition.tuned):
             weight = condition.lambda_reg  # the published one is of no use to others
         own = settings if weight is None else {**settings, "lambda_reg": weight}
-        if (coupling := condition.beta if beta is None else beta) is not None:
+        coupling = beta
+        if beta is None and lambda_reg is None and isinstance(model, SynthesisModel):
+            coupling = condition.beta  # both were chosen together
+        if coupling is not None:
             own = {**own, "beta": coupling}
         start = time.perf_counter()
         with torch.no_grad():
@@ -190,7 +194,7 @@ def tune_task(
     :param Task task: made by one of ``TASKS``.
     :param Iterable images: pairs of name and 8-bit image ``(C, H, W)``, not those that
         will be reported; of one size, except for denoising.
-    :param float sigma: noise level of the model in gray levels; the published one if
+    :param float sigma: noise level of DEAL in gray levels; the published one if
         ``None``.
     :param bool progress: show progress bars; on terminals if ``None``.
     :return: the task with these weights and couplings.
@@ -240,8 +244,15 @@ def tune_task(
 
 def _settings(model: Reconstructor, task: Task, sigma: float | None) -> dict[str, Any]:
     """The noise level of the model, if it has one that is not that of the data."""
+    if not isinstance(model, DEAL):
+        if sigma is not None:
+            raise ValueError(
+                "The noise level of the model can be chosen for DEAL only, not for "
+                f"{type(model).__name__}, got sigma={sigma}."
+            )
+        return {}
     level = task.sigma if sigma is None else sigma
-    if level is None or not isinstance(model, DEAL):
+    if level is None:
         return {}
     return {"sigma": level / 255}
 
@@ -262,7 +273,7 @@ def summarise(
     task: str | None = None,
     channels: int = 1,
     *,
-    cropped: bool = False,
+    differences: Sequence[str] = (),
 ) -> str:
     """
     Returns a table of means, and the published figures for comparison.
@@ -270,7 +281,7 @@ def summarise(
     :param list scores: from :func:`evaluate`.
     :param str task: name of the task whose published figures are added.
     :param int channels: 1 (gray) or 3 (colour).
-    :param bool cropped: whether the images were smaller than the task wants them.
+    :param list differences: words for what was not done as published.
     """
     head = "sigma  images   PSNR    SSIM   n_iter  cg_iter  converged  s/image  setting"
     lines = [head.removesuffix("  setting")]
@@ -285,7 +296,7 @@ def summarise(
         if len(settings) > 1:
             lines.append(_line(sigma, level, "mean"))
     if task:
-        lines += _beside(scores, task, channels, cropped)
+        lines += _beside(scores, task, channels, differences)
     return "\n".join(lines)
 
 
@@ -302,7 +313,7 @@ def _line(sigma: float, scores: Sequence[Score], setting: str) -> str:
 
 
 def _beside(
-    scores: Sequence[Score], task: str, channels: int, cropped: bool
+    scores: Sequence[Score], task: str, channels: int, known: Sequence[str]
 ) -> list[str]:
     """The published figures at the noise levels and settings of the scores."""
     keys = {(score.sigma, score.setting) for score in scores}
@@ -327,7 +338,7 @@ def _beside(
         lines.append(f"{row.noise:5g}  {figures}  ({row.data}; {colour})")
     images = len({score.image for score in scores})
     total = {row.images for row in fitting}
-    differences = ["cropped images"] if cropped else []
+    differences = list(known)
     if images not in total and not (task == "deblurring" and images == 3):
         differences.append(
             f"{images} image{'s' * (images != 1)} instead of {min(total)}"

@@ -110,7 +110,7 @@ class Task:
 
 
 def denoising(noise: Sequence[float] | None = None) -> Task:
-    """Denoising: BSD68 gray, or central crops of CBSD68 (crop these yourself)."""
+    """Denoising: BSD68 gray, or the central 256 x 256 pixels of CBSD68."""
     return Task(
         "denoising",
         tuple(
@@ -125,7 +125,7 @@ def super_resolution(factor: int, noise: Sequence[float] | None = None) -> Task:
     """
     Super-resolution: circular Gaussian blur, every ``factor``-th pixel, noise.
 
-    :param int factor: 2, 3 or 4.
+    :param int factor: 2, 3, or 4, for which no weights were published.
     :param tuple noise: noise levels in gray levels.
     """
 
@@ -144,7 +144,7 @@ def super_resolution(factor: int, noise: Sequence[float] | None = None) -> Task:
                 f"blur {std}",
                 s,
                 partial(physics, std=std),
-                published.get(s, 0.1 + 0.035 * s**2),
+                published.get(s, 0.1 + 0.035 * s**2) if factor < 4 else None,
             )
             for s in noise or published
             for std in BLURS

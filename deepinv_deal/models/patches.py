@@ -233,6 +233,21 @@ class SynthesisModel(Reconstructor, Denoiser):
             objective=objective,
         )
 
+    def default_lambda(self, sigma: Any = None) -> Any:
+        """
+        Returns the base of the thresholds that is taken if none is given in a call.
+
+        :param float, torch.Tensor sigma: noise level in units of the image; the
+            constructor's or, if it has none, that of the training if ``None``.
+        :return: the constructor's ``lambda_reg`` or, if it has none, the learned one
+            times ``sigma`` over the noise level of the training.
+        """
+        if self.lambda_reg is not None:
+            return self.lambda_reg
+        if sigma is None:
+            sigma = self.prior.sigma if self.sigma is None else self.sigma
+        return sigma / self.prior.sigma * self.prior.lambda_reg
+
     def _default_solver(
         self,
         problem: SynthesisProblem,
@@ -282,10 +297,8 @@ class SynthesisModel(Reconstructor, Denoiser):
         level = _positive("sigma", sigma, operator.b)
         if operator.denoising:
             doubt_noise_level(level, operator.b, stacklevel=6)
-        own = self.lambda_reg if lambda_reg is None else lambda_reg
-        if own is not None:
-            return level, _positive("lambda_reg", own, operator.b)
-        return level, level / self.prior.sigma * self.prior.lambda_reg
+        base = self.default_lambda(level) if lambda_reg is None else lambda_reg
+        return level, _positive("lambda_reg", base, operator.b)
 
     def _solve(
         self, name: str, problem: SynthesisProblem, x: Tensor, rtol: float

@@ -393,6 +393,9 @@ def _active_set_solver(equation: CoefficientEquation, S: Any) -> LinearSolve:
     r"""
     The closed form of the lasso: :math:`w_A = (D_A^{\top} D_A)^{-1} v_A` on the
     support A of every patch (:footcite:t:`ducotterd2024convex`, Eq. (12)).
+
+    Where the atoms of a support are linearly dependent, v must be in the range of
+    :math:`D_A^{\top}`, as that of every function of the patch :math:`D a` is.
     """
     G = equation.problem.frame.C.detach()
     gram = G @ G.T
@@ -418,10 +421,11 @@ def _active_set_solver(equation: CoefficientEquation, S: Any) -> LinearSolve:
             e[patches] = torch.zeros_like(rhs[patches]).scatter(1, atoms, values)
         shape = (len(v), -1, *v.shape[2:], len(G))
         e = e.view(shape).movedim(-1, 2).flatten(1, 2)
-        done = torch.zeros_like(rtol)
-        return SolverResult(
-            v + e - equation.hessian(e), done.to(torch.int8), done.to(torch.int64), done
-        )
+        w = v + e - equation.hessian(e)
+        finite = torch.isfinite(w).flatten(1).all(1)
+        status = torch.where(finite, Status.CONVERGED, Status.NON_FINITE)
+        zero = torch.zeros_like(rtol)
+        return SolverResult(w, status.to(torch.int8), zero.to(torch.int64), zero)
 
     return solve
 

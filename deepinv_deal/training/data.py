@@ -89,8 +89,8 @@ def noisy_crops(
     :param list sigmas: noise levels in [0, 1] units.
     :param int size: side of the crops.
     :param int seed: seed of the noise, the same for every level.
-    :return: pairs of noise level and pairs of clean and noisy crop, ``(1, C, size,
-        size)`` in [0, 1] units.
+    :return: pairs of noise level and pairs of clean and noisy crop, of at most ``(1,
+        C, size, size)``, in [0, 1] units.
     """
     problems = []
     for sigma in sigmas:
