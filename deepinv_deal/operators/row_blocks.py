@@ -15,6 +15,23 @@ BLOCK_BYTES = 2**28
 CACHE_BYTES = 2**19
 
 
+def row_blocks(
+    height: int, row_bytes: int, block_bytes: int, least: int = 1, multiple: int = 1
+) -> list[slice]:
+    """
+    Divides rows into blocks of at most ``block_bytes``, but at least ``least`` rows.
+
+    :param int height: number of rows.
+    :param int row_bytes: size of a row.
+    :param int block_bytes: size of a block.
+    :param int least: smallest number of rows, except in the last block.
+    :param int multiple: blocks start at multiples of so many rows.
+    """
+    rows = max(block_bytes // max(1, row_bytes), least)
+    rows += -rows % multiple
+    return [slice(i, min(i + rows, height)) for i in range(0, height, rows)]
+
+
 def in_row_blocks(
     function: Callable[..., Tensor],
     *inputs: Tensor,
@@ -40,19 +57,18 @@ def in_row_blocks(
     :param int multiple: blocks start at multiples of so many rows.
     """
     batch, _, height, width = inputs[0].shape
-    row_bytes = max(1, batch * width * channels * inputs[0].element_size())
+    row_bytes = batch * width * channels * inputs[0].element_size()
     size = BLOCK_BYTES if block_bytes is None else block_bytes
     # Blocks of a few rows would compute mostly what is cut off.
-    rows = max(size // row_bytes, 4 * reach, 1)
-    rows += -rows % multiple
-    if rows >= height or torch.is_grad_enabled():
+    blocks = row_blocks(height, row_bytes, size, max(multiple, 4 * reach), multiple)
+    if len(blocks) < 2 or torch.is_grad_enabled():
         return function(*inputs)
     out: Tensor | None = None
-    for first in range(0, height, rows):
-        low, end = max(0, first - reach), min(first + rows, height)
-        part = function(*(t[..., low : end + reach, :] for t in inputs))
+    for block in blocks:
+        low = max(0, block.start - reach)
+        part = function(*(t[..., low : block.stop + reach, :] for t in inputs))
         if out is None:
             out = part.new_empty(batch, part.shape[1], height, width)
-        out[..., first:end, :] = part[..., first - low : end - low, :]
+        out[..., block, :] = part[..., block.start - low : block.stop - low, :]
     assert out is not None
     return out

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from deepinv_deal._batch import expand, joint_norm, norm
 from deepinv_deal.operators.patches import channel_map
+from deepinv_deal.operators.row_blocks import CACHE_BYTES, row_blocks
+from deepinv_deal.priors.penalties import GROUP_SIDE
 from deepinv_deal.priors.synthesis import (
     LINEAR,
     CoefficientEquation,
@@ -265,7 +267,9 @@ def sparse_coding(
     By ADMM for convex penalties, whose only linear system is m x m; the dictionaries
     are so badly conditioned that gradient steps need hundreds of iterations. By FISTA
     with restarts for others. The tolerance of ADMM is relative to the features and the
-    coefficients together.
+    coefficients together. Every patch is a problem of its own: on a CPU they are solved
+    in blocks of rows that fit into the cache, each of which stops on its own, and
+    status, iterations and residual are those of the worst.
 
     :param SynthesisProblem problem: the problem; its data term does not matter.
     :param torch.Tensor features: shape ``(B, C m, H', W')``.
@@ -275,37 +279,53 @@ def sparse_coding(
     :param float r: penalty parameter of ADMM.
     :return: (:class:`SolverResult`) the coefficients in ``x``.
     """
-    if problem.penalty.weak_convexity > 0:
-        return proximal_gradient(
-            [lambda v, _: problem.threshold(v, features)],
-            [a],
-            restart=True,
-            rtol=rtol,
-            max_iter=max_iter,
+    limits = {"rtol": rtol, "max_iter": max_iter}
+    C, gram = problem.frame.C, problem._gram
+    eye = torch.eye(len(gram), dtype=a.dtype, device=a.device)
+    # a = v + B (f - G^T v) in the joint quadratic problem, all at once where cheaper
+    B = C @ torch.linalg.inv(gram + r * eye)
+    keep = torch.eye(len(C), dtype=a.dtype, device=a.device) - B @ C.T
+    small = C.shape[0] <= 2 * C.shape[1]
+
+    def solve(f: Tensor, a: Tensor) -> SolverResult:
+        if problem.penalty.weak_convexity > 0:
+            steps = [lambda v, _: problem.threshold(v, f)]
+            return proximal_gradient(steps, [a], restart=True, **limits)  # type: ignore[arg-type]
+        fitted = channel_map(B, f)
+
+        def solve_x(
+            targets: tuple[Tensor, ...], *_: Any
+        ) -> tuple[Tensor, tuple[Tensor, ...]]:
+            (v,) = targets
+            if small:
+                x = channel_map(keep, v).add_(fitted)
+            else:
+                x = v.sub_(channel_map(B, problem.synthesis(v))).add_(fitted)
+            return x, (x,)
+
+        # The multipliers of the optimality condition: a start at the solution stays.
+        u = problem.analysis(f - problem.synthesis(a)) / r
+        result = admm(
+            solve_x,
+            lambda v: (problem.penalty.prox(v[0], r),),
+            ADMMState(a, z=(a,), u=(u,), Kx=(a,)),
+            rho=(r,),
+            relaxation=RELAXATION,
+            measure=_violation(lambda _: norm(f)),
+            **limits,  # type: ignore[arg-type]
         )
-    eye = torch.eye(len(problem._gram), dtype=a.dtype, device=a.device)
-    inverse = torch.linalg.inv(problem._gram + r * eye)
+        return replace(result, x=result.state.z[0])
 
-    def solve_x(
-        targets: tuple[Tensor, ...], *_: Any
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        difference = features - problem.synthesis(targets[0])
-        x = targets[0] + problem.analysis(channel_map(inverse, difference))
-        return x, (x,)
-
-    # The multipliers of the optimality condition: a start at the solution stays there.
-    u = problem.analysis(features - problem.synthesis(a)) / r
-    result = admm(
-        solve_x,
-        lambda v: (problem.prox(v[0], r),),
-        ADMMState(a, z=(a,), u=(u,), Kx=(a,)),
-        rho=(r,),
-        relaxation=RELAXATION,
-        rtol=rtol,
-        max_iter=max_iter,
-        measure=_violation(lambda _: norm(features)),
-    )
-    return replace(result, x=result.state.z[0])
+    # The same blocks whatever the batch, so that it gives what its samples give alone.
+    height, row_bytes = a.shape[2], a[0, :, :1].numel() * a.element_size()
+    size = CACHE_BYTES if a.device.type == "cpu" else height * row_bytes
+    blocks = row_blocks(height, row_bytes, size, GROUP_SIDE, GROUP_SIDE)
+    parts = [solve(features[:, :, rows], a[:, :, rows]) for rows in blocks]
+    worst = {
+        name: torch.stack([getattr(part, name) for part in parts]).amax(0)
+        for name in ("status", "n_iter", "residual")
+    }
+    return SolverResult(torch.cat([part.x for part in parts], 2), **worst)
 
 
 def coordinate_descent(

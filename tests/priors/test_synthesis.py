@@ -27,25 +27,25 @@ from deepinv_deal.priors.synthesis_solvers import (
     joint_admm,
     sparse_coding,
 )
-from deepinv_deal.solvers import AdjointOptions, implicit
+from deepinv_deal.solvers import AdjointOptions, Status, implicit
 
 CONVEX = ("group", "l1", "synthesis")
 ALL = (*CONVEX, "weakly_convex")
 
 
-def small_prior(kind, rng, **options):
+def small_prior(kind, rng, num_atoms=6, **options):
     """A small prior with random atoms and thresholds, float64."""
     if kind == "synthesis":
         settings = {"beta": 0.5, "lambda_reg": 0.05, **options}
-        prior = PatchSynthesisPrior(6, 3, **settings).double()
+        prior = PatchSynthesisPrior(num_atoms, 3, **settings).double()
     else:
         settings = {"beta": 0.7, "lambda_reg": 0.01, "order": 2.0, **options}
-        prior = SmoothPlusSparsePrior(kind, 6, 3, 3, **settings).double()
+        prior = SmoothPlusSparsePrior(kind, num_atoms, 3, 3, **settings).double()
     with torch.no_grad():
         for p in prior.dictionary.parameters():
             p.copy_(random(rng, *p.shape))
         if kind != "synthesis":
-            prior.log_scale.copy_(0.3 * random(rng, 6))
+            prior.log_scale.copy_(0.3 * random(rng, num_atoms))
     return prior
 
 
@@ -427,6 +427,37 @@ def test_pointwise_steps_in_blocks_of_rows_are_those_of_all_rows(
         torch.testing.assert_close(problem.threshold(a, f), step, rtol=1e-13, atol=0)
         torch.testing.assert_close(problem.prox(a, 0.7), shrunk, rtol=1e-12, atol=1e-15)
     assert set(heights[2:]) == {2, a.shape[-2] % 2} - {0}  # groups of 2 rows stay whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_atoms"),  # 20 are more than twice the rank, and have many minima
+    [
+        ("synthesis", 6),
+        ("group", 6),
+        ("weakly_convex", 6),
+        ("synthesis", 20),
+        ("group", 20),
+    ],
+)
+def test_coefficients_found_in_blocks_of_rows_are_those_of_all_rows(
+    rng, kind, num_atoms, monkeypatch
+):
+    prior = small_prior(kind, rng, num_atoms)
+    problem = prior.problem(ImageSystem.identity(images(2, 1, 9, 7)))
+    with torch.no_grad():
+        f = problem.features(problem.data.b)
+        f[1] = 0  # nothing to find: stops in every block
+        a = problem.zero_coefficients()
+        whole = sparse_coding(problem, f, a, rtol=1e-11)
+        monkeypatch.setattr("deepinv_deal.priors.synthesis_solvers.CACHE_BYTES", 1)
+        blocks = sparse_coding(problem, f, a, rtol=1e-11)
+        short = sparse_coding(problem, f, a, rtol=1e-11, max_iter=3)
+        # all coefficients are unique only if there are few atoms
+        found, expected = (problem.synthesis(r.x) for r in (blocks, whole))
+    assert whole.converged.all() and blocks.converged.all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+    assert blocks.n_iter[0] > blocks.n_iter[1]
+    assert short.status.tolist() == [Status.MAX_ITER, Status.CONVERGED]
 
 
 def test_nothing_is_differentiated_without_gradients(rng):
