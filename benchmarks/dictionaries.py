@@ -75,8 +75,8 @@ class Watched(SynthesisProblem):
 
     watch: Watch | None = None
 
-    def threshold(self, a: Tensor, f: Tensor) -> Tensor:
-        return self.watch.look(super().threshold(a, f))
+    def threshold(self, *args: Tensor) -> Tensor:
+        return self.watch.look(super().threshold(*args))
 
     def prox(self, a: Tensor, r: float) -> Tensor:
         return self.watch.look(super().prox(a, r))
@@ -124,6 +124,8 @@ def main() -> None:
     parser.add_argument("--reference", type=int, default=3000, help="iterations")
     parser.add_argument("--max-iter", type=int, default=3000)
     parser.add_argument("--distance", type=float, nargs="+", default=[1e-2, 3e-3, 1e-3])
+    names = ["ipalm", "fista", "admm"]
+    parser.add_argument("--solver", nargs="+", default=names, choices=names)
     args = parser.parse_args()
     from skimage.data import camera
 
@@ -163,7 +165,8 @@ def main() -> None:
         f"{'solver':<10}{'distance':>10}{'iterations':>12}{'seconds':>10}{'ratio':>8}"
     )
     base: dict[float, float] = {}
-    for name, (function, options) in solvers.items():
+    for name in ["published", *args.solver]:
+        function, options = solvers[name]
         watch = Watch(problem, target, distances)
         run(function, problem, y, watch, max_iter=args.max_iter, **options)
         for wanted in distances:

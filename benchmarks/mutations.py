@@ -68,8 +68,8 @@ FAULTS = (
     Fault(
         "no warm start of the image",
         "priors/synthesis_solvers.py",
-        "_pack(new, problem.image(new, init=v_x))",
-        "_pack(new, problem.image(new))",
+        "problem.image_of(blocks[1], init=v)",
+        "problem.image_of(blocks[1])",
         ("priors/test_synthesis.py::test_image_solves_start_at_the_last_image",),
     ),
     Fault(

@@ -146,13 +146,23 @@ class SynthesisProblem:
         r = self.features(x) - self.synthesis(a)
         return data + 0.5 * inner(r, r) + self.penalty.value(a)
 
-    def threshold(self, a: Tensor, f: Tensor) -> Tensor:
-        """Returns a proximal gradient step from a for the features f."""
-        return _in_cache(
-            lambda a, f: self.penalty.prox(a - self.analysis(self.synthesis(a) - f)),
-            a,
-            f,
-        )
+    def threshold(
+        self, a: Tensor, f: Tensor, synthesis: Tensor | None = None
+    ) -> Tensor:
+        r"""
+        Returns a proximal gradient step from a for the features f.
+
+        :param torch.Tensor a: coefficients.
+        :param torch.Tensor f: features.
+        :param torch.Tensor synthesis: :math:`G^{\top} a`, if it is known.
+        """
+
+        def step(a: Tensor, misfit: Tensor) -> Tensor:
+            return self.penalty.prox(a - self.analysis(misfit))
+
+        if synthesis is not None:
+            return _in_cache(step, a, synthesis - f)
+        return _in_cache(lambda a, f: step(a, self.synthesis(a) - f), a, f)
 
     def prox(self, a: Tensor, r: float) -> Tensor:
         r"""Returns :math:`\mathrm{prox}_{R/r}(a)`."""
@@ -277,7 +287,11 @@ class SynthesisProblem:
 
     def image(self, a: Tensor, init: Tensor | None = None) -> Tensor:
         """Returns the best image for coefficients a, differentiable in everything."""
-        rhs = self.data.b + self.features_adjoint(self.synthesis(a))
+        return self.image_of(self.synthesis(a), init)
+
+    def image_of(self, synthesis: Tensor, init: Tensor | None = None) -> Tensor:
+        r"""Returns the best image for coefficients with this :math:`G^{\top} a`."""
+        rhs = self.data.b + self.features_adjoint(synthesis)
         with torch.no_grad():
             x = self.solve_image(rhs, init=init).x
         equation = ImageEquation(self, rhs)

@@ -82,15 +82,6 @@ def ipalm(
     return replace(result, x=result.state[1])
 
 
-def _pack(a: Tensor, x: Tensor) -> Tensor:
-    return torch.cat([a.flatten(1), x.flatten(1)], 1)
-
-
-def _unpack(packed: Tensor, a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    split = a[0].numel()
-    return packed[:, :split].view_as(a), packed[:, split:].view_as(x)
-
-
 @torch.no_grad()
 def eliminated_fista(
     problem: SynthesisProblem,
@@ -116,27 +107,29 @@ def eliminated_fista(
         ``state``.
     """
 
-    # The image is affine in the coefficients, so extrapolating both together gives the
-    # best image of the extrapolated coefficients: no second solve.
-    def step(v: Tensor, _blocks: tuple[Tensor, ...]) -> Tensor:
-        v_a, v_x = _unpack(v, a, x)
-        new = problem.threshold(v_a, problem.features(v_x))
-        return _pack(new, problem.image(new, init=v_x))
+    # Synthesis and image are affine in the coefficients, so extrapolating all together
+    # gives those of the extrapolated coefficients: no second product, no second solve.
+    def step_coefficients(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
+        _, synthesis, image = blocks
+        return problem.threshold(v, problem.features(image), synthesis)
 
-    def change(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> Tensor:
-        pair = (_unpack(new[0], a, x)[1], _unpack(old[0], a, x)[1])
-        return relative_change(pair[:1], pair[1:])
+    def step_synthesis(_: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
+        return problem.synthesis(blocks[0])
+
+    def step_image(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
+        return problem.image_of(blocks[1], init=v)
 
     result = proximal_gradient(
-        [step],
-        [_pack(a, problem.image(a, init=x))],
+        [step_coefficients, step_synthesis, step_image],
+        [a, problem.synthesis(a), problem.image(a, init=x)],
         inertia="fista",
-        restart=True,
+        together=True,
+        restart=[1, 2],
         rtol=rtol,
         max_iter=max_iter,
-        measure=change,
+        measure=lambda new, old: relative_change(new[2:], old[2:]),
     )
-    a, x = _unpack(result.x, a, x)
+    a, _, x = result.state
     return replace(result, x=x, state=(a, x))
 
 

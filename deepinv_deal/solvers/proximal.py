@@ -164,7 +164,8 @@ def proximal_gradient(
     init: Sequence[Tensor],  # (B, ...) each
     *,
     inertia: Inertia = "fista",
-    restart: bool = False,
+    together: bool = False,
+    restart: bool | Sequence[int] = False,
     rtol: float | Tensor = 1e-4,
     max_iter: int = 1000,
     measure: Callable[[Blocks, Blocks], Tensor] | None = None,
@@ -194,6 +195,11 @@ def proximal_gradient(
     Sample :math:`i` stops as soon as ``measure(new, old)[i] <= rtol[i]`` and is left
     unchanged from then on, so a batch gives what its samples give alone.
 
+    With ``together``, all blocks are extrapolated before the first step, and the steps
+    see the others so until these have been updated: the blocks are one unknown. This is
+    for linear images of a block that are needed again, such as :math:`W^{\top} u`
+    beside :math:`u`: extrapolation keeps linear relations.
+
     .. note::
         Step sizes are in the caller's hands and not checked.
 
@@ -210,14 +216,14 @@ def proximal_gradient(
 
     :param list steps: one function per block, see ``BlockStep``: it gets the
         extrapolated block and the tuple of all current blocks, and returns the new
-        block. A linear image of a block that is needed again, such as
-        :math:`W^{\top} u` beside :math:`u`, may be stacked into it: extrapolation keeps
-        linear relations.
+        block.
     :param list init: initial blocks, shapes ``(B, ...)``. Not modified.
     :param str inertia: ``"fista"``, ``"chambolle-dossal"``, ``"palm"`` or ``"none"``.
-    :param bool restart: forget the inertia of a sample whose step turns against its
-        momentum, :math:`\sum_b \langle v_b - x_b^{k+1}, x_b^{k+1} - x_b^k \rangle > 0`
-        (the gradient scheme of :footcite:t:`odonoghue2015adaptive`).
+    :param bool together: see above.
+    :param bool, list restart: forget the inertia of a sample whose step turns against
+        its momentum, :math:`\sum_b \langle v_b - x_b^{k+1}, x_b^{k+1} - x_b^k \rangle >
+        0` (the gradient scheme of :footcite:t:`odonoghue2015adaptive`). The sum is over
+        all blocks or, if a list is given, those with these numbers.
     :param float, torch.Tensor rtol: tolerance on the measure, one or ``(B,)``. With
         ``0``, ``max_iter`` iterations are run unless the measure vanishes.
     :param int max_iter: largest number of iterations.
@@ -240,6 +246,7 @@ def proximal_gradient(
             f"There must be as many steps as blocks, got {m} and {len(init)}."
         )
     weights, stop = _INERTIA[inertia], measure or relative_change
+    judged = restart if isinstance(restart, Sequence) else range(m * restart)
     counter = torch.ones_like(norm(init[0].detach()))
 
     def iteration(state: Blocks) -> Blocks:
@@ -247,12 +254,18 @@ def proximal_gradient(
         w, k_next = weights(k)
         new = list(blocks)
         against = torch.zeros_like(k)
+
+        def ahead(b: int) -> Tensor:
+            if inertia == "none":
+                return blocks[b]
+            return torch.lerp(previous[b], blocks[b], expand(1 + w, blocks[b]))
+
+        if together:
+            new = [ahead(b) for b in range(m)]
         for b, step in enumerate(steps):
-            v = blocks[b]
-            if inertia != "none":
-                v = torch.lerp(previous[b], v, expand(1 + w, v))
+            v = new[b] if together else ahead(b)
             new[b] = step(v, tuple(new))
-            if restart:
+            if b in judged:
                 against = against + inner(v - new[b], new[b] - blocks[b]).detach()
         return *new, *blocks, k_next.where(against <= 0, 1)
 

@@ -222,6 +222,39 @@ def test_restart_forgets_the_momentum_of_single_samples(rng):
     assert (restarted.x.norm(dim=1) < 1e-3 * plain.x.norm(dim=1))[0]
 
 
+def test_a_linear_image_that_is_extrapolated_too_changes_nothing_but_the_work(rng):
+    W = random(rng, 7, 5) / 4
+    b, init = random(rng, 2, 7), random(rng, 2, 5)
+
+    def step(v, _):
+        return soft_threshold(v - (v @ W.T - b) @ W, 0.01)
+
+    def step_known(v, blocks):
+        return soft_threshold(v - (blocks[1] - b) @ W, 0.01)
+
+    def image(_, blocks):
+        return blocks[0] @ W.T
+
+    for restart, restart_pair in ((False, False), (True, [0])):
+        one = proximal_gradient([step], [init], restart=restart, rtol=0, max_iter=200)
+        two = proximal_gradient(
+            [step_known, image],
+            [init, init @ W.T],
+            together=True,
+            restart=restart_pair,
+            rtol=0,
+            max_iter=200,
+        )
+        torch.testing.assert_close(two.x, one.x, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(two.state[1], two.x @ W.T)
+    # Without, the step would take the image of another point.
+    apart = proximal_gradient(
+        [step_known, image], [init, init @ W.T], rtol=0, max_iter=3
+    )
+    three = proximal_gradient([step], [init], rtol=0, max_iter=3)
+    assert (apart.x - three.x).abs().max() > 1e-4
+
+
 # -- stopping ------------------------------------------------------------------
 
 
