@@ -109,8 +109,7 @@ def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> A
         own = [DEFAULT_WEIGHTS] if name == "DEAL" else own
         if weights is None and len(own) != 1:
             raise ValueError(
-                f"--method {args.method} needs --pretrained: "
-                f"{', '.join(own) or 'a file, for it has no bundled weights'}."
+                f"--method {args.method} needs --pretrained: {', '.join(own)}."
             )
         weights = weights or own[0]
     kind = getattr(deepinv_deal, name)

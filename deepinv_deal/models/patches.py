@@ -406,9 +406,10 @@ class SmoothPlusSparse(SynthesisModel):
         the backward pass.
     :param SmoothPlusSparsePrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
-    :param str pretrained: ``"cpr_5"``, ``"cpr_25"`` or ``"ncpr_25"`` (bundled, for
-        as many gray levels of noise), path of a ``.safetensors`` file of this package
-        or of a ``.pth`` file of the authors, or ``None`` for random weights.
+    :param str pretrained: ``"cpr_5"``, ``"cpr_25"``, ``"ncpr_5"`` or ``"ncpr_25"``
+        (bundled, for as many gray levels of noise), path of a ``.safetensors`` file of
+        this package or of a ``.pth`` file of the authors, or ``None`` for random
+        weights.
     :raises ValueError: for bad settings or a checkpoint of another model.
     :raises FileNotFoundError: for a missing checkpoint.
     """
@@ -520,8 +521,9 @@ class PatchSynthesis(SynthesisModel):
         the backward pass.
     :param PatchSynthesisPrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
-    :param str pretrained: path of a ``.safetensors`` file of this package or of a
-        ``.pth`` file of the authors, or ``None`` for random weights.
+    :param str pretrained: ``"patch_25"`` (bundled, for noise of 25 gray levels), path
+        of a ``.safetensors`` file of this package or of a ``.pth`` file of the authors,
+        or ``None`` for random weights.
     :raises ValueError: for bad settings or a checkpoint of another model.
     :raises FileNotFoundError: for a missing checkpoint.
     """

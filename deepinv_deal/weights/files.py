@@ -23,7 +23,9 @@ BUNDLED = {
     "deal_color": "DEALPrior",
     "cpr_5": "SmoothPlusSparsePrior",
     "cpr_25": "SmoothPlusSparsePrior",
+    "ncpr_5": "SmoothPlusSparsePrior",
     "ncpr_25": "SmoothPlusSparsePrior",
+    "patch_25": "PatchSynthesisPrior",
     "mmr_25": "MMRPrior",
     "safi_25": "SAFIPrior",
 }
