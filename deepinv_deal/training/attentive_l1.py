@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from scipy.fft import idctn
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from deepinv_deal.models.safi import MMR, SAFI
 from deepinv_deal.priors import AttentiveL1Prior, MMRPrior, SAFIPrior
 from deepinv_deal.solvers import AdjointOptions, attach_gradient, fixed_point
 from deepinv_deal.training.data import Problems
 from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
-from deepinv_deal.tuning import tune
 from deepinv_deal.weights import load_l1_prior
-from deepinv_deal.weights.files import read_weights, write_weights
 
 #: Models by their names in the recipe.
 MODELS: dict[str, type[SAFI] | type[MMR]] = {"safi": SAFI, "mmr": MMR}
@@ -170,51 +165,14 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
         """Returns what the recipe says about a prior, by the names it uses."""
         return {"num_filters": prior.num_filters}
 
-    def new_model(self) -> SAFI | MMR:
-        """Returns the model that validation calls, around the prior in training."""
-        return MODELS[self.recipe.model](prior=self.prior, warn=False)
+    def new_model(self, prior: AttentiveL1Prior) -> SAFI | MMR:
+        """Returns the model around a prior, which validation calls."""
+        return MODELS[self.recipe.model](prior=prior, warn=False)
 
-    def train(self) -> float:
-        r"""
-        Trains, then chooses :math:`\lambda` anew for the best weights.
-
-        :return: best mean validation PSNR in dB.
-        :raises FloatingPointError: as in :class:`Trainer`.
-        """
-        done = self.progress() >= 1
-        best, path = super().train(), self.out / "best.safetensors"
-        if done:  # before: the command was repeated
-            return best
-        if self.processes.first:
-            self._choose_lambda(path)
-        self.best = self._agreed(self.best)
-        self.save()
-        return self.best
-
-    def _choose_lambda(self, path: Path) -> None:
-        """Chooses the weight anew, in the file of the best weights."""
-        prior = self.load_prior(str(path)).to(self.device)
-        model = MODELS[self.recipe.model](prior=prior, warn=False)
-        problems = [
-            (x.to(self.device), y.to(self.device))
-            for _, level in self.validation
-            for x, y in level
-        ]
-        with warnings.catch_warnings():  # of a search that ends early: it may
-            warnings.simplefilter("ignore", RuntimeWarning)
-            found = tune(
-                model, None, problems, spread=1.2, precision=1.05, max_trials=7
-            )
-        if found.best.score > self.best:
-            _, header = read_weights(path, type(prior))
-            with torch.no_grad():
-                prior.lambda_reg.fill_(found.lambda_reg)
-            write_weights(prior, path, header)
-            tqdm.write(
-                f"lambda_reg {found.lambda_reg:.4g} instead of the learned one: "
-                f"{found.best.score:.2f} dB"
-            )
-            self.best = found.best.score
+    @property
+    def chooses_lambda(self) -> bool:
+        """Whether ``lambda_reg`` is chosen anew for the best weights at the end."""
+        return True
 
     def parameter_groups(self) -> Sequence[tuple[float, Sequence[nn.Parameter]]]:
         """Returns factors on the learning rate, with the parameters they are for."""

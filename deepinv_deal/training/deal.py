@@ -118,9 +118,9 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
     :param bool resume: go on from ``state.pt`` if there is one.
     """
 
-    def new_model(self) -> DEAL:
-        """Returns the model that validation calls, around the prior in training."""
-        return DEAL(pretrained=None, prior=self.prior, warn=False, scale=None)
+    def new_model(self, prior: Prior) -> DEAL:
+        """Returns the model around a prior, which validation calls."""
+        return DEAL(pretrained=None, prior=prior, warn=False, scale=None)
 
     def parameter_groups(self) -> Sequence[tuple[float, Sequence[nn.Parameter]]]:
         """Returns factors on the learning rate, with the parameters they are for."""

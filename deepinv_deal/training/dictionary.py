@@ -58,8 +58,8 @@ class DictionaryRecipe(SingleLevelRecipe):
 
     As published (:footcite:t:`ducotterd2024smooth,ducotterd2024convex`), the mean
     absolute error on patches of 40 x 40 pixels is minimised, by implicit
-    differentiation; the convex model takes two passes of coordinate descent. Further
-    settings are those of :class:`Recipe`.
+    differentiation; the convex model takes two passes of coordinate descent, and its
+    threshold is chosen anew at the end. Further settings are those of :class:`Recipe`.
 
     :param int patch_size: side of the patches.
     :param int batch_size: patches per step.
@@ -219,11 +219,18 @@ class DictionaryTrainer(
             "model": names.get(prior.penalty_name) if smooth else "patch",
         }
 
-    def new_model(self) -> PatchSynthesis | SmoothPlusSparse:
-        """Returns the model that validation calls, around the prior in training."""
-        if isinstance(self.prior, PatchSynthesisPrior):
-            return PatchSynthesis(prior=self.prior, warn=False)
-        return SmoothPlusSparse(prior=self.prior, warn=False)
+    def new_model(
+        self, prior: PatchSynthesisPrior | SmoothPlusSparsePrior
+    ) -> PatchSynthesis | SmoothPlusSparse:
+        """Returns the model around a prior, which validation calls."""
+        if isinstance(prior, PatchSynthesisPrior):
+            return PatchSynthesis(prior=prior, warn=False)
+        return SmoothPlusSparse(prior=prior, warn=False)
+
+    @property
+    def chooses_lambda(self) -> bool:
+        """Whether ``lambda_reg`` is chosen anew for the best weights at the end."""
+        return self.recipe.model == "patch"  # the others train their thresholds
 
     def parameter_groups(self) -> Sequence[tuple[float, Sequence[nn.Parameter]]]:
         """Returns factors on the learning rate, with the parameters they are for."""

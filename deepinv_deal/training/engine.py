@@ -7,13 +7,14 @@ import math
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+from deepinv.models import Reconstructor
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,6 +27,7 @@ from deepinv_deal.training.data import (
     noisy_crops,
 )
 from deepinv_deal.training.processes import Processes
+from deepinv_deal.tuning import tune
 from deepinv_deal.weights.files import (
     checked,
     find_weights,
@@ -272,8 +274,13 @@ class Trainer(ABC, Generic[R, P]):
         return {}
 
     @abstractmethod
-    def new_model(self) -> Callable[..., Any]:
-        """Returns the model that validation calls, around the prior in training."""
+    def new_model(self, prior: P) -> Reconstructor:
+        """Returns the model around a prior, which validation calls."""
+
+    @property
+    def chooses_lambda(self) -> bool:
+        """Whether ``lambda_reg`` is chosen anew for the best weights at the end."""
+        return False
 
     @abstractmethod
     def loss(self, problems: Problems, start: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -300,14 +307,17 @@ class Trainer(ABC, Generic[R, P]):
         return self.out / "state.pt"
 
     def train(self) -> float:
-        """
+        r"""
         Trains until the steps or the time are used up.
+
+        Where gradients leave the weight :math:`\lambda` beside its best value, it is
+        then chosen anew on the validation images, by :func:`deepinv_deal.tune`.
 
         :return: best mean validation PSNR in dB.
         :raises FloatingPointError: if the loss is not finite; the last good weights and
             checkpoint are kept.
         """
-        recipe = self.recipe
+        recipe, done = self.recipe, self.progress() >= 1
         start = time.monotonic()
         offset = last_save = self.elapsed
         bar = tqdm(
@@ -337,7 +347,38 @@ class Trainer(ABC, Generic[R, P]):
         self.save()
         if self.processes.first:
             self.save_prior(self.out / "last.safetensors", {})
+        if self.chooses_lambda and not done:  # not when the command is repeated
+            if self.processes.first:
+                self._choose_lambda(self.out / "best.safetensors")
+            self.best = self._agreed(self.best)
+            self.save()
         return self._agreed(self.best)  # and wait until the files are there
+
+    def _choose_lambda(self, path: Path) -> None:
+        """Chooses the weight anew, in the file of the best weights."""
+        prior: Any = self.load_prior(str(path)).to(self.device)
+        problems = [
+            (x.to(self.device), y.to(self.device))
+            for _, level in self.validation
+            for x, y in level
+        ]
+        with warnings.catch_warnings():  # of a search that ends early: it may
+            warnings.simplefilter("ignore", RuntimeWarning)
+            model = self.new_model(prior)
+            found = tune(
+                model, None, problems, spread=1.2, precision=1.05, max_trials=7
+            )
+        if found.best.score <= self.best:
+            return
+        _, header = read_weights(path, type(prior))
+        with torch.no_grad():
+            prior.lambda_reg.fill_(found.lambda_reg)
+        write_weights(prior, path, header)
+        tqdm.write(
+            f"lambda_reg {found.lambda_reg:.4g} instead of that of the training: "
+            f"{found.best.score:.2f} dB"
+        )
+        self.best = found.best.score
 
     def _agreed(self, value: float) -> float:
         return self.processes.agreed(value, self.device)
@@ -412,7 +453,7 @@ class Trainer(ABC, Generic[R, P]):
     def _validate(self, loss: float | None) -> None:
         psnr = {}
         n_iter, converged = [], []
-        model = self.new_model()
+        model = self.new_model(self.prior)
         for sigma, problems in self.validation:
             scores = []
             for x, y in problems:

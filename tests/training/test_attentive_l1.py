@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from skimage.data import astronaut
@@ -128,21 +126,3 @@ def test_bad_settings_are_named(folder, tmp_path):
         start(folder, tmp_path, model="deal")
     with pytest.raises(ValueError, match="depth must be positive, got 0"):
         start(folder, tmp_path, depth=0)
-
-
-def test_the_weight_is_chosen_anew_at_the_end(folder, tmp_path):
-    same = {"steps": 4, "val_every": 4, "sigma": 0.2}
-    training = start(folder, tmp_path, **same)
-    training.prior.lambda_reg.data.mul_(0.5)  # too small a weight
-    best = training.train()
-    (entry,) = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert best == training.best > json.loads(entry)["psnr_mean"]
-    prior = training.load_prior(str(tmp_path / "best.safetensors"))
-    assert prior.lambda_reg > training.prior.lambda_reg
-    last = training.load_prior(str(tmp_path / "last.safetensors"))
-    assert torch.equal(last.lambda_reg, training.prior.lambda_reg)
-    # The command, repeated, does nothing.
-    written = (tmp_path / "best.safetensors").read_bytes()
-    again = start(folder, tmp_path, resume=True, **same)
-    assert again.train() == best
-    assert (tmp_path / "best.safetensors").read_bytes() == written

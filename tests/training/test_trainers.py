@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -60,7 +61,10 @@ def test_weights_files_give_the_model_that_was_trained(folder, tmp_path, name):
     loaded = kind.model(pretrained=tmp_path / "weights.safetensors", warn=False)
     with torch.no_grad():
         torch.testing.assert_close(
-            loaded(y, sigma=0.1), trainer.new_model()(y, sigma=0.1), rtol=0, atol=0
+            loaded(y, sigma=0.1),
+            trainer.new_model(trainer.prior)(y, sigma=0.1),
+            rtol=0,
+            atol=0,
         )
     other = next(k for k in KINDS.values() if k.model is not kind.model)
     with pytest.raises(ValueError, match="is not a weights file of"):
@@ -79,10 +83,10 @@ def test_a_validation_that_fails_does_not_become_the_best(folder, tmp_path):
     trainer = KINDS["deal"].start(folder, tmp_path)
     trainer.best = 10.0
     info = SimpleNamespace(n_iter=torch.ones(1), converged=torch.zeros(1))
-    trainer.new_model = lambda: lambda y, **_: (torch.nan * y, info)
+    trainer.new_model = lambda _: lambda y, **_: (torch.nan * y, info)
     trainer._validate(0.0)
     assert trainer.best == 10.0
-    trainer.new_model = lambda: lambda y, **_: (y, info)
+    trainer.new_model = lambda _: lambda y, **_: (y, info)
     trainer._validate(0.0)
     assert trainer.best > 10.0 and (tmp_path / "best.safetensors").exists()
 
@@ -191,3 +195,22 @@ def test_a_regularizer_of_ones_own_is_trained_stored_and_taken_up(folder, tmp_pa
         start(tmp_path / "third", init="nowhere.safetensors")
     with pytest.raises(ValueError, match="not a weights file of DEALPrior"):
         KINDS["deal"].start(folder, tmp_path / "fourth", init=last)
+
+
+@pytest.mark.parametrize("name", ["mmr", "patch"])
+def test_the_weight_is_chosen_anew_at_the_end(folder, tmp_path, name):
+    same = {"steps": 4, "val_every": 4, "sigma": 0.2}
+    training = KINDS[name].start(folder, tmp_path, **same)
+    training.prior.lambda_reg.data.mul_(20)  # too large a weight
+    best = training.train()
+    (entry,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert best == training.best > json.loads(entry)["psnr_mean"]
+    prior = training.load_prior(str(tmp_path / "best.safetensors"))
+    assert prior.lambda_reg < training.prior.lambda_reg
+    last = training.load_prior(str(tmp_path / "last.safetensors"))
+    assert torch.equal(last.lambda_reg, training.prior.lambda_reg)
+    # The command, repeated, does nothing.
+    written = (tmp_path / "best.safetensors").read_bytes()
+    again = KINDS[name].start(folder, tmp_path, resume=True, **same)
+    assert again.train() == best
+    assert (tmp_path / "best.safetensors").read_bytes() == written
