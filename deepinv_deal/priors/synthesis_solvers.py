@@ -29,6 +29,9 @@ from deepinv_deal.solvers.proximal import (
 #: Published margins of the steps of iPALM.
 PALM_MARGIN = 1.01
 
+#: Iterations after a restart of FISTA in which the change of the image is no measure.
+SETTLE = 5
+
 #: Over-relaxation of ADMM, and its penalty parameter for the coefficients of a given
 #: image.
 RELAXATION, CODING_PENALTY = 1.6, 0.03
@@ -125,6 +128,7 @@ def eliminated_fista(
         inertia="fista",
         together=True,
         restart=[1, 2],
+        settle=SETTLE,
         rtol=rtol,
         max_iter=max_iter,
         measure=lambda new, old: relative_change(new[2:], old[2:]),
@@ -283,7 +287,13 @@ def sparse_coding(
     def solve(f: Tensor, a: Tensor) -> SolverResult:
         if problem.penalty.weak_convexity > 0:
             steps = [lambda v, _: problem.threshold(v, f)]
-            return proximal_gradient(steps, [a], restart=True, **limits)  # type: ignore[arg-type]
+            return proximal_gradient(
+                steps,
+                [a],
+                restart=True,
+                settle=SETTLE,
+                **limits,  # type: ignore[arg-type]
+            )
         fitted = channel_map(B, f)
 
         def solve_x(

@@ -166,6 +166,7 @@ def proximal_gradient(
     inertia: Inertia = "fista",
     together: bool = False,
     restart: bool | Sequence[int] = False,
+    settle: int = 0,
     rtol: float | Tensor = 1e-4,
     max_iter: int = 1000,
     measure: Callable[[Blocks, Blocks], Tensor] | None = None,
@@ -224,6 +225,8 @@ def proximal_gradient(
         its momentum, :math:`\sum_b \langle v_b - x_b^{k+1}, x_b^{k+1} - x_b^k \rangle >
         0` (the gradient scheme of :footcite:t:`odonoghue2015adaptive`). The sum is over
         all blocks or, if a list is given, those with these numbers.
+    :param int settle: number of iterations after a restart in which a sample does not
+        stop. Without inertia changes are small, and say little about the distance.
     :param float, torch.Tensor rtol: tolerance on the measure, one or ``(B,)``. With
         ``0``, ``max_iter`` iterations are run unless the measure vanishes.
     :param int max_iter: largest number of iterations.
@@ -248,9 +251,10 @@ def proximal_gradient(
     weights, stop = _INERTIA[inertia], measure or relative_change
     judged = restart if isinstance(restart, Sequence) else range(m * restart)
     counter = torch.ones_like(norm(init[0].detach()))
+    tolerance = torch.as_tensor(rtol).to(counter)
 
     def iteration(state: Blocks) -> Blocks:
-        blocks, previous, k = state[:m], state[m:-1], state[-1]
+        blocks, previous, (k, waits) = state[:m], state[m:-2], state[-2:]
         w, k_next = weights(k)
         new = list(blocks)
         against = torch.zeros_like(k)
@@ -267,12 +271,19 @@ def proximal_gradient(
             new[b] = step(v, tuple(new))
             if b in judged:
                 against = against + inner(v - new[b], new[b] - blocks[b]).detach()
-        return *new, *blocks, k_next.where(against <= 0, 1)
+        restarted = against > 0
+        # As many iterations are judged in between, however often it restarts.
+        waits = torch.where(restarted & (waits <= -settle), settle, waits - 1)
+        return *new, *blocks, k_next.where(~restarted, 1), waits
+
+    def judge(new: Blocks, old: Blocks) -> Tensor:
+        measured = stop(new[:m], old[:m])
+        return torch.where(new[-1] > 0, measured.clamp_min(2 * tolerance), measured)
 
     state, status, n_iter, residual = _iterate(
         iteration,
-        lambda new, old: stop(new[:m], old[:m]),
-        (*init, *init, counter),
+        judge,
+        (*init, *init, counter, torch.full_like(counter, -settle)),
         rtol=rtol,
         max_iter=max_iter,
         check_every=check_every,

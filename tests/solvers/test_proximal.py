@@ -222,6 +222,27 @@ def test_restart_forgets_the_momentum_of_single_samples(rng):
     assert (restarted.x.norm(dim=1) < 1e-3 * plain.x.norm(dim=1))[0]
 
 
+def test_small_changes_after_a_restart_are_not_taken_for_convergence():
+    # The second sample restarts every few iterations.
+    L = torch.tensor([[1.0, 1e-3], [1.0, 0.5]], dtype=DOUBLE)
+    init = [torch.zeros(2, 2, dtype=DOUBLE)]
+
+    def run(settle):
+        result = proximal_gradient(
+            [lambda v, _: v - 0.9 * L * (v - 1)],
+            init,
+            restart=True,
+            settle=settle,
+            rtol=1e-3,
+        )
+        assert result.converged.all() and (result.residual <= 1e-3).all()
+        return (result.x - 1).norm(dim=1), result.n_iter
+
+    (hasty, _), (patient, n_iter) = run(0), run(5)
+    assert hasty[0] > 0.9 and patient[0] < 0.01
+    assert patient[1] < 0.01 and n_iter[1] < 20
+
+
 def test_a_linear_image_that_is_extrapolated_too_changes_nothing_but_the_work(rng):
     W = random(rng, 7, 5) / 4
     b, init = random(rng, 2, 7), random(rng, 2, 5)
