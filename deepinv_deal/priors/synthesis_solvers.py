@@ -127,7 +127,7 @@ def eliminated_fista(
         [a, problem.synthesis(a), problem.image(a, init=x)],
         inertia="fista",
         together=True,
-        restart=[1, 2],
+        restart=[0, 2],
         settle=SETTLE,
         rtol=rtol,
         max_iter=max_iter,
