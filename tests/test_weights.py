@@ -56,7 +56,10 @@ def test_a_saved_prior_is_loaded_with_its_norm_rule(prior, file):
     assert loaded.num_filters == 5
 
 
-FORMS = {f"{form.__name__}Prior": form for form in (DEAL, SmoothPlusSparse, MMR, SAFI)}
+FORMS = {
+    f"{form.__name__}Prior": form
+    for form in (DEAL, SmoothPlusSparse, PatchSynthesis, MMR, SAFI)
+}
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -69,7 +72,7 @@ def test_bundled_weights_load_and_denoise_without_network(name):
     with pytest.raises(ValueError, match=f"pretrained='x' is unknown.*'{name}'"):
         form(pretrained="x")
     with pytest.raises(ValueError, match=f"'{name}' holds weights of a"):
-        PatchSynthesis(pretrained=name)
+        (DEAL if form is PatchSynthesis else PatchSynthesis)(pretrained=name)
     channels = 3 if name == "deal_color" else 1
     x = torch.full((1, channels, 40, 40), 0.5)
     x[..., 20:] = 0.8
