@@ -485,14 +485,15 @@ def _start(
 ) -> np.ndarray:
     """Returns the first value of each parameter."""
     denoising = problem.physics is None or isinstance(problem.physics, Denoising)
-    own: dict[str, Any] = {}
     if isinstance(model, SynthesisModel):
         known = _noise_level(problem.physics) if denoising else None
-        own["lambda_reg"] = model.default_lambda(known)
-        own["beta"] = model.prior.beta if model.beta is None else model.beta
+        learned = {
+            "lambda_reg": model.default_lambda(known),
+            "beta": model.default_beta,
+        }
+        given = {k: learned.get(k) if v is None else v for k, v in given.items()}
     if not isinstance(model, FixedPointOptim):
-        first = {k: own.get(k) if v is None else v for k, v in given.items()}
-        return _positive({name: first[name] for name in names})
+        return _positive({name: given[name] for name in names})
     lambda_reg, sigma = given["lambda_reg"], given["sigma"]
     own = model.update_params_fn(0)
     level: Any = sigma

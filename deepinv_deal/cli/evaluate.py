@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from deepinv_deal.cli._options import (
 
 if TYPE_CHECKING:
     from deepinv.models import Reconstructor
+    from torch import Tensor
 
     from deepinv_deal.evaluation import Task
 
@@ -107,30 +109,14 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ValueError("Give either --lambda-reg and --beta, or --tune, not both.")
     options = {"kernels": args.kernel} if args.kernel else {}
     task = TASKS[args.task](noise=args.sigma, **options)
-    differences = []
+    every = task
     if args.only is not None:
-        names = dict.fromkeys(c.setting or task.name for c in task.conditions)
-        kept = [c for c in task.conditions if args.only in (c.setting or task.name)]
-        if not kept:
-            raise ValueError(f"--only {args.only!r} fits none of {', '.join(names)}.")
-        if len(kept) < len(task.conditions):
-            differences.append("some operators only")
-        task = replace(task, conditions=tuple(kept))
+        task = _only(task, args.only)
     model, channels = _method(args, task)
     images = load_image_folder(args.data, channels)
     if args.crop is not None:
-        if args.crop < SMALLEST_CROP:
-            raise ValueError(
-                f"--crop must be at least {SMALLEST_CROP}, got {args.crop}."
-            )
-        cropped = replace(task, side=min(args.crop, task.side or args.crop))
-        as_published = task.name == "denoising" and (channels, args.crop) == (3, 256)
-        if not as_published and any(
-            cropped.ground_truth(x).shape != task.ground_truth(x).shape
-            for _, x in images
-        ):
-            differences.append("cropped images")
-        task = cropped
+        task = _cropped(task, args.crop)
+    differences = _differences(task, every, channels, [x for _, x in images])
     if args.tune:
         validation = load_image_folder(args.tune, channels)
         task = tune_task(model, task, validation, sigma=args.sigma_model)
@@ -154,6 +140,37 @@ def _evaluate(args: argparse.Namespace) -> int:
         write_csv(scores, args.csv)
     print(summarise(scores, args.task, channels, differences=differences))
     return 0 if all(score.converged for score in scores) else 1
+
+
+def _only(task: Task, text: str) -> Task:
+    """Returns the task with the operators whose name holds the text."""
+    names = dict.fromkeys(c.setting or task.name for c in task.conditions)
+    kept = [c for c in task.conditions if text in (c.setting or task.name)]
+    if not kept:
+        raise ValueError(f"--only {text!r} fits none of {', '.join(names)}.")
+    return replace(task, conditions=tuple(kept))
+
+
+def _cropped(task: Task, side: int) -> Task:
+    """Returns the task on the centres of the images."""
+    if side < SMALLEST_CROP:
+        raise ValueError(f"--crop must be at least {SMALLEST_CROP}, got {side}.")
+    return replace(task, side=min(side, task.side or side))
+
+
+def _differences(
+    task: Task, every: Task, channels: int, images: Sequence[Tensor]
+) -> list[str]:
+    """Says what the options left out of a task."""
+    differences = []
+    if len(task.conditions) < len(every.conditions):
+        differences.append("some operators only")
+    as_published = task.name == "denoising" and (channels, task.side) == (3, 256)
+    if task.side != every.side and not as_published:
+        shapes = ([t.ground_truth(x).shape for x in images] for t in (task, every))
+        if next(shapes) != next(shapes):
+            differences.append("cropped images")
+    return differences
 
 
 def _method(args: argparse.Namespace, task: Task) -> tuple[Reconstructor, int]:

@@ -195,8 +195,8 @@ class SynthesisModel(Reconstructor, Denoiser):
         operator = ImageOperator(physics, y, self.prior.in_channels, self.complex_mode)
         notes = operator.notes
         level, weight = self._threshold_base(sigma, lambda_reg, physics, operator)
-        coupling = self.prior.beta if self.beta is None else self.beta
-        coupling = _positive("beta", coupling if beta is None else beta, operator.b)
+        coupling = self.default_beta if beta is None else beta
+        coupling = _positive("beta", coupling, operator.b)
         data = self._data(operator, coupling, notes)
         problem = self.prior.problem(data, beta=coupling, lambda_reg=weight)
         x0 = operator.b
@@ -244,9 +244,18 @@ class SynthesisModel(Reconstructor, Denoiser):
         """
         if self.lambda_reg is not None:
             return self.lambda_reg
-        if sigma is None:
-            sigma = self.prior.sigma if self.sigma is None else self.sigma
-        return sigma / self.prior.sigma * self.prior.lambda_reg
+        level = self.default_sigma if sigma is None else sigma
+        return level / self.prior.sigma * self.prior.lambda_reg
+
+    @property
+    def default_sigma(self) -> float | Tensor:
+        """The constructor's noise level or, if it has none, that of the training."""
+        return self.prior.sigma if self.sigma is None else self.sigma
+
+    @property
+    def default_beta(self) -> float | Tensor:
+        """The constructor's coupling or, if it has none, the learned one."""
+        return self.prior.beta if self.beta is None else self.beta
 
     def _default_solver(
         self,
@@ -293,7 +302,7 @@ class SynthesisModel(Reconstructor, Denoiser):
             # ZeroNoise, PoissonNoise, ... have no sigma.
             sigma = getattr(getattr(physics, "noise_model", None), "sigma", None)
         if sigma is None:
-            sigma = self.prior.sigma if self.sigma is None else self.sigma
+            sigma = self.default_sigma
         level = _positive("sigma", sigma, operator.b)
         if operator.denoising:
             doubt_noise_level(level, operator.b, stacklevel=6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,11 @@ BLOCK_BYTES = 2**28
 #: The same for chains of element-wise maps, each of which is to find the last one's
 #: result in the cache of the CPU.
 CACHE_BYTES = 2**19
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Returns the size of such a block; other devices take everything at once."""
+    return CACHE_BYTES if device.type == "cpu" else sys.maxsize
 
 
 def row_blocks(

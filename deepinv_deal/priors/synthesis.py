@@ -13,7 +13,7 @@ from torch import Tensor
 from deepinv_deal._batch import expand, inner
 from deepinv_deal.operators import PatchConv, PatchFrame
 from deepinv_deal.operators.patches import channel_map
-from deepinv_deal.operators.row_blocks import CACHE_BYTES, in_row_blocks
+from deepinv_deal.operators.row_blocks import cache_bytes, in_row_blocks
 from deepinv_deal.priors.penalties import GROUP_SIDE, L1Penalty, Penalty
 from deepinv_deal.solvers import (
     AdjointOptions,
@@ -421,18 +421,17 @@ def _active_set_solver(equation: CoefficientEquation, S: Any) -> LinearSolve:
 
     def solve(v: Tensor, rtol: Tensor) -> SolverResult:
         active, rhs = by_patch(S(torch.ones_like(v), 1.0)), by_patch(v)
-        e = torch.zeros_like(rhs)
+        e, sizes = torch.zeros_like(rhs), active.sum(1)
         # Patches with supports of like size together: matrices no larger than needed.
-        for patches in active.sum(1).argsort().split(ACTIVE_SET_CHUNK):
-            size = int(active[patches].sum(1).max())
-            support = active[patches].topk(size, dim=1)
-            atoms, used = support.indices, support.values
+        for patches in sizes.argsort().split(ACTIVE_SET_CHUNK):
+            largest = int(sizes[patches[-1]])
+            used, atoms = active[patches].topk(largest, dim=1)
             matrix = gram[atoms[:, :, None], atoms[:, None, :]]
             matrix = matrix * used[:, :, None] * used[:, None, :]
             matrix = matrix + torch.diag_embed(1 - used + ridge)
             values = used * rhs[patches].gather(1, atoms)
             values = torch.linalg.solve(matrix, values[..., None])[..., 0]
-            e[patches] = torch.zeros_like(rhs[patches]).scatter(1, atoms, values)
+            e[patches[:, None], atoms] = values
         shape = (len(v), -1, *v.shape[2:], len(G))
         e = e.view(shape).movedim(-1, 2).flatten(1, 2)
         w = v + e - equation.hessian(e)
@@ -449,14 +448,12 @@ def _active_set_solver(equation: CoefficientEquation, S: Any) -> LinearSolve:
 
 def _in_cache(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     """Evaluates a pointwise function of maps ``(B, C p, H', W')`` block by block."""
-    if maps[0].device.type != "cpu":
-        return function(*maps)
     return in_row_blocks(
         function,
         *maps,
         reach=0,
         channels=maps[0].shape[1],
-        block_bytes=CACHE_BYTES,
+        block_bytes=cache_bytes(maps[0].device),
         multiple=GROUP_SIDE,
     )
 

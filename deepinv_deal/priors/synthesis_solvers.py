@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from deepinv_deal._batch import expand, joint_norm, norm
 from deepinv_deal.operators.patches import channel_map
-from deepinv_deal.operators.row_blocks import CACHE_BYTES, row_blocks
+from deepinv_deal.operators.row_blocks import cache_bytes, row_blocks
 from deepinv_deal.priors.penalties import GROUP_SIDE
 from deepinv_deal.priors.synthesis import (
     LINEAR,
@@ -122,9 +123,10 @@ def eliminated_fista(
     def step_image(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
         return problem.image_of(blocks[1], init=v)
 
+    synthesis = problem.synthesis(a)
     result = proximal_gradient(
         [step_coefficients, step_synthesis, step_image],
-        [a, problem.synthesis(a), problem.image(a, init=x)],
+        [a, synthesis, problem.image_of(synthesis, init=x)],
         inertia="fista",
         together=True,
         restart=[0, 2],
@@ -276,34 +278,57 @@ def sparse_coding(
     :param float r: penalty parameter of ADMM.
     :return: (:class:`SolverResult`) the coefficients in ``x``.
     """
-    limits = {"rtol": rtol, "max_iter": max_iter}
-    C, gram = problem.frame.C, problem._gram
-    eye = torch.eye(len(gram), dtype=a.dtype, device=a.device)
-    # a = v + B (f - G^T v) in the joint quadratic problem, all at once where cheaper
-    B = C @ torch.linalg.inv(gram + r * eye)
-    keep = torch.eye(len(C), dtype=a.dtype, device=a.device) - B @ C.T
-    small = C.shape[0] <= 2 * C.shape[1]
+    convex = problem.penalty.weak_convexity == 0
+    code = _coder_by_admm(problem, r) if convex else partial(_code_by_fista, problem)
+    # The same blocks whatever the batch, so that it gives what its samples give alone.
+    row_bytes = a[0, :, :1].numel() * a.element_size()
+    size = cache_bytes(a.device)
+    blocks = row_blocks(a.shape[2], row_bytes, size, GROUP_SIDE, GROUP_SIDE)
+    parts = [
+        code(features[:, :, rows], a[:, :, rows], rtol=rtol, max_iter=max_iter)
+        for rows in blocks
+    ]
+    worst = {
+        name: torch.stack([getattr(part, name) for part in parts]).amax(0)
+        for name in ("status", "n_iter", "residual")
+    }
+    return SolverResult(torch.cat([part.x for part in parts], 2), **worst)
 
-    def solve(f: Tensor, a: Tensor) -> SolverResult:
-        if problem.penalty.weak_convexity > 0:
-            steps = [lambda v, _: problem.threshold(v, f)]
-            return proximal_gradient(
-                steps,
-                [a],
-                restart=True,
-                settle=SETTLE,
-                **limits,  # type: ignore[arg-type]
-            )
+
+def _code_by_fista(
+    problem: SynthesisProblem, f: Tensor, a: Tensor, *, rtol: float, max_iter: int
+) -> SolverResult:
+    return proximal_gradient(
+        [lambda v, _: problem.threshold(v, f)],
+        [a],
+        restart=True,
+        settle=SETTLE,
+        rtol=rtol,
+        max_iter=max_iter,
+    )
+
+
+def _coder_by_admm(problem: SynthesisProblem, r: float) -> Callable[..., SolverResult]:
+    """Returns the solver, with the matrices that all blocks of rows share."""
+    C, gram = problem.frame.C, problem._gram
+    eye = torch.eye(len(gram), dtype=C.dtype, device=C.device)
+    # The quadratic problem has the solution v + B (f - G^T v).
+    B = C @ torch.linalg.inv(gram + r * eye)
+    keep = None
+    if C.shape[0] <= 2 * C.shape[1]:  # one product is cheaper than two
+        keep = torch.eye(len(C), dtype=C.dtype, device=C.device) - B @ C.T
+
+    def code(f: Tensor, a: Tensor, *, rtol: float, max_iter: int) -> SolverResult:
         fitted = channel_map(B, f)
 
         def solve_x(
             targets: tuple[Tensor, ...], *_: Any
         ) -> tuple[Tensor, tuple[Tensor, ...]]:
             (v,) = targets
-            if small:
-                x = channel_map(keep, v).add_(fitted)
-            else:
+            if keep is None:
                 x = v.sub_(channel_map(B, problem.synthesis(v))).add_(fitted)
+            else:
+                x = channel_map(keep, v).add_(fitted)
             return x, (x,)
 
         # The multipliers of the optimality condition: a start at the solution stays.
@@ -314,21 +339,13 @@ def sparse_coding(
             ADMMState(a, z=(a,), u=(u,), Kx=(a,)),
             rho=(r,),
             relaxation=RELAXATION,
+            rtol=rtol,
+            max_iter=max_iter,
             measure=_violation(lambda _: norm(f)),
-            **limits,  # type: ignore[arg-type]
         )
         return replace(result, x=result.state.z[0])
 
-    # The same blocks whatever the batch, so that it gives what its samples give alone.
-    height, row_bytes = a.shape[2], a[0, :, :1].numel() * a.element_size()
-    size = CACHE_BYTES if a.device.type == "cpu" else height * row_bytes
-    blocks = row_blocks(height, row_bytes, size, GROUP_SIDE, GROUP_SIDE)
-    parts = [solve(features[:, :, rows], a[:, :, rows]) for rows in blocks]
-    worst = {
-        name: torch.stack([getattr(part, name) for part in parts]).amax(0)
-        for name in ("status", "n_iter", "residual")
-    }
-    return SolverResult(torch.cat([part.x for part in parts], 2), **worst)
+    return code
 
 
 def coordinate_descent(

@@ -226,7 +226,8 @@ def proximal_gradient(
         0` (the gradient scheme of :footcite:t:`odonoghue2015adaptive`). The sum is over
         all blocks or, if a list is given, those with these numbers.
     :param int settle: number of iterations after a restart in which a sample does not
-        stop. Without inertia changes are small, and say little about the distance.
+        stop: without inertia changes are small, and say little about the distance. In
+        between its residual is given as at least twice the tolerance.
     :param float, torch.Tensor rtol: tolerance on the measure, one or ``(B,)``. With
         ``0``, ``max_iter`` iterations are run unless the measure vanishes.
     :param int max_iter: largest number of iterations.
