@@ -22,7 +22,7 @@ from deepinv_deal._batch import central
 from deepinv_deal.training import load_images
 
 #: Accuracy of the inner solves, depth.
-STRATEGIES = ((0.5, 0), (0.3, 0), (0.5, 5), (0.3, 5))
+STRATEGIES = ((0.5, 0), (0.3, 5), (0.5, 5), (0.7, 5))
 LEVELS = (5, 15, 25, 50)
 MASK = 1.2
 

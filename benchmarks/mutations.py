@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "samples that have stopped move on",
         "solvers/fixed_point.py",
-        "shortened = select(working, x + expand(omega, x) * (step.x - x), x)",
-        "shortened = x + expand(omega, x) * (step.x - x)",
+        "x = select(working, start + expand(omega, x) * (step.x - start), x)",
+        "x = start + expand(omega, x) * (step.x - start)",
         (
             "solvers/test_fixed_point.py"
             "::test_samples_that_stopped_stay_even_if_the_inner_solver_moves_them",

@@ -109,12 +109,17 @@ class FrozenMap:
     """The problem ``x = T(z)`` with ``z`` frozen: one application of T solves it."""
 
     def __init__(self, T: LinearMap, x: Tensor):
-        self.x, self.step = x, T(x) - x
-        self.residual = norm(self.step)
+        self.x, self.r = x, T(x) - x
+        self.residual = norm(self.r)
 
     def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
+        return self.solve_from(self.x, self.r, rtol, active)
+
+    def solve_from(
+        self, x: Tensor, r: Tensor, rtol: Tensor, active: Tensor
+    ) -> SolverResult:
         done = torch.zeros_like(self.residual, dtype=torch.int64)
-        x = self.x + expand(active, self.step) * self.step
+        x = x + expand(active, r) * r
         return SolverResult(x, done.to(torch.int8), done + 1, torch.zeros_like(rtol))
 
 
@@ -130,8 +135,13 @@ class FrozenSystem:
         return conjugate_gradient(self.A, r, rtol=rtol, max_iter=self.max_iter)
 
     def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
-        step = self.correction(self.r * expand(active, self.r), rtol)
-        step.x = self.x + step.x
+        return self.solve_from(self.x, self.r, rtol, active)
+
+    def solve_from(
+        self, x: Tensor, r: Tensor, rtol: Tensor, active: Tensor
+    ) -> SolverResult:
+        step = self.correction(r * expand(active, r), rtol)
+        step.x = x + step.x
         return step
 
 

@@ -44,7 +44,7 @@ from deepinv_deal.evaluation.timing import PeakMemory, clock
 from deepinv_deal.models import DEAL
 from deepinv_deal.models.problem import Problem
 from deepinv_deal.priors import AttentiveEquation, AttentiveQuadratic, DEALPrior
-from deepinv_deal.solvers import Strategy, fixed_point
+from deepinv_deal.solvers import anderson_depth, fixed_point
 from deepinv_deal.weights.deal import to_authors_state_dict
 
 if TYPE_CHECKING:
@@ -295,14 +295,13 @@ def _solve(
         problem.weight = torch.ones_like(problem.residual)
         return problem
 
-    strategy = Strategy.of(equation, model.forcing, model.anderson)
     return fixed_point(
         freeze,
         equation.start(None),
         rtol=target,
         max_iter=3000,
-        forcing=strategy.forcing,
-        anderson=strategy.anderson,
+        forcing=model.forcing,
+        anderson=anderson_depth(equation, model.anderson),
         callback=callback,
     )
 

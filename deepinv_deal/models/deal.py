@@ -130,10 +130,11 @@ class DEAL(FixedPointOptim, Denoiser):
     :param int max_iter: largest number of outer iterations.
     :param int inner_max_iter: largest number of conjugate gradient iterations per
         solve.
-    :param float forcing: factor by which each inner solve reduces the residual;
-        ``None``: 0.3 for denoising, otherwise 0.5.
+    :param float forcing: factor by which each inner solve reduces the residual at
+        least.
     :param int anderson: depth of the safeguarded Anderson acceleration, ``0`` for none;
-        ``None``: 5 for denoising, otherwise none. Both are chosen independently.
+        ``None``: 5 for denoising, otherwise none. See
+        :func:`deepinv_deal.solvers.fixed_point`.
     :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``,
         see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
     :param torch.dtype inner_dtype: precision of the convolutions in the inner solves,
@@ -174,7 +175,7 @@ class DEAL(FixedPointOptim, Denoiser):
         rtol: float = DEFAULT_RTOL,
         max_iter: int = 100,
         inner_max_iter: int = 1000,
-        forcing: float | None = None,
+        forcing: float = 0.5,
         anderson: int | None = None,
         preconditioner: Preconditioner = "auto",
         inner_dtype: torch.dtype | None = None,

@@ -72,7 +72,6 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         inner_max_iter: int = 1000,
         inner: InnerSolver = "auto",
         forcing: float = 0.5,
-        anderson: int = 0,
         box: tuple[float, float] | None = (0.0, 1.0),
         scale: float | str | None = None,
         complex_mode: ComplexMode = "real_imag",
@@ -105,7 +104,6 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
             inner_max_iter=inner_max_iter,
             rtol=rtol,
             forcing=forcing,
-            anderson=anderson,
             DEQ=DEQ,
             trainable_params=trainable_params,
             warn=warn,
@@ -343,7 +341,6 @@ class SAFI(AttentiveL1Model):
         ``"auto"``.
     :param float forcing: factor by which each inner solve reduces the residual. Large
         values refresh the mask often; the fixed point is the same.
-    :param int anderson: depth of the safeguarded Anderson acceleration, ``0`` for none.
     :param tuple box: bounds of the image, or ``None``.
     :param float, str scale: ``"auto"``, a number or ``None``, as for
         :class:`deepinv_deal.DEAL`.

@@ -206,10 +206,9 @@ class FixedPointOptim(BaseOptim):
         see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
     :param torch.dtype inner_dtype: precision of the convolutions in the inner solves,
         see :class:`deepinv_deal.DEAL`; ``None``: that of the weights.
-    :param float forcing: see :func:`deepinv_deal.solvers.fixed_point`; ``None``: 0.3
-        for denoising, otherwise 0.5.
+    :param float forcing: see :func:`deepinv_deal.solvers.fixed_point`.
     :param int anderson: depth of the Anderson acceleration, ``0`` for none; ``None``: 5
-        for denoising, otherwise none.
+        for denoising with a quadratic prior, otherwise none.
     :param deepinv.optim.DEQConfig DEQ: settings of the backward pass:
         ``jacobian_free``, ``eps_backward`` (tolerance), ``max_iter_backward``,
         ``anderson_acceleration_backward`` and ``history_size_backward``.
@@ -232,7 +231,7 @@ class FixedPointOptim(BaseOptim):
         max_iter: int = 100,
         inner_max_iter: int = 1000,
         rtol: float = DEFAULT_RTOL,
-        forcing: float | None = None,
+        forcing: float = 0.5,
         anderson: int | None = None,
         preconditioner: Preconditioner = "auto",
         inner_dtype: torch.dtype | None = None,

@@ -17,7 +17,6 @@ from deepinv_deal.operators.row_blocks import in_row_blocks
 from deepinv_deal.priors.preconditioning import Preconditioner, Preconditioning
 from deepinv_deal.solvers import (
     SolverResult,
-    Strategy,
     full_precision,
     solve_equation,
 )
@@ -141,7 +140,7 @@ class AttentiveEquation:
     :param torch.dtype inner_dtype: precision of the convolutions in the inner solves of
         :meth:`freeze`, see :class:`deepinv_deal.DEAL`; ``None``: that of the weights.
     :param bool denoising: whether ``H`` is the identity, which chooses
-        :attr:`strategy`.
+        :attr:`anderson`.
     """
 
     H: LinearMap
@@ -154,11 +153,11 @@ class AttentiveEquation:
     denoising: bool = False
 
     @property
-    def strategy(self) -> Strategy:
-        """How :func:`deepinv_deal.solvers.solve_equation` solves it unless told."""
+    def anderson(self) -> int:
+        """Depth of Anderson acceleration that suits it."""
         # In denoising the systems are well conditioned, and the number of masks counts.
-        # Elsewhere accurate inner solves cost more than the acceleration saves.
-        return Strategy(forcing=0.3, anderson=5) if self.denoising else Strategy()
+        # Where they are not, a small residual of a combination says little about it.
+        return 5 if self.denoising else 0
 
     def force(
         self,
@@ -281,20 +280,22 @@ class FrozenSystem:
         Solves ``A d = r`` to the relative tolerance ``rtol (B,)``; where ``active``,
         the solve may try out a preconditioner.
         """
-        return self.equation.preconditioning.solver.solve(
-            self.A,
-            r,
-            rtol,
-            self.equation.inner_max_iter,
-            lambda: self.equation.preconditioning.at(self.squared_mask),
-            active,
+        limit = self.equation.inner_max_iter
+        return self.equation.preconditioning.solve(
+            self.A, r, rtol, limit, self.squared_mask, active
         )
 
     def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
         """Reduces the residual of the active samples by the factor ``rtol (B,)``."""
+        return self.solve_from(self.x, self.r, rtol, active)
+
+    def solve_from(
+        self, x: Tensor, r: Tensor, rtol: Tensor, active: Tensor
+    ) -> SolverResult:
+        """As :meth:`solve`, started at another image with the residual vector r."""
         # A zero right-hand side costs a sample no iterations and changes nothing.
-        step = self.correction(self.r * expand(active, self.r), rtol, active)
-        step.x = self.x + step.x
+        step = self.correction(r * expand(active, r), rtol, active)
+        step.x = x + step.x
         return step
 
 

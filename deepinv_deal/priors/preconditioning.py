@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from deepinv_deal._batch import expand, select
 from deepinv_deal.operators import MultiConvOperator
 from deepinv_deal.operators.multi_conv import wrapped
+from deepinv_deal.solvers import SolverResult
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.preconditioner import (
     LARGEST_MISFIT,
@@ -25,9 +26,12 @@ from deepinv_deal.solvers.preconditioner import (
 Preconditioner = Literal["auto", "circulant", "diagonal", "none"]
 PRECONDITIONERS: tuple[str, ...] = ("auto", "circulant", "diagonal", "none")
 
-#: An operator whose circulant and diagonal model both fit this well is a multiple of
-#: the identity.
-IDENTITY_MISFIT = 1e-3
+#: A model of an operator that fits this well is exact; an operator whose circulant and
+#: diagonal model both do is a multiple of the identity.
+EXACT_MISFIT = 1e-3
+
+#: Masks are flat if they deviate from their means by at most this fraction of them.
+FLAT = 0.1
 
 
 class Preconditioning:
@@ -39,8 +43,10 @@ class Preconditioning:
     * ``"diagonal"``: both terms are replaced by their diagonals, where a filter counts
       with its energy and its mask is taken to be smooth.
     * ``"auto"``: for every sample the one whose model of :math:`H` fits better, on
-      trial (``PreconditionedSolver``); none
-      where neither fits, and for denoising, which is well conditioned.
+      trial (``PreconditionedSolver``); none where neither fits, and for denoising,
+      which is well conditioned. The first system, whose masks are those of an empty
+      image and flat, is solved with the circulant one where that models :math:`H`
+      exactly: only the borders are left for conjugate gradients.
     * ``"none"``.
 
     Borders, the shape of the mask inside an image and coupled colour channels are left
@@ -66,7 +72,7 @@ class Preconditioning:
         # Two channels seen by gray filters are the parts of a complex image.
         self.complex_pair = b.shape[1] == 2 and W.in_channels == 1
         nowhere = torch.zeros(len(b), dtype=torch.bool, device=b.device)
-        self.use_circulant, usable = nowhere, nowhere
+        self.use_circulant, usable, self.exact = nowhere, nowhere, nowhere
         if choice != "none":
             self.symbol, by_symbol = transfer_function(
                 H, b, complex_pair=self.complex_pair
@@ -76,12 +82,42 @@ class Preconditioning:
             self.responses = W.impulse_responses()
         if choice == "auto":
             misfit = torch.minimum(by_symbol, by_diagonal)
-            identity = torch.maximum(by_symbol, by_diagonal) < IDENTITY_MISFIT
+            identity = torch.maximum(by_symbol, by_diagonal) < EXACT_MISFIT
             usable = (misfit < LARGEST_MISFIT) & ~identity
+            self.exact = by_symbol < EXACT_MISFIT
+            self.use_circulant = self.use_circulant | identity
         elif choice != "none":
             usable = ~nowhere
             self.use_circulant = usable if choice == "circulant" else nowhere
         self.solver = PreconditionedSolver(usable, on_trial=choice == "auto")
+
+    def solve(
+        self,
+        A: LinearMap,
+        r: Tensor,
+        rtol: Tensor,
+        max_iter: int,
+        squared_mask: Tensor,
+        active: Tensor | None = None,
+    ) -> SolverResult:
+        """
+        Solves a system with the given squared masks ``(B * parts, N, H, W)``; see
+        :meth:`PreconditionedSolver.solve`.
+        """
+        return self.solver.solve(
+            A,
+            r,
+            rtol,
+            max_iter,
+            lambda: self.at(squared_mask),
+            active,
+            lambda: self.exact & self._flat(squared_mask),
+        )
+
+    def _flat(self, squared_mask: Tensor) -> Tensor:
+        """Whether the masks of a sample hardly vary over the image, ``(B,)``."""
+        deviation, mean = torch.std_mean(squared_mask, (2, 3), correction=0)
+        return (deviation <= FLAT * mean).view(len(self.exact), -1).all(1)
 
     @torch.no_grad()
     def at(self, squared_mask: Tensor) -> LinearMap:

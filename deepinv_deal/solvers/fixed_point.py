@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +38,28 @@ class FrozenProblem(Protocol):
         :param torch.Tensor rtol: factor by which to reduce ``residual``, shape
             ``(B,)``.
         :param torch.Tensor active: samples to work on, shape ``(B,)``; others stay.
+        """
+        ...
+
+
+class LinearProblem(FrozenProblem, Protocol):
+    """A frozen problem that is a linear system, as Anderson acceleration needs."""
+
+    @property
+    def r(self) -> Tensor:
+        """The residual vector at the image where it was frozen, ``(B, ...)``."""
+        ...
+
+    def solve_from(
+        self, x: Tensor, r: Tensor, rtol: Tensor, active: Tensor
+    ) -> SolverResult:
+        """
+        As :meth:`solve`, started at another image.
+
+        :param torch.Tensor x: that image, ``(B, ...)``.
+        :param torch.Tensor r: the residual vector there, as far as it is known.
+        :param torch.Tensor rtol: factor by which to reduce ``r``, ``(B,)``.
+        :param torch.Tensor active: samples to work on, ``(B,)``; others get ``x``.
         """
         ...
 
@@ -95,12 +117,20 @@ def fixed_point(
     :math:`T(x_k)`, and returns to full steps as its residual falls. Fixed points stay
     the same.
 
-    With ``anderson=m``, the last :math:`m` steps are combined such that the combined
-    step is shortest (Anderson acceleration, :footcite:t:`walker2011anderson`). It is
-    safeguarded: an extrapolation that raises the nonlinear residual is taken back, the
-    plain iterate restored and the history dropped, for that sample only. Where this
-    does not halve the residual in 15 iterations, as for maps that overshoot, damped
-    steps take over for good.
+    With ``anderson=m``, a step starts at the combination of the last :math:`m` images
+    and :math:`x_k` that would have the least residual if residuals were affine,
+
+    .. math::
+        \bar x = x_k - \sum_j \gamma_j (x_k - x_j), \qquad
+        \bar r = r_k - \sum_j \gamma_j (r_k - r_j), \qquad
+        \gamma = \arg\min \|\bar r\|_2,
+
+    and solves the frozen linear system for :math:`\bar r`. This is Anderson
+    acceleration (:footcite:t:`walker2011anderson`) with the residuals of the nonlinear
+    equation in place of the steps: what they tell does not suffer from rough inner
+    solves. It is safeguarded: a step from a combination that raises the residual is
+    taken back and the history dropped, for that sample only. Where this does not halve
+    the residual in 15 iterations, damped steps take over for good.
 
     If a sample does not converge, the iterate with the smallest weighted residual is
     returned.
@@ -120,7 +150,8 @@ def fixed_point(
     :return: (:class:`SolverResult`) with the inner iterations in ``n_inner``, the
         nonlinear residuals of all iterates in ``history`` and the weighted residual of
         the result in ``weighted_residual``.
-    :raises ValueError: if ``forcing`` is not in (0, 1) or a number is negative.
+    :raises ValueError: if ``forcing`` is not in (0, 1), a number is negative, or
+        Anderson acceleration is asked for and the frozen problems are not linear.
     """
     if not 0 < forcing < 1:
         raise ValueError(f"forcing must lie in (0, 1), got {forcing}.")
@@ -137,6 +168,11 @@ def fixed_point(
     n_iter = torch.zeros_like(residual, dtype=torch.int64)
     n_inner = torch.zeros_like(n_iter)
     status = torch.full_like(n_iter, Status.MAX_ITER, dtype=torch.int8)
+    if anderson and not hasattr(problem, "solve_from"):
+        raise ValueError(
+            f"anderson={anderson} needs frozen problems that are linear systems, and "
+            f"{type(problem).__name__} is none. Leave it at 0."
+        )
     history = [residual]
     eta = torch.full_like(residual, min(FIRST_FORCING, forcing))
     omega = torch.ones_like(residual)
@@ -153,15 +189,21 @@ def fixed_point(
         active = active & finite & (weighted > rtol)
         if k == max_iter or not active.any():
             break
-        previous = x
-        working = active
-        if mixer is not None:
-            mixer.judge(best_residual)
-            x, working = mixer.safeguard(x, residual, active)
+        previous, working, start = x, active, x
         # No need to aim far below the final tolerance. The new weights change the
         # residual that the frozen problem predicts, hence a little below.
         enough = AIM * rtol / weighted
-        step = problem.solve(torch.maximum(eta, enough).clamp(max=forcing), working)
+        if mixer is None:
+            step = problem.solve(torch.maximum(eta, enough).clamp(max=forcing), working)
+        else:
+            mixer.judge(best_residual)
+            x, working = mixer.safeguard(x, residual, active)
+            system = cast(LinearProblem, problem)
+            start, r = mixer.combine(x, system.r, residual, working)
+            # What the combination has gained need not be gained by the solve.
+            enough = enough * (norm(system.r) / norm(r)).nan_to_num(1)
+            enough = torch.maximum(eta, enough).clamp(max=forcing)
+            step = system.solve_from(start, r, enough, working)
         # An indefinite inner problem has no meaningful solution to go on from.
         broken = working & (step.status >= Status.BREAKDOWN)
         status = status.where(~broken, step.status.to(status.dtype))
@@ -169,23 +211,18 @@ def fixed_point(
         working = working & ~broken
         n_iter += active
         n_inner += step.n_iter * working
-        shortened = select(working, x + expand(omega, x) * (step.x - x), x)
-        if mixer is not None:
-            mixed = mixer.extrapolate(x, step.x, residual, working)
-            x = select(mixer.on, mixed, shortened)
-            plain = working & ~mixer.on
-        else:
-            x, plain = shortened, working
+        x = select(working, start + expand(omega, x) * (step.x - start), x)
         if callback is not None:
             callback(k, previous, x)
         problem = freeze(x)
+        plain = working if mixer is None else working & ~mixer.on
         # How well the frozen problem predicted the residual tells how accurately the
         # next one is worth solving. The safeguard of Eisenstat and Walker, by which eta
         # falls slowly, is left out: it cost more than it saved on trained weights.
+        # Combinations make up for rough solves.
         mismatch = (problem.residual - step.residual * residual).abs() / residual
         choice = mismatch.nan_to_num(forcing).clamp(min(1e-3, forcing), forcing)
-        # A sample that only took a step back has learnt nothing about its problem.
-        eta = choice.where(working, eta)
+        eta = choice.where(plain, forcing)
         # Overshooting shows as a residual that rises: take shorter steps from then on.
         rose = damped & plain & (problem.residual > residual)
         omega = torch.where(rose, DAMPING * omega, RECOVERY * omega)
@@ -208,11 +245,13 @@ class _Anderson:
 
     def __init__(self, depth: int, residual: Tensor):
         self.depth = depth
-        self.images: list[Tensor] = []  # T(x_j)
-        self.steps: list[Tensor] = []  # T(x_j) - x_j
+        self.images: list[Tensor] = []  # x_j
+        self.residuals: list[Tensor] = []  # r_j
         self.valid: list[Tensor] = []  # (B,): whether entry j belongs to sample i
-        self.fallback: Tensor | None = None  # plain iterate behind the extrapolated one
-        self.reference: Tensor | None = None  # residual before the extrapolation
+        # Where the last step came from, and the residual it must not exceed: infinite
+        # if it was a plain step.
+        self.origin: Tensor | None = None
+        self.limit = torch.full_like(residual, torch.inf)
         # (B,): whether accelerated, residual to reach, and for how long it was not.
         self.on = torch.ones_like(residual, dtype=torch.bool)
         self.goal = torch.full_like(residual, torch.inf)
@@ -228,47 +267,59 @@ class _Anderson:
     def safeguard(
         self, x: Tensor, residual: Tensor, active: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Takes back extrapolations that raised the residual; returns who may go on."""
-        if self.fallback is None or self.reference is None:
+        """Takes back steps that raised the residual; returns who may go on."""
+        if self.origin is None:
             return x, active
-        rejected = active & self.on & (residual > self.reference)
+        rejected = active & (residual > self.limit)
         self.valid = [valid & ~rejected for valid in self.valid]
-        return select(rejected, self.fallback, x), active & ~rejected
+        return select(rejected, self.origin, x), active & ~rejected
 
-    def extrapolate(
-        self, x: Tensor, image: Tensor, residual: Tensor, working: Tensor
-    ) -> Tensor:
-        """Returns the accelerated iterate of the samples in ``working``."""
-        self.images.append(image)
-        self.steps.append(image - x)
-        self.valid.append(working)
-        if len(self.images) > self.depth + 1:
-            self.images, self.steps = self.images[1:], self.steps[1:]
-            self.valid = self.valid[1:]
-        self.fallback = select(working, image, x)
-        self.reference = residual.where(working, torch.inf)
-        if len(self.images) == 1:
-            return self.fallback
-        # minimise || f_k - sum_j gamma_j (f_k - f_j) ||, invalid entries have gamma_j =
-        # 0.
-        mask = torch.stack(self.valid[:-1], 1).to(x.dtype)  # (B, m)
-        f = self.steps[-1].flatten(1)
-        df = torch.stack([f - s.flatten(1) for s in self.steps[:-1]], 1)  # (B, m, N)
-        df = (df * mask[..., None]).nan_to_num(0, 0, 0)
-        f = f.nan_to_num(0, 0, 0)
-        size = norm(f).clamp_min(torch.finfo(f.dtype).tiny)
-        df, f = df / expand(size, df), f / expand(size, f)
-        gram = df @ df.mT
-        trace = gram.diagonal(dim1=1, dim2=2).sum(1)
-        # Relative regularisation keeps the solve scale free, and never singular if it
-        # is above the rounding level.
-        ridge = max(1e-8, 10 * torch.finfo(x.dtype).eps) * trace
-        ridge = ridge + (trace == 0).to(trace.dtype)
-        eye = torch.eye(len(self.steps) - 1, dtype=x.dtype, device=x.device)
-        rhs = (df @ f[..., None])[..., 0]
-        empty = (1 - mask)[:, :, None] * eye  # unit rows for invalid entries
-        gamma, _ = torch.linalg.solve_ex(gram + expand(ridge, gram) * eye + empty, rhs)
-        gamma = gamma.nan_to_num(0, 0, 0) * mask
-        dx = torch.stack([image - t for t in self.images[:-1]], 1).flatten(2)
-        correction = (gamma[:, None] @ dx.nan_to_num(0, 0, 0))[:, 0].view_as(image)
-        return select(working, image - correction, self.fallback)
+    def combine(
+        self, x: Tensor, r: Tensor, residual: Tensor, working: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Returns where the steps of the samples in ``working`` start, and the residual
+        vectors expected there.
+        """
+        self.origin = x
+        self.limit = torch.full_like(residual, torch.inf)
+        start, expected = x, r
+        if self.images:
+            valid = torch.stack(self.valid, 1) & (self.on & working)[:, None]  # (B, m)
+            self.limit = residual.where(valid.any(1), torch.inf)
+            dx, dr = (
+                torch.stack([v - v_j for v_j in past], 1).flatten(2).nan_to_num(0, 0, 0)
+                for v, past in ((x, self.images), (r, self.residuals))
+            )  # (B, m, N)
+            gamma = _least_squares(dr, r.flatten(1).nan_to_num(0, 0, 0), valid)
+            start = x - (gamma[:, None] @ dx)[:, 0].view_as(x)
+            expected = r - (gamma[:, None] @ dr)[:, 0].view_as(r)
+        keep = slice(-self.depth, None)
+        self.images = [*self.images, x][keep]
+        self.residuals = [*self.residuals, r][keep]
+        self.valid = [*self.valid, working][keep]
+        return start, expected
+
+
+def _least_squares(A: Tensor, b: Tensor, valid: Tensor) -> Tensor:
+    r"""
+    Returns the :math:`\gamma (B, m)` that minimise
+    :math:`\|b - \sum_j \gamma_j a_j\|`, zero where not ``valid (B, m)``.
+
+    :param torch.Tensor A: the :math:`a_j`, shape ``(B, m, N)``.
+    :param torch.Tensor b: shape ``(B, N)``.
+    """
+    mask = valid.to(A.dtype)
+    # Scaled, lest the squares underflow.
+    size = norm(b).clamp_min(torch.finfo(A.dtype).tiny)
+    A, b = mask[..., None] * A / expand(size, A), b / expand(size, b)
+    gram, rhs = A @ A.mT, (A @ b[..., None])[..., 0]
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1)
+    # Relative regularisation keeps the solve scale free, and never singular if it is
+    # above the rounding level.
+    ridge = max(1e-8, 10 * torch.finfo(A.dtype).eps) * trace
+    ridge = ridge + (trace == 0).to(trace.dtype)
+    eye = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+    empty = (1 - mask)[:, :, None] * eye  # unit rows for invalid entries
+    gamma, _ = torch.linalg.solve_ex(gram + expand(ridge, gram) * eye + empty, rhs)
+    return gamma.nan_to_num(0, 0, 0) * mask

@@ -74,30 +74,15 @@ class AdjointOptions:
     strict: bool = False
 
 
-@dataclass(frozen=True)
-class Strategy:
+def anderson_depth(equation: object, anderson: int | None = None) -> int:
     """
-    How an equation is best solved by :func:`deepinv_deal.solvers.fixed_point`.
+    Returns the given depth of Anderson acceleration, or what suits an equation.
 
-    An equation with an attribute ``strategy`` says what suits it.
-
-    :param float forcing: accuracy of the inner solves.
-    :param int anderson: depth of Anderson acceleration.
+    :param Equation equation: says what suits it in an attribute ``anderson``; without,
+        none does.
+    :param int anderson: the depth, ``None`` if it is not given.
     """
-
-    forcing: float = 0.5
-    anderson: int = 0
-
-    @staticmethod
-    def of(
-        equation: object, forcing: float | None = None, anderson: int | None = None
-    ) -> Strategy:
-        """Returns what is given, and where it is ``None`` what suits the equation."""
-        own = getattr(equation, "strategy", Strategy())
-        return Strategy(
-            own.forcing if forcing is None else forcing,
-            own.anderson if anderson is None else anderson,
-        )
+    return int(getattr(equation, "anderson", 0)) if anderson is None else anderson
 
 
 def solve_equation(
@@ -106,7 +91,7 @@ def solve_equation(
     *,
     rtol: float = 1e-4,
     max_iter: int = 100,
-    forcing: float | None = None,
+    forcing: float = 0.5,
     anderson: int | None = None,
     damped: bool = True,
     callback: Callback | None = None,
@@ -123,24 +108,23 @@ def solve_equation(
     :param torch.Tensor init: first image, shape ``(B, ...)``.
     :param float rtol: tolerance on the nonlinear residual, see :func:`fixed_point`.
     :param int max_iter: see :func:`fixed_point`.
-    :param float forcing: see :func:`fixed_point`; ``None``: what suits the equation,
-        see :class:`Strategy`.
-    :param int anderson: see :func:`fixed_point`; ``None``: what suits the equation.
+    :param float forcing: see :func:`fixed_point`.
+    :param int anderson: see :func:`fixed_point`; ``None``: what suits the equation,
+        see :func:`anderson_depth`.
     :param bool damped: see :func:`fixed_point`.
     :param Callable callback: see :func:`fixed_point`.
     :param AdjointOptions adjoint: settings of the backward pass.
     :return: the solution, shape of ``init``, and the :class:`SolverResult`.
     """
     options = adjoint or AdjointOptions()
-    strategy = Strategy.of(equation, forcing, anderson)
     with torch.no_grad():
         result = fixed_point(
             equation.freeze,
             init.detach(),
             rtol=rtol,
             max_iter=max_iter,
-            forcing=strategy.forcing,
-            anderson=strategy.anderson,
+            forcing=forcing,
+            anderson=anderson_depth(equation, anderson),
             damped=damped,
             callback=callback,
         )
@@ -326,6 +310,11 @@ class _LinearizedStep:
         self.residual = norm(r) / v_norm
 
     def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
-        step = self.invert(self.r * expand(active, self.r), rtol)
-        step.x = self.w + step.x
+        return self.solve_from(self.w, self.r, rtol, active)
+
+    def solve_from(
+        self, w: Tensor, r: Tensor, rtol: Tensor, active: Tensor
+    ) -> SolverResult:
+        step = self.invert(r * expand(active, r), rtol)
+        step.x = w + step.x
         return step

@@ -126,12 +126,12 @@ class PreconditionedSolver:
     Conjugate gradients for a sequence of similar systems, with a preconditioner that is
     kept only where it pays.
 
-    Every sample decides for itself. The first system is solved without preconditioner,
-    since the first weights of a model are those of an empty image; the second too, and
-    its rate of convergence is measured; the third is solved with the preconditioner,
-    with at most as many iterations as it would have taken without. If that was faster
-    by the factor ``LEAST_GAIN``, the preconditioner stays. So a useless one costs at
-    most one solve.
+    Every sample decides for itself. The first system tells nothing, since the first
+    weights of a model are those of an empty image. The second is solved without
+    preconditioner, and its rate of convergence is measured; the third is solved with
+    it, with at most as many iterations as it would have taken without. If that was
+    faster by the factor ``LEAST_GAIN``, the preconditioner stays. So a useless one
+    costs at most one solve.
 
     :param torch.Tensor usable: samples for which a preconditioner exists, ``(B,)``.
     :param bool on_trial: try it as described; otherwise it is used from the start.
@@ -151,6 +151,7 @@ class PreconditionedSolver:
         max_iter: int,
         preconditioner: Callable[[], LinearMap],
         active: Tensor | None = None,
+        at_first: Callable[[], Tensor] | None = None,
     ) -> SolverResult:
         """
         Solves :math:`A x = b` by :func:`conjugate_gradient`, started at zero.
@@ -162,9 +163,13 @@ class PreconditionedSolver:
         :param Callable preconditioner: makes the preconditioner; called where needed.
         :param torch.Tensor active: samples that take part in trials, ``(B,)``.
             ``None``: no trials.
+        :param Callable at_first: tells the samples, ``(B,)``, whose first system is
+            solved with the preconditioner; called once, for the first systems.
         """
         used, limit = self.kept, torch.full_like(self.solves, max_iter)
         trial = torch.zeros_like(self.kept)
+        if at_first is not None and not self.solves.any():
+            used = used | at_first()
         if active is not None:
             trial = self.candidates & active & (self.solves == 2)
             # As many iterations as the measured rate predicts without preconditioner.

@@ -467,14 +467,14 @@ def test_denoising_is_accelerated_and_can_be_told_otherwise(y):
         model = random_model(rtol=1e-6, **options)
         return model(y, physics, sigma=0.2, lambda_reg=1.0, return_info=True)
 
-    (x_hat, own), (plain, slow) = solve(), solve(forcing=0.5, anderson=0)
-    (told, _) = solve(forcing=0.3, anderson=5)
+    (x_hat, own), (plain, slow) = solve(), solve(anderson=0)
+    (told, _) = solve(anderson=5)
     assert torch.equal(x_hat, told) and not torch.equal(x_hat, plain)
     assert relative_error(x_hat, plain) < 1e-5
     assert own.converged.all() and slow.converged.all()
     # The same problem posed as an inverse problem is solved as all others.
     identity = dinv.physics.LinearPhysics(A=lambda x: x, A_adjoint=lambda y: y)
-    assert torch.equal(solve(identity)[0], solve(identity, forcing=0.5, anderson=0)[0])
+    assert torch.equal(solve(identity)[0], solve(identity, anderson=0)[0])
     assert not torch.equal(solve(identity)[0], solve(identity, anderson=5)[0])
 
 
@@ -518,7 +518,7 @@ def test_trained_weights_denoise_with_less_work_by_acceleration():
         return x_hat, float(info.n_iter), float(info.cg_iter)
 
     (x_hat, n_iter, cg_iter) = work(rtol=2e-3)
-    (plain, n_slow, cg_slow) = work(rtol=2e-3, forcing=0.5, anderson=0)
+    (plain, n_slow, cg_slow) = work(rtol=2e-3, anderson=0)
     assert relative_error(x_hat, plain) < 1e-3
     assert n_iter < 0.8 * n_slow and cg_iter < cg_slow
 

@@ -94,7 +94,6 @@ def test_a_batch_gives_what_its_samples_give_alone(kind):
         {"inner_max_iter": 5, "max_iter": 2, "warn": False},
         {"inner": "fista"},
         {"forcing": 1e-4},
-        {"anderson": 2},
         {"box": None},
         {"scale": 0.5},
     ],

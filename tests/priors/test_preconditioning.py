@@ -106,6 +106,43 @@ def test_auto_prefers_the_diagonal_for_masks(filters):
     assert own.solver.candidates.all() and not own.use_circulant.any()
 
 
+@pytest.mark.parametrize("H", [identity, blurred])
+def test_the_first_system_needs_few_iterations_if_masks_are_flat(filters, H):
+    b = torch.randn(2, 1, 24, 24, generator=generator(), dtype=DOUBLE)
+    weight = torch.tensor([40.0, 60.0], dtype=DOUBLE)
+    rtol, everyone = torch.full_like(weight, 0.1), torch.ones(2, dtype=torch.bool)
+    flat = torch.full((2, 3, 24, 24), 0.5, dtype=DOUBLE)
+    varying = flat.clone()
+    varying[1, :, ::2] = 1.0
+
+    def iterations(choice, squared, n_solves=1):
+        def A(v):
+            return H(v) + weight.view(2, 1, 1, 1) * filters.adjoint(
+                squared * filters(v)
+            )
+
+        own = Preconditioning(choice, H, b, weight, filters)
+        for _ in range(n_solves):
+            result = own.solve(A, b, rtol, 100, squared, everyone)
+            assert result.converged.all()
+            assert relative_error(A(result.x), b) < 0.1
+        return result.n_iter
+
+    plain = iterations("none", flat)
+    assert (2 * iterations("auto", flat) < plain).all()
+    # Only the first system is known to have flat masks, and only such masks count.
+    assert torch.equal(iterations("auto", flat, 2), plain)
+    mixed, rough = iterations("auto", varying), iterations("none", varying)
+    assert 2 * mixed[0] < rough[0] and mixed[1] == rough[1]
+
+
+def test_the_first_system_is_plain_where_the_model_is_not_exact(filters):
+    mask = torch.rand(1, 1, 12, 12, generator=generator(), dtype=DOUBLE).round()
+    weight = torch.ones(1, dtype=DOUBLE)
+    own = Preconditioning("auto", lambda x: mask * x, mask, weight, filters)
+    assert not own.exact.any()
+
+
 PHYSICS = {
     "inpainting": lambda: dinv.physics.Inpainting(
         (1, 12, 11), mask=0.3 + 0.7 * images(1, 1, 12, 11)[0].round()
