@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 #: Settings that the command takes in gray levels, as all commands do, and their help.
 NOISE_LEVELS = {
     "sigma": "noise level, gray levels (of 255 for white)",
+    "init_sigma": "noise level of the weights of --init, gray levels, which are then "
+    "rescaled; the same as that of the training if unset",
     "sigma_max": "largest noise level, gray levels (of 255 for white)",
 }
 
@@ -88,7 +90,8 @@ def _add_model(
                 "type": _gray_levels,
                 "metavar": "LEVEL",
                 "help": NOISE_LEVELS[field.name],
-                "default": f"{255 * float(str(default)):g}",  # argparse converts it
+                # argparse converts it
+                "default": default and f"{255 * float(str(default)):g}",
             }
         command.add_argument("--" + field.name.replace("_", "-"), **options)  # type: ignore[arg-type]
     command.add_argument("--threads", type=int, help="number of CPU threads")

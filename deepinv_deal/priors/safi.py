@@ -207,6 +207,24 @@ class AttentiveL1Prior(Prior):
         """
         return self.lambda_reg.clamp_min(0).expand(len(x))
 
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        r"""
+        Makes weights for images of one scale those for images of another, in place.
+
+        Afterwards, without a box, denoising :math:`a y` gives :math:`a` times what
+        denoising :math:`y` gave before. So weights trained at a noise level are a start
+        for those at :math:`a` times that level.
+
+        :param float factor: :math:`a > 0`.
+        """
+        self.lambda_reg.mul_(factor)
+        self._stretch_mask(factor)
+
+    def _stretch_mask(self, factor: float) -> None:
+        """Gives ``factor`` times an image the mask that the image had."""
+        raise NotImplementedError
+
     def splines(self) -> list[LinearSpline]:
         """Returns all learned splines."""
         return [m for m in self.modules() if isinstance(m, LinearSpline)]
@@ -337,6 +355,9 @@ class SAFIPrior(AttentiveL1Prior):
         """Fixes the weights of the mask network."""
         return self.mask_network.bind()
 
+    def _stretch_mask(self, factor: float) -> None:
+        self.mask_network.V[0].div_(factor)
+
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Raises: SAFI minimises no function. See ``frozen_fn``."""
         raise NotImplementedError(
@@ -380,6 +401,9 @@ class MMRPrior(AttentiveL1Prior):
     def bind_mask(self, nu: Tensor) -> BoundPotential:
         """Fixes the weights of the potential."""
         return self.potential.bind(nu)
+
+    def _stretch_mask(self, factor: float) -> None:
+        self.potential.scale.div_(factor)
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """

@@ -101,6 +101,8 @@ class AttentiveL1Recipe(SingleLevelRecipe):
         approach the derivative of a solution that is almost not differentiable in W.
     :param str init: weights to start from, as the model's ``pretrained`` names them
         (bundled name or path); ``None``: the discrete cosine transform.
+    :param float init_sigma: noise level that those were trained for; ``None``: that of
+        this training. They are rescaled, see :meth:`AttentiveL1Prior.rescale`.
     :param int pool: number of batches in rotation; a batch comes back after ``pool``
         steps.
     :param str model: ``"safi"`` or ``"mmr"``.
@@ -118,6 +120,7 @@ class AttentiveL1Recipe(SingleLevelRecipe):
     rtol: float = 2e-2
     adjoint_rtol: float = 1.0
     init: str | None = None
+    init_sigma: float | None = None
     pool: int = 64
 
     model: Literal["safi", "mmr"] = "safi"
@@ -129,6 +132,7 @@ class AttentiveL1Recipe(SingleLevelRecipe):
 
     positive: ClassVar[tuple[str, ...]] = (
         *SingleLevelRecipe.positive,
+        "init_sigma",
         "num_filters",
         "depth",
         "warm_depth",
@@ -139,6 +143,11 @@ class AttentiveL1Recipe(SingleLevelRecipe):
         super().__post_init__()
         if self.model not in MODELS:
             raise ValueError(f"model must be 'safi' or 'mmr', got {self.model!r}.")
+        if self.init_sigma is not None and self.init is None:
+            raise ValueError(
+                f"init_sigma={self.init_sigma} says what the weights of init were "
+                "trained for, but init is not given."
+            )
 
 
 class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
@@ -160,6 +169,11 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
     def load_prior(self, pretrained: str) -> AttentiveL1Prior:
         """Returns the prior with the weights of ``recipe.init``."""
         return load_l1_prior(pretrained, MODELS[self.recipe.model].prior_type)
+
+    def adapt(self, prior: AttentiveL1Prior) -> None:
+        """Rescales weights that were trained for another noise level."""
+        if self.recipe.init_sigma is not None:
+            prior.rescale(self.recipe.sigma / self.recipe.init_sigma)
 
     def describe(self, prior: AttentiveL1Prior) -> dict[str, Any]:
         """Returns what the recipe says about a prior, by the names it uses."""

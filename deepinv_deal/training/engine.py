@@ -239,6 +239,7 @@ class Trainer(ABC, Generic[R, P]):
                 expected = self.describe(prior)
                 prior = self.load_prior(recipe.init)
                 _compare(recipe.init, self.describe(prior), expected)
+                self.adapt(prior)
         self.prior: P = prior.to(self.device)
         self.optimizer = torch.optim.Adam(
             [
@@ -264,6 +265,9 @@ class Trainer(ABC, Generic[R, P]):
         prior = self.new_prior()
         state, _ = read_weights(find_weights(pretrained, type(prior)), type(prior))
         return checked(prior, state, pretrained)
+
+    def adapt(self, prior: P) -> None:
+        """Adapts the weights of ``recipe.init`` to the recipe, in place."""
 
     def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
         """Writes the weights of the prior in training, atomically."""

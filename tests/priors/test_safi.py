@@ -67,6 +67,18 @@ def plain_analysis(prior, x):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_rescaled_weights_denoise_rescaled_images(kind):
+    prior, y = random_l1_prior(kind), noisy_images()
+    expected = prior.prox(y, gamma=float(prior.lambda_reg), rtol=1e-8)
+    mask = prior.mask(y)
+    prior.rescale(0.4)
+    torch.testing.assert_close(prior.mask(0.4 * y), mask)
+    actual = prior.prox(0.4 * y, gamma=float(prior.lambda_reg), rtol=1e-8)
+    torch.testing.assert_close(actual, 0.4 * expected, rtol=1e-6, atol=1e-7)
+    assert (expected - y).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_filters_are_two_convolutions_with_zero_mean_kernels(kind):
     prior, x = random_l1_prior(kind), noisy_images()
     bound = prior.bind()

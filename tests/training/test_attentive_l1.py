@@ -126,3 +126,17 @@ def test_bad_settings_are_named(folder, tmp_path):
         start(folder, tmp_path, model="deal")
     with pytest.raises(ValueError, match="depth must be positive, got 0"):
         start(folder, tmp_path, depth=0)
+
+
+@pytest.mark.parametrize("model", ["safi", "mmr"])
+def test_weights_of_another_noise_level_are_rescaled(folder, tmp_path, model):
+    first = start(folder, tmp_path / "a", model=model)
+    first.save_prior(tmp_path / "a.safetensors", {})
+    settings = {"init": str(tmp_path / "a.safetensors"), "sigma": 0.05, "model": model}
+    second = start(folder, tmp_path / "b", init_sigma=0.1, **settings)
+    third = start(folder, tmp_path / "c", **settings)
+    weight = first.prior.lambda_reg.item()
+    assert second.prior.lambda_reg.item() == pytest.approx(weight / 2)
+    assert third.prior.lambda_reg.item() == weight
+    with pytest.raises(ValueError, match="init_sigma=0.1 .* init is not given"):
+        start(folder, tmp_path / "d", init_sigma=0.1)
