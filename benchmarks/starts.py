@@ -2,12 +2,12 @@
 Does the result depend on where the iteration starts?
 
 The models have no convex energy, so no theorem says that the fixed point is unique. For
-the centre of every image and five starts, the model's own, the noisy image, zero, noise,
-and the truth, prints outer iterations, PSNR, the relative distance to the first result,
-the imbalance of forces at the end and, for MMR, the energy.
+the centre of every image and five starts (the model's own, the noisy image, zero, noise,
+the truth), prints outer iterations, PSNR, the relative distance to the first result, the
+imbalance of forces at the end and, for MMR, the energy.
 
     python benchmarks/starts.py --data IMAGES --model MMR --pretrained mmr_25
-        [--images 3] [--size 96] [--rtol 2e-3] [--max-iter 300] [--threads 1]
+        [--images 3] [--size 64] [--rtol 2e-3] [--max-iter 300] [--forcing 0.05]
 """
 
 from __future__ import annotations
@@ -30,15 +30,20 @@ def main() -> None:
     parser.add_argument("--pretrained", default="mmr_25")
     parser.add_argument("--sigma", type=float, default=25.0, help="gray levels")
     parser.add_argument("--images", type=int, default=3)
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--rtol", type=float, default=2e-3)
     parser.add_argument("--max-iter", type=int, default=300)
+    parser.add_argument("--forcing", type=float, default=0.05)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     model = MODELS[args.model](
-        pretrained=args.pretrained, rtol=args.rtol, max_iter=args.max_iter, warn=False
+        pretrained=args.pretrained,
+        rtol=args.rtol,
+        max_iter=args.max_iter,
+        forcing=args.forcing,
+        warn=False,
     )
     rng, sigma = torch.Generator().manual_seed(0), args.sigma / 255
     print("image start      outer   PSNR  distance  imbalance  energy")

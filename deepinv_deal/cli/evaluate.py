@@ -167,8 +167,9 @@ def _differences(
         differences.append("some operators only")
     as_published = task.name == "denoising" and (channels, task.side) == (3, 256)
     if task.side != every.side and not as_published:
-        shapes = ([t.ground_truth(x).shape for x in images] for t in (task, every))
-        if next(shapes) != next(shapes):
+        if any(
+            task.ground_truth(x).shape != every.ground_truth(x).shape for x in images
+        ):
             differences.append("cropped images")
     return differences
 

@@ -255,6 +255,11 @@ class FixedPointOptim(BaseOptim):
             raise ValueError(
                 f"inner_dtype must be one of {INNER_DTYPES}, got {inner_dtype!r}."
             )
+        if anderson and not getattr(prior, "quadratic", False):
+            raise ValueError(
+                f"anderson={anderson} needs a prior whose frozen problems are linear "
+                f"systems, as DEALPrior; {type(prior).__name__} is none. Leave it out."
+            )
         values = {"lambda_reg": lambda_reg, "g_param": sigma}
         for name in trainable_params or []:
             if name not in values:

@@ -46,7 +46,7 @@ class Preconditioning:
       trial (``PreconditionedSolver``); none where neither fits, and for denoising,
       which is well conditioned. The first system, whose masks are those of an empty
       image and flat, is solved with the circulant one where that models :math:`H`
-      exactly: only the borders are left for conjugate gradients.
+      exactly: for gray images only the borders are left for conjugate gradients.
     * ``"none"``.
 
     Borders, the shape of the mask inside an image and coupled colour channels are left

@@ -217,7 +217,10 @@ class AttentiveL1Prior(Prior):
         for those at :math:`a` times that level.
 
         :param float factor: :math:`a > 0`.
+        :raises ValueError: if the factor is not positive.
         """
+        if not factor > 0:
+            raise ValueError(f"factor must be positive, got {factor}.")
         self.lambda_reg.mul_(factor)
         self._stretch_mask(factor)
 

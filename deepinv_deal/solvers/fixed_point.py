@@ -108,9 +108,9 @@ def fixed_point(
     is no evidence of convergence when the inner solves are inexact.
 
     The inner problems are solved just well enough: their residual is reduced by at
-    least the factor ``forcing``, more if the frozen problem has turned out to predict
-    the nonlinear residual well, and never far below ``rtol`` (choice 1 of
-    :footcite:t:`eisenstat1996choosing`).
+    least the factor ``forcing`` (the first time 0.1), more if the frozen problem has
+    turned out to predict the nonlinear residual well, and never far below ``rtol``
+    (choice 1 of :footcite:t:`eisenstat1996choosing`).
 
     Where :math:`T` overshoots, the iterates would oscillate. Steps are therefore
     damped: a sample whose residual has risen moves only a fraction of the way to
@@ -128,9 +128,11 @@ def fixed_point(
     and solves the frozen linear system for :math:`\bar r`. This is Anderson
     acceleration (:footcite:t:`walker2011anderson`) with the residuals of the nonlinear
     equation in place of the steps: what they tell does not suffer from rough inner
-    solves. It is safeguarded: a step from a combination that raises the residual is
-    taken back and the history dropped, for that sample only. Where this does not halve
-    the residual in 15 iterations, damped steps take over for good.
+    solves, which therefore keep to ``forcing``. It is safeguarded: a step from a
+    combination that raises the residual, or makes it NaN, is taken back and the history
+    dropped, for that sample only; that takes an iteration without an inner solve. Where
+    acceleration does not halve the residual in 15 iterations, damped steps take over
+    for good.
 
     If a sample does not converge, the iterate with the smallest weighted residual is
     returned.
@@ -179,6 +181,8 @@ def fixed_point(
     mixer = _Anderson(anderson, residual) if anderson else None
     for k in range(max_iter + 1):
         finite = residual.isfinite()
+        if mixer is not None:
+            finite = finite | mixer.rejects(residual)
         weighted = residual / getattr(problem, "weight", 1.0)
         status = status.where(~active | finite, Status.NON_FINITE)
         status = status.where(~active | ~(weighted <= rtol), Status.CONVERGED)
@@ -186,13 +190,13 @@ def fixed_point(
         best_residual = residual.where(better, best_residual)
         best_weighted = weighted.where(better, best_weighted)
         best = select(better, x, best)
-        active = active & finite & (weighted > rtol)
+        active = active & finite & ~(weighted <= rtol)
         if k == max_iter or not active.any():
             break
         previous, working, start = x, active, x
         # No need to aim far below the final tolerance. The new weights change the
         # residual that the frozen problem predicts, hence a little below.
-        enough = AIM * rtol / weighted
+        enough = (AIM * rtol / weighted).nan_to_num(forcing)
         if mixer is None:
             step = problem.solve(torch.maximum(eta, enough).clamp(max=forcing), working)
         else:
@@ -245,12 +249,10 @@ class _Anderson:
 
     def __init__(self, depth: int, residual: Tensor):
         self.depth = depth
-        self.images: list[Tensor] = []  # x_j
+        self.images: list[Tensor] = []  # x_j, the last one where the last step began
         self.residuals: list[Tensor] = []  # r_j
         self.valid: list[Tensor] = []  # (B,): whether entry j belongs to sample i
-        # Where the last step came from, and the residual it must not exceed: infinite
-        # if it was a plain step.
-        self.origin: Tensor | None = None
+        # Residual that the last step must not exceed, infinite if it was a plain step.
         self.limit = torch.full_like(residual, torch.inf)
         # (B,): whether accelerated, residual to reach, and for how long it was not.
         self.on = torch.ones_like(residual, dtype=torch.bool)
@@ -268,11 +270,15 @@ class _Anderson:
         self, x: Tensor, residual: Tensor, active: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Takes back steps that raised the residual; returns who may go on."""
-        if self.origin is None:
+        if not self.images:
             return x, active
-        rejected = active & (residual > self.limit)
+        rejected = active & self.rejects(residual)
         self.valid = [valid & ~rejected for valid in self.valid]
-        return select(rejected, self.origin, x), active & ~rejected
+        return select(rejected, self.images[-1], x), active & ~rejected
+
+    def rejects(self, residual: Tensor) -> Tensor:
+        """Whether the last step, from a combination, was none to keep, ``(B,)``."""
+        return self.limit.isfinite() & ~(residual <= self.limit)
 
     def combine(
         self, x: Tensor, r: Tensor, residual: Tensor, working: Tensor
@@ -281,7 +287,6 @@ class _Anderson:
         Returns where the steps of the samples in ``working`` start, and the residual
         vectors expected there.
         """
-        self.origin = x
         self.limit = torch.full_like(residual, torch.inf)
         start, expected = x, r
         if self.images:

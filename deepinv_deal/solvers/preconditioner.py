@@ -140,6 +140,7 @@ class PreconditionedSolver:
     def __init__(self, usable: Tensor, *, on_trial: bool = True):
         self.candidates = usable & on_trial
         self.kept = usable & ~self.candidates
+        self.begun = False
         self.solves = torch.zeros_like(usable, dtype=torch.int64)
         self.rate = torch.zeros_like(usable, dtype=torch.float64)
 
@@ -163,14 +164,15 @@ class PreconditionedSolver:
         :param Callable preconditioner: makes the preconditioner; called where needed.
         :param torch.Tensor active: samples that take part in trials, ``(B,)``.
             ``None``: no trials.
-        :param Callable at_first: tells the samples, ``(B,)``, whose first system is
-            solved with the preconditioner; called once, for the first systems.
+        :param Callable at_first: tells the samples, ``(B,)``, whose first system with
+            ``active`` is solved with the preconditioner.
         """
         used, limit = self.kept, torch.full_like(self.solves, max_iter)
         trial = torch.zeros_like(self.kept)
-        if at_first is not None and not self.solves.any():
-            used = used | at_first()
         if active is not None:
+            if at_first is not None and not self.begun:
+                used = used | at_first()
+            self.begun = True
             trial = self.candidates & active & (self.solves == 2)
             # As many iterations as the measured rate predicts without preconditioner.
             predicted = (-rtol.double().log() / self.rate).ceil().clamp(1, max_iter)

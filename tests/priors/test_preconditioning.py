@@ -139,8 +139,22 @@ def test_the_first_system_needs_few_iterations_if_masks_are_flat(filters, H):
 def test_the_first_system_is_plain_where_the_model_is_not_exact(filters):
     mask = torch.rand(1, 1, 12, 12, generator=generator(), dtype=DOUBLE).round()
     weight = torch.ones(1, dtype=DOUBLE)
-    own = Preconditioning("auto", lambda x: mask * x, mask, weight, filters)
-    assert not own.exact.any()
+    squared = torch.ones(1, 3, 12, 12, dtype=DOUBLE)
+
+    def H(x):
+        return mask * x
+
+    def A(v):
+        return H(v) + 50 * filters.adjoint(squared * filters(v)) + 0.1 * v
+
+    results = [
+        Preconditioning(choice, H, mask, weight, filters).solve(
+            A, mask, 0.1 * weight, 100, squared, weight > 0
+        )
+        for choice in ("auto", "none", "circulant")
+    ]
+    assert torch.equal(results[0].x, results[1].x)
+    assert not torch.equal(results[0].x, results[2].x)
 
 
 PHYSICS = {

@@ -352,6 +352,16 @@ def test_an_extrapolation_that_raises_the_residual_is_taken_back():
     torch.testing.assert_close(result.x, torch.full_like(result.x, 1.5 / 1.6))
 
 
+def test_an_extrapolation_to_nan_is_taken_back():
+    def T(x):  # the extrapolation of the upper branch leads to zero
+        return torch.where(x > 0.5, kinked(x), torch.nan)
+
+    init = torch.tensor([[10.0]], dtype=torch.float64)
+    result = fixed_point(lambda x: FrozenMap(T, x), init, rtol=1e-8, anderson=2)
+    assert result.history.isnan().any() and result.converged.all()
+    torch.testing.assert_close(result.x, torch.full_like(result.x, 1.5 / 1.6))
+
+
 def test_taking_back_concerns_one_sample_only():
     init = torch.tensor([[10.0], [0.7], [40.0]], dtype=torch.float64)
     options = dict(rtol=1e-8, anderson=2)

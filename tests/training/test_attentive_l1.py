@@ -140,3 +140,7 @@ def test_weights_of_another_noise_level_are_rescaled(folder, tmp_path, model):
     assert third.prior.lambda_reg.item() == weight
     with pytest.raises(ValueError, match="init_sigma=0.1 .* init is not given"):
         start(folder, tmp_path / "d", init_sigma=0.1)
+    with pytest.raises(ValueError, match="init_sigma must be below 1.* got 15"):
+        start(folder, tmp_path / "d", init_sigma=15, **settings)
+    with pytest.raises(ValueError, match="factor must be positive, got 0"):
+        first.prior.rescale(0)
