@@ -1,10 +1,10 @@
 """
 Does the result depend on where the iteration starts?
 
-The models have no convex energy, so no theorem says that the fixed point is unique. For
-the centre of every image and five starts (the model's own, the noisy image, zero, noise,
-the truth), prints outer iterations, PSNR, the relative distance to the first result, the
-imbalance of forces at the end and, for MMR, the energy.
+The models have no convex energy, so no theorem says that the fixed point is unique.
+For the centre of every image and five starts (the model's own, the noisy image, zero,
+noise, the truth), prints outer iterations, PSNR, the relative distance to the first
+result, the imbalance of forces at the end and, for MMR, the energy.
 
     python benchmarks/starts.py --data IMAGES --model MMR --pretrained mmr_25
         [--images 3] [--size 64] [--rtol 2e-3] [--max-iter 300] [--forcing 0.05]

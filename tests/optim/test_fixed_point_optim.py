@@ -152,6 +152,8 @@ def test_priors_that_are_not_quadratic_run_too(prior_type):
     x, result = optimizer(y, dinv.physics.Denoising(), return_info=True)
     assert result.converged.all() and x.shape == y.shape
     assert (x != y).any()
+    with pytest.raises(ValueError, match=f"anderson=2 .* {prior_type.__name__}"):
+        FixedPointOptim(prior, lambda_reg=0.05, anderson=2)
 
 
 def test_an_inner_solve_that_is_cut_short_is_told(physics):
