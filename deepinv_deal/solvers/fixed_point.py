@@ -313,6 +313,7 @@ def _least_squares(A: Tensor, b: Tensor, valid: Tensor) -> Tensor:
 
     :param torch.Tensor A: the :math:`a_j`, shape ``(B, m, N)``.
     :param torch.Tensor b: shape ``(B, N)``.
+    :param torch.Tensor valid: the entries that may be used.
     """
     mask = valid.to(A.dtype)
     # Scaled, lest the squares underflow.
