@@ -69,11 +69,11 @@ def plain_analysis(prior, x):
 @pytest.mark.parametrize("kind", KINDS)
 def test_rescaled_weights_denoise_rescaled_images(kind):
     prior, y = random_l1_prior(kind), noisy_images()
-    expected = prior.prox(y, gamma=float(prior.lambda_reg), rtol=1e-8)
+    expected = prior.prox(y, gamma=prior.lambda_reg.item(), rtol=1e-8)
     mask = prior.mask(y)
     prior.rescale(0.4)
     torch.testing.assert_close(prior.mask(0.4 * y), mask)
-    actual = prior.prox(0.4 * y, gamma=float(prior.lambda_reg), rtol=1e-8)
+    actual = prior.prox(0.4 * y, gamma=prior.lambda_reg.item(), rtol=1e-8)
     torch.testing.assert_close(actual, 0.4 * expected, rtol=1e-6, atol=1e-7)
     assert (expected - y).abs().max() > 1e-3
 
