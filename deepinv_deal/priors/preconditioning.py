@@ -102,7 +102,7 @@ class Preconditioning:
     ) -> SolverResult:
         """
         Solves a system with the given squared masks ``(B * parts, N, H, W)``; see
-        :meth:`PreconditionedSolver.solve`.
+        ``PreconditionedSolver.solve``.
         """
         return self.solver.solve(
             A,

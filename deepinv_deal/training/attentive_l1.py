@@ -102,7 +102,7 @@ class AttentiveL1Recipe(SingleLevelRecipe):
     :param str init: weights to start from, as the model's ``pretrained`` names them
         (bundled name or path); ``None``: the discrete cosine transform.
     :param float init_sigma: noise level that those were trained for; ``None``: that of
-        this training. They are rescaled, see :meth:`AttentiveL1Prior.rescale`.
+        this training. They are rescaled, see ``SAFIPrior.rescale``.
     :param int pool: number of batches in rotation; a batch comes back after ``pool``
         steps.
     :param str model: ``"safi"`` or ``"mmr"``.
