@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from operators import psnr
 
 from deepinv_deal import DEAL, MMR, SAFI
 from deepinv_deal._batch import central
@@ -62,13 +63,13 @@ def main() -> None:
             with torch.no_grad():
                 x_hat, info = model(y, sigma=sigma, init=init, return_info=True)
             first = x_hat if first is None else first
-            psnr = -10 * float((x_hat - x).square().mean().log10())
+            dB = psnr(x_hat, x)
             distance = float((x_hat - first).norm() / first.norm())
             energy = (
                 f"{model.energy(x_hat, y).item():.4f}" if args.model == "MMR" else ""
             )
             print(
-                f"{number:5d} {name:8s}{int(info.n_iter):8d}{psnr:7.3f}{distance:10.1e}"
+                f"{number:5d} {name:8s}{int(info.n_iter):8d}{dB:7.3f}{distance:10.1e}"
                 f"{float(info.imbalance):11.1e}  {energy}",
                 flush=True,
             )

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import expand, norm
-from deepinv_deal.solvers import SolverResult, conjugate_gradient
+from deepinv_deal._batch import norm
+from deepinv_deal.solvers import LinearProblem, SolverResult, conjugate_gradient
 
 LinearMap = Callable[[Tensor], Tensor]
 
@@ -105,25 +105,19 @@ def gradients_equal_finite_differences(run, tensors, rng, rtol=1e-5, h=1e-4):
 # -- fixed points --------------------------------------------------------------
 
 
-class FrozenMap:
+class FrozenMap(LinearProblem):
     """The problem ``x = T(z)`` with ``z`` frozen: one application of T solves it."""
 
     def __init__(self, T: LinearMap, x: Tensor):
         self.x, self.r = x, T(x) - x
         self.residual = norm(self.r)
 
-    def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
-        return self.solve_from(self.x, self.r, rtol, active)
-
-    def solve_from(
-        self, x: Tensor, r: Tensor, rtol: Tensor, active: Tensor
-    ) -> SolverResult:
+    def correction(self, r: Tensor, rtol: Tensor, active: Tensor) -> SolverResult:
         done = torch.zeros_like(self.residual, dtype=torch.int64)
-        x = x + expand(active, r) * r
-        return SolverResult(x, done.to(torch.int8), done + 1, torch.zeros_like(rtol))
+        return SolverResult(r, done.to(torch.int8), done + 1, torch.zeros_like(rtol))
 
 
-class FrozenSystem:
+class FrozenSystem(LinearProblem):
     """A linear system ``A x = b``, corrected from ``x`` by conjugate gradients."""
 
     def __init__(self, A: LinearMap, b: Tensor, x: Tensor, max_iter: int):
@@ -131,18 +125,10 @@ class FrozenSystem:
         self.r = b - A(x)
         self.residual = norm(self.r) / norm(b)
 
-    def correction(self, r: Tensor, rtol: Tensor) -> SolverResult:
-        return conjugate_gradient(self.A, r, rtol=rtol, max_iter=self.max_iter)
-
-    def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
-        return self.solve_from(self.x, self.r, rtol, active)
-
-    def solve_from(
-        self, x: Tensor, r: Tensor, rtol: Tensor, active: Tensor
+    def correction(
+        self, r: Tensor, rtol: Tensor, active: Tensor | None = None
     ) -> SolverResult:
-        step = self.correction(r * expand(active, r), rtol)
-        step.x = x + step.x
-        return step
+        return conjugate_gradient(self.A, r, rtol=rtol, max_iter=self.max_iter)
 
 
 class CoupledEquation:

@@ -166,7 +166,8 @@ def _differences(
     if len(task.conditions) < len(every.conditions):
         differences.append("some operators only")
     as_published = task.name == "denoising" and (channels, task.side) == (3, 256)
-    if not as_published and any(
+    may_differ = task.side != every.side and not as_published
+    if may_differ and any(
         task.ground_truth(x).shape != every.ground_truth(x).shape for x in images
     ):
         differences.append("cropped images")

@@ -21,7 +21,7 @@ from deepinv_deal.solvers import (
     solve_equation,
 )
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
-from deepinv_deal.solvers.fixed_point import LEAST_FORCE
+from deepinv_deal.solvers.fixed_point import LEAST_FORCE, LinearProblem
 from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.splines import LinearSpline
 
@@ -221,7 +221,7 @@ class AttentiveEquation:
         )
 
 
-class FrozenSystem:
+class FrozenSystem(LinearProblem):
     """
     The linear system of one update, posed as a correction of the current image.
 
@@ -253,7 +253,7 @@ class FrozenSystem:
         return self.equation.force(self.x, self.squared_mask)
 
     @cached_property
-    def r(self) -> Tensor:
+    def r(self) -> Tensor:  # type: ignore[override]  # only where it is asked for
         """The residual of the system at the image where it was frozen."""
         return self.equation.b - self.equation.H(self.x) - self.force
 
@@ -264,7 +264,7 @@ class FrozenSystem:
         return b_norm.where(b_norm != 0, 1)
 
     @cached_property
-    def residual(self) -> Tensor:
+    def residual(self) -> Tensor:  # type: ignore[override]  # likewise
         """Norm of the residual relative to the right-hand side, shape ``(B,)``."""
         return norm(self.r) / self.b_norm
 
@@ -284,19 +284,6 @@ class FrozenSystem:
         return self.equation.preconditioning.solve(
             self.A, r, rtol, limit, self.squared_mask, active
         )
-
-    def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
-        """Reduces the residual of the active samples by the factor ``rtol (B,)``."""
-        return self.solve_from(self.x, self.r, rtol, active)
-
-    def solve_from(
-        self, x: Tensor, r: Tensor, rtol: Tensor, active: Tensor
-    ) -> SolverResult:
-        """As :meth:`solve`, started at another image with the residual vector r."""
-        # A zero right-hand side costs a sample no iterations and changes nothing.
-        step = self.correction(r * expand(active, r), rtol, active)
-        step.x = x + step.x
-        return step
 
 
 class AttentiveQuadraticPrior(Prior):

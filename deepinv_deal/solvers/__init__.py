@@ -1,7 +1,11 @@
 """Solvers: functions of tensors that know nothing of networks or physics."""
 
 from deepinv_deal.solvers.conjugate_gradient import conjugate_gradient
-from deepinv_deal.solvers.fixed_point import FrozenProblem, fixed_point
+from deepinv_deal.solvers.fixed_point import (
+    FrozenProblem,
+    LinearProblem,
+    fixed_point,
+)
 from deepinv_deal.solvers.implicit import (
     AdjointOptions,
     Equation,
@@ -37,6 +41,7 @@ __all__ = [
     "ConvergenceWarning",
     "Equation",
     "FrozenProblem",
+    "LinearProblem",
     "SolvedEquation",
     "SolverResult",
     "Status",

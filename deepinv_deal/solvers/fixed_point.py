@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -42,13 +43,31 @@ class FrozenProblem(Protocol):
         ...
 
 
-class LinearProblem(FrozenProblem, Protocol):
-    """A frozen problem that is a linear system, as Anderson acceleration needs."""
+class LinearProblem(ABC):
+    """
+    A frozen problem that is a linear system, as Anderson acceleration needs.
 
-    @property
-    def r(self) -> Tensor:
-        """The residual vector at the image where it was frozen, ``(B, ...)``."""
-        ...
+    A subclass sets the attributes ``x``, the image where it was frozen, ``r``, the
+    residual vector there, and ``residual``, see :class:`FrozenProblem`.
+    """
+
+    x: Tensor
+    r: Tensor
+    residual: Tensor
+
+    @abstractmethod
+    def correction(self, r: Tensor, rtol: Tensor, active: Tensor) -> SolverResult:
+        """
+        Returns the solution of the system with the right-hand side ``r``.
+
+        :param torch.Tensor r: shape of the image, zero for samples not ``active``.
+        :param torch.Tensor rtol: relative tolerance, ``(B,)``.
+        :param torch.Tensor active: samples to work on, ``(B,)``.
+        """
+
+    def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
+        """Reduces the residual of the active samples by the factor ``rtol (B,)``."""
+        return self.solve_from(self.x, self.r, rtol, active)
 
     def solve_from(
         self, x: Tensor, r: Tensor, rtol: Tensor, active: Tensor
@@ -61,7 +80,10 @@ class LinearProblem(FrozenProblem, Protocol):
         :param torch.Tensor rtol: factor by which to reduce ``r``, ``(B,)``.
         :param torch.Tensor active: samples to work on, ``(B,)``; others get ``x``.
         """
-        ...
+        # A zero right-hand side costs a sample no iterations and changes nothing.
+        step = self.correction(r * expand(active, r), rtol, active)
+        step.x = x + step.x
+        return step
 
 
 #: When a residual is compared with the force of the regularizer, the force counts for
@@ -170,7 +192,7 @@ def fixed_point(
     n_iter = torch.zeros_like(residual, dtype=torch.int64)
     n_inner = torch.zeros_like(n_iter)
     status = torch.full_like(n_iter, Status.MAX_ITER, dtype=torch.int8)
-    if anderson and not hasattr(problem, "solve_from"):
+    if anderson and not isinstance(problem, LinearProblem):
         raise ValueError(
             f"anderson={anderson} needs frozen problems that are linear systems, and "
             f"{type(problem).__name__} is none. Leave it at 0."
@@ -181,6 +203,8 @@ def fixed_point(
     mixer = _Anderson(anderson, residual) if anderson else None
     for k in range(max_iter + 1):
         finite = residual.isfinite()
+        if mixer is not None and not (mixer.on & active).any():
+            mixer = None
         if mixer is not None:
             finite = finite | mixer.rejects(residual)
         weighted = residual / getattr(problem, "weight", 1.0)

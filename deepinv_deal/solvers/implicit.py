@@ -11,8 +11,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from deepinv_deal._batch import expand, norm
-from deepinv_deal.solvers.fixed_point import Callback, FrozenProblem, fixed_point
+from deepinv_deal._batch import norm
+from deepinv_deal.solvers.fixed_point import (
+    Callback,
+    FrozenProblem,
+    LinearProblem,
+    fixed_point,
+)
 from deepinv_deal.solvers.result import SolverResult
 
 AdjointSolve = Callable[[Tensor], Tensor]
@@ -296,25 +301,17 @@ def solve_linearized_system(
     )
 
 
-class _LinearizedStep:
+class _LinearizedStep(LinearProblem):
     """One step of that iteration: the part of :math:`L` beyond P is frozen."""
 
-    def __init__(
-        self,
-        w: Tensor,
-        r: Tensor,
-        v_norm: Tensor,
-        solve: LinearSolve,
-    ):
-        self.w, self.r, self.invert = w, r, solve
+    def __init__(self, w: Tensor, r: Tensor, v_norm: Tensor, solve: LinearSolve):
+        self.x, self.r, self.invert = w, r, solve
         self.residual = norm(r) / v_norm
 
-    def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
-        return self.solve_from(self.w, self.r, rtol, active)
-
-    def solve_from(
-        self, w: Tensor, r: Tensor, rtol: Tensor, active: Tensor
+    def correction(
+        self,
+        r: Tensor,
+        rtol: Tensor,
+        active: Tensor,  # noqa: ARG002 - the solver tries nothing out
     ) -> SolverResult:
-        step = self.invert(r * expand(active, r), rtol)
-        step.x = w + step.x
-        return step
+        return self.invert(r, rtol)

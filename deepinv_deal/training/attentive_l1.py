@@ -139,15 +139,12 @@ class AttentiveL1Recipe(SingleLevelRecipe):
         "inner_max_iter",
     )
 
+    levels: ClassVar[tuple[str, ...]] = (*SingleLevelRecipe.levels, "init_sigma")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model not in MODELS:
             raise ValueError(f"model must be 'safi' or 'mmr', got {self.model!r}.")
-        if self.init_sigma is not None and self.init_sigma >= 1:
-            raise ValueError(
-                "init_sigma must be below 1, since images are in [0, 1], got "
-                f"{self.init_sigma}. For 25 gray levels give 25 / 255 = 0.098."
-            )
         if self.init_sigma is not None and self.init is None:
             raise ValueError(
                 f"init_sigma={self.init_sigma} says what the weights of init were "

@@ -159,13 +159,18 @@ class SingleLevelRecipe(Recipe):
 
     positive: ClassVar[tuple[str, ...]] = (*Recipe.positive, "sigma")
 
+    #: Settings that are noise levels.
+    levels: ClassVar[tuple[str, ...]] = ("sigma",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sigma >= 1:
-            raise ValueError(
-                f"sigma must be below 1, since images are in [0, 1], got {self.sigma}. "
-                "For 25 gray levels give 25 / 255 = 0.098."
-            )
+        for name in self.levels:
+            value = getattr(self, name)
+            if value is not None and value >= 1:
+                raise ValueError(
+                    f"{name} must be below 1, since images are in [0, 1], got {value}. "
+                    "For 25 gray levels give 25 / 255 = 0.098."
+                )
 
     @property
     def noise(self) -> tuple[float, float]:

@@ -108,8 +108,10 @@ def test_samples_that_stopped_stay_even_if_the_inner_solver_moves_them(anderson,
 
     def careless(x):
         problem = freeze(x)
-        solve = problem.solve
-        problem.solve = lambda rtol, active: solve(rtol, torch.ones_like(active))
+        solve = problem.solve_from  # which accelerated and plain steps call
+        problem.solve_from = lambda x, r, rtol, active: solve(
+            x, r, rtol, torch.ones_like(active)
+        )
         return problem
 
     result = fixed_point(
