@@ -17,7 +17,7 @@ from deepinv_deal.training.deal import (
 from deepinv_deal.training.dictionary import DictionaryRecipe, DictionaryTrainer
 from deepinv_deal.training.engine import Recipe, SingleLevelRecipe, Trainer
 from deepinv_deal.training.grow import color_from_gray, grow
-from deepinv_deal.training.losses import deal_loss
+from deepinv_deal.training.losses import deal_loss, mask_drift
 from deepinv_deal.training.retune import retune_kappa
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "load_image",
     "load_image_folder",
     "load_images",
+    "mask_drift",
     "plot_learning_curve",
     "retune_kappa",
 ]

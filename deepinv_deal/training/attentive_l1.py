@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 from deepinv_deal.models.safi import MMR, SAFI
 from deepinv_deal.priors import AttentiveL1Prior, MMRPrior, SAFIPrior
-from deepinv_deal.solvers import AdjointOptions, attach_gradient, fixed_point
+from deepinv_deal.solvers import (
+    AdjointOptions,
+    FrozenProblem,
+    attach_gradient,
+    fixed_point,
+)
 from deepinv_deal.training.data import Problems
 from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
+from deepinv_deal.training.losses import mask_drift
 from deepinv_deal.weights import load_l1_prior
 
 #: Models by their names in the recipe.
@@ -112,6 +118,8 @@ class AttentiveL1Recipe(SingleLevelRecipe):
     :param int inner_max_iter: most inner iterations in each of them, and of the
         backward pass.
     :param bool jacobian_free: Jacobian-free or exact gradients.
+    :param float drift: weight of the change of the mask in the last iteration, see
+        :func:`deepinv_deal.training.mask_drift`.
     """
 
     patch_size: int = 40
@@ -129,6 +137,7 @@ class AttentiveL1Recipe(SingleLevelRecipe):
     warm_depth: int = 2
     inner_max_iter: int = 60
     jacobian_free: bool = True
+    drift: float = 0.0
 
     positive: ClassVar[tuple[str, ...]] = (
         *SingleLevelRecipe.positive,
@@ -138,6 +147,8 @@ class AttentiveL1Recipe(SingleLevelRecipe):
         "warm_depth",
         "inner_max_iter",
     )
+
+    nonnegative: ClassVar[tuple[str, ...]] = ("drift",)
 
     levels: ClassVar[tuple[str, ...]] = (*SingleLevelRecipe.levels, "init_sigma")
 
@@ -219,14 +230,28 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
         equation = self.prior.equation(
             None, problems.y, inner_max_iter=recipe.inner_max_iter
         )
+        pairs: list[Tensor] = []
+
+        def freeze(p: Tensor) -> FrozenProblem:
+            pairs[:-1] = []  # keep the last two
+            pairs.append(p)
+            return equation.freeze(p)
+
         with torch.no_grad():
             result = fixed_point(
-                equation.freeze,
+                freeze,
                 equation.start(None) if start is None else start,
                 rtol=recipe.rtol,
                 max_iter=recipe.depth if start is None else recipe.warm_depth,
             )
         options = AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol)
-        x_hat = equation.image(attach_gradient(equation, result.x, options))
-        loss = (x_hat - problems.x).square().sum() / len(x_hat)
-        return loss, result.x
+        mask = equation.mask(result.x)
+        p_hat = attach_gradient(
+            equation, result.x, options, residual=equation(result.x, mask)
+        )
+        loss = (equation.image(p_hat) - problems.x).square().flatten(1).sum(1)
+        if recipe.drift:
+            # Both masks have gradients: the mask shall depend less on the image. If the
+            # previous one were constant, the mask would lag behind instead.
+            loss = loss + recipe.drift * mask_drift(mask, equation.mask(pairs[0]))
+        return loss.mean(), result.x

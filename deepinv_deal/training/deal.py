@@ -91,6 +91,10 @@ class DEALRecipe(Recipe):
         "skew",
     )
 
+    nonnegative: ClassVar[tuple[str, ...]] = ("gamma", "drift")
+
+    levels: ClassVar[tuple[str, ...]] = ("sigma_max",)
+
     @property
     def channels(self) -> int:
         """Channels of the images."""

@@ -123,6 +123,12 @@ class Recipe:
         "val_size",
     )
 
+    #: Settings that may be zero, but not negative.
+    nonnegative: ClassVar[tuple[str, ...]] = ()
+
+    #: Settings that are noise levels.
+    levels: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
         if self.steps is None and self.time_budget is None:
             raise ValueError("Give steps or time_budget: neither limits the training.")
@@ -130,6 +136,17 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
+        for name in self.nonnegative:
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}.")
+        for name in self.levels:
+            value = getattr(self, name)
+            if value is not None and value >= 1:
+                raise ValueError(
+                    f"{name} must be below 1, since images are in [0, 1], got {value}. "
+                    "For 25 gray levels give 25 / 255 = 0.098."
+                )
 
     @property
     def channels(self) -> int:
@@ -159,18 +176,7 @@ class SingleLevelRecipe(Recipe):
 
     positive: ClassVar[tuple[str, ...]] = (*Recipe.positive, "sigma")
 
-    #: Settings that are noise levels.
     levels: ClassVar[tuple[str, ...]] = ("sigma",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.levels:
-            value = getattr(self, name)
-            if value is not None and value >= 1:
-                raise ValueError(
-                    f"{name} must be below 1, since images are in [0, 1], got {value}. "
-                    "For 25 gray levels give 25 / 255 = 0.098."
-                )
 
     @property
     def noise(self) -> tuple[float, float]:

@@ -14,6 +14,16 @@ from deepinv_deal.splines import LinearSpline
 LOG_WEIGHT = 20.0
 
 
+def mask_drift(mask: Tensor, previous_mask: Tensor) -> Tensor:
+    r"""
+    Returns :math:`\|m - m_{\mathrm{previous}}\|_2^2 / N_C` of each sample, ``(B,)``.
+
+    :param torch.Tensor mask: mask at an iterate, shape ``(B, N_C, H, W)``.
+    :param torch.Tensor previous_mask: mask one iteration earlier.
+    """
+    return (mask - previous_mask).square().flatten(1).sum(1) / mask.shape[1]
+
+
 def deal_loss(
     x_hat: Tensor,  # (B, C, H, W)
     x: Tensor,  # (B, C, H, W)
@@ -53,6 +63,6 @@ def deal_loss(
         error = LOG_WEIGHT * error.clamp_min(torch.finfo(error.dtype).tiny).log()
     if weights is not None:
         error = weights * error
-    change = (mask - previous_mask).square().flatten(1).sum(1) / mask.shape[1]
+    change = mask_drift(mask, previous_mask)
     tv2 = torch.stack([spline.tv2() for spline in splines]).sum()
     return error.mean() + drift * change.mean() + gamma * tv2

@@ -7,6 +7,8 @@ import torch
 from skimage.data import astronaut
 from trainers import KINDS, slopes_of_the_loss, weights_after
 
+from deepinv_deal.training import mask_drift
+
 
 def start(folder, out, **changes):
     settings = {"steps": 100, "lr": 0.02, "adjoint_rtol": 1e-4, **changes}
@@ -41,6 +43,7 @@ def plain(folder, tmp_path_factory):
         {"jacobian_free": False},
         {"adjoint_rtol": 0.9},
         {"rtol": 0.5},
+        {"drift": 1.0},
     ],
     ids=str,
 )
@@ -89,6 +92,34 @@ def test_the_gradient_is_that_of_the_loss(folder, tmp_path, model):
 
 
 @pytest.mark.parametrize("model", ["safi", "mmr"])
+def test_drift_counts_the_change_of_the_mask(folder, tmp_path, model):
+    """Its gradient, beside that of the error, is that of the change by the formula."""
+    settings = {"model": model, "depth": 1, "rtol": 1e-6, "inner_max_iter": 20}
+
+    def loss(drift):
+        training = start(folder, tmp_path, drift=drift, **settings)
+        problems = training.sampler.batch(0, 2)
+        value, p = training.loss(problems, None)
+        training.prior.zero_grad()
+        value.backward()
+        return training, problems, p, value.detach()
+
+    training, problems, p, value = loss(0.0)
+    other, _, _, with_drift = loss(2.0)
+    equation = training.prior.equation(None, problems.y, inner_max_iter=20)
+    with torch.no_grad():
+        first = equation.start(None)
+    change = mask_drift(equation.mask(p), equation.mask(first))
+    assert change.mean() > 0
+    torch.testing.assert_close(with_drift - value, 2 * change.detach().mean())
+    (2 * change.mean()).backward()  # added to the gradient of the error
+    for mine, theirs in zip(
+        training.prior.parameters(), other.prior.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("model", ["safi", "mmr"])
 def test_every_weight_has_one_learning_rate(folder, tmp_path, model):
     training = start(folder, tmp_path, model=model)
     factors = {
@@ -126,6 +157,8 @@ def test_bad_settings_are_named(folder, tmp_path):
         start(folder, tmp_path, model="deal")
     with pytest.raises(ValueError, match="depth must be positive, got 0"):
         start(folder, tmp_path, depth=0)
+    with pytest.raises(ValueError, match="drift must not be negative, got -1"):
+        start(folder, tmp_path, drift=-1)
 
 
 @pytest.mark.parametrize("model", ["safi", "mmr"])

@@ -125,6 +125,10 @@ def test_bad_settings_are_named(folder, tmp_path):
         recipe(folder, tmp_path, steps=-1)
     with pytest.raises(ValueError, match="pool must be positive, got 0"):
         recipe(folder, tmp_path, pool=0)
+    with pytest.raises(ValueError, match="gamma must not be negative, got -1"):
+        recipe(folder, tmp_path, gamma=-1)
+    with pytest.raises(ValueError, match="sigma_max must be below 1"):
+        recipe(folder, tmp_path, sigma_max=50)
 
 
 # -- loss ----------------------------------------------------------------------
