@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from deepinv_deal._batch import expand, inner, joint_norm, norm, select
 from deepinv_deal.operators import MultiConvOperator
@@ -33,6 +34,11 @@ from deepinv_deal.solvers import (
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE
 from deepinv_deal.solvers.implicit import LinearSolve
+from deepinv_deal.solvers.preconditioner import (
+    from_fourier,
+    to_fourier,
+    transfer_function,
+)
 
 #: ``mask(x, Wx)``: weights from an image and its filtered version, shape of ``Wx``.
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
@@ -41,14 +47,22 @@ InnerSolver = Literal["auto", "admm", "fista"]
 INNER_SOLVERS: tuple[str, ...] = ("auto", "admm", "fista")
 
 #: ADMM's threshold :math:`\lambda \|W\| / \rho` of a filter response, for images in
-#: [0, 1] and unit mask. Smaller means stiffer.
-THRESHOLD = 4e-3
+#: [0, 1] and unit mask, in denoising and with a physics. Smaller means stiffer.
+DENOISING_THRESHOLD, THRESHOLD = 4e-3, 4e-4
+
+#: The penalty of the box with a physics, relative to the data term. Where the data say
+#: nothing, the image moves by the ratio of both penalties only.
+BOX_PENALTY = 0.1
 
 #: Over-relaxation of ADMM, and how much each of its linear solves reduces the residual.
 RELAXATION, LINEAR_FORCING, LINEAR_MAX_ITER = 1.7, 0.1, 50
 
 #: Up to this penalty, one preconditioned descent step is a good enough solve.
 LARGEST_DESCENT_PENALTY = 250.0
+
+#: A circular convolution stands for the operator if it predicts its action on a random
+#: image up to this relative error.
+LARGEST_MISFIT = 0.5
 
 #: Inner iterations between two looks at the residual.
 CHECK_EVERY = 5
@@ -173,6 +187,26 @@ class AttentiveL1Equation:
         with torch.no_grad():
             gain = inner(self.b, self.normal(self.b))
             return (inner(self.b, self.b) / gain).where(gain > 0, 1)
+
+    @property
+    def complex_pair(self) -> bool:
+        """Whether the two channels are the parts of a complex image."""
+        return self.b.shape[1] == 2
+
+    @cached_property
+    def transfer(self) -> Tensor:
+        """
+        Eigenvalues of the circular convolution closest to H, or its gain where none is
+        close; shape of the image's spectrum.
+        """
+        assert self.H is not None
+        with torch.no_grad():
+            eigenvalues, misfit = transfer_function(
+                self.H, self.b, complex_pair=self.complex_pair
+            )
+            gain = expand(1 / self.step, eigenvalues)
+            close = expand(misfit < LARGEST_MISFIT, eigenvalues)
+            return torch.where(close, eigenvalues, gain)
 
     @property
     def weight(self) -> Tensor:
@@ -355,12 +389,14 @@ class FrozenL1:
     def rho(self) -> tuple[Tensor, Tensor]:
         """Penalties of the two splits, ``(B,)``; the second is 0 without a box."""
         with torch.no_grad():
-            box = 1 / self.equation.step
+            equation, data = self.equation, 1 / self.equation.step
+            denoising = equation.H is None
+            threshold = DENOISING_THRESHOLD if denoising else THRESHOLD
             # Without regularization any positive penalty will do.
-            rho = (self.equation.weight / THRESHOLD).where(
-                self.equation.weight > 0, box
-            )
-            return rho, box if self.equation.box is not None else torch.zeros_like(box)
+            rho = (equation.weight / threshold).where(equation.weight > 0, data)
+            if equation.box is None:
+                return rho, torch.zeros_like(rho)
+            return rho, data if denoising else BOX_PENALTY * data
 
     def _admm(self, target: Tensor) -> SolverResult:
         equation, bound = self.equation, self.bound
@@ -472,19 +508,27 @@ class FrozenL1:
         )
 
     def _circulant_inverse(self) -> LinearMap | None:
-        """The inverse of the linear system for a periodic image and scalar H."""
-        kernel = self.equation.regularizer.W.normal_kernel()
+        """The inverse of the linear system where all operators are circulant."""
+        equation = self.equation
+        kernel = equation.regularizer.W.normal_kernel()
         if kernel.shape[0] != 1:
             return None
         height, width = (max(n, kernel.shape[-1]) for n in self.x.shape[-2:])
-        symbol = torch.fft.rfft2(kernel[0, 0], s=(height, width)).abs()
+        data = expand(1 / equation.step, self.x)
+        if equation.H is not None and (height, width) == self.x.shape[-2:]:
+            data = equation.transfer
+        complex_pair = equation.complex_pair
+        symbol = torch.fft.fft2(kernel[0, 0], s=(height, width)).abs()
         rho, rho_s = (expand(r, self.x) for r in self.rho)
-        inverse = 1 / (rho * symbol + rho_s + expand(1 / self.equation.step, self.x))
+        inverse = 1 / (rho * symbol + rho_s + data)
 
         def apply(v: Tensor) -> Tensor:
-            spectrum = torch.fft.rfft2(v, s=(height, width)) * inverse
-            v_inverse = torch.fft.irfft2(spectrum, s=(height, width))
-            return v_inverse[..., : v.shape[-2], : v.shape[-1]]
+            # Images smaller than a kernel have no room for it.
+            padding = (0, width - v.shape[-1], 0, height - v.shape[-2])
+            padded = F.pad(v, padding)
+            spectrum = to_fourier(padded, complex_pair) * inverse
+            image = from_fourier(spectrum, padded, complex_pair)
+            return image[..., : v.shape[-2], : v.shape[-1]]
 
         return apply
 
