@@ -52,7 +52,7 @@ DENOISING_THRESHOLD, THRESHOLD = 4e-3, 4e-4
 
 #: The penalty of the box with a physics, relative to the data term. Where the data say
 #: nothing, the image moves by the ratio of both penalties only.
-BOX_PENALTY = 0.1
+BOX_PENALTY = 0.03
 
 #: Over-relaxation of ADMM, and how much each of its linear solves reduces the residual.
 RELAXATION, LINEAR_FORCING, LINEAR_MAX_ITER = 1.7, 0.1, 50
@@ -63,6 +63,9 @@ LARGEST_DESCENT_PENALTY = 250.0
 #: A circular convolution stands for the operator if it predicts its action on a random
 #: image up to this relative error.
 LARGEST_MISFIT = 0.5
+
+#: One that fits this well is the operator.
+EXACT_MISFIT = 1e-2
 
 #: Inner iterations between two looks at the residual.
 CHECK_EVERY = 5
@@ -194,19 +197,14 @@ class AttentiveL1Equation:
         return self.b.shape[1] == 2
 
     @cached_property
-    def transfer(self) -> Tensor:
+    def convolution(self) -> tuple[Tensor, Tensor]:
         """
-        Eigenvalues of the circular convolution closest to H, or its gain where none is
-        close; shape of the image's spectrum.
+        Eigenvalues of the circular convolution closest to H, shape of the image's
+        spectrum, and the relative error with which they predict its action, ``(B,)``.
         """
         assert self.H is not None
         with torch.no_grad():
-            eigenvalues, misfit = transfer_function(
-                self.H, self.b, complex_pair=self.complex_pair
-            )
-            gain = expand(1 / self.step, eigenvalues)
-            close = expand(misfit < LARGEST_MISFIT, eigenvalues)
-            return torch.where(close, eigenvalues, gain)
+            return transfer_function(self.H, self.b, complex_pair=self.complex_pair)
 
     @property
     def weight(self) -> Tensor:
@@ -448,7 +446,9 @@ class FrozenL1:
         rho, rho_s = (expand(r, rhs) for r in self.rho)
         precondition = self._circulant_inverse()
         descend = self.rho[0] <= LARGEST_DESCENT_PENALTY
-        if accurate or equation.H is not None or precondition is None:
+        if equation.H is not None:
+            descend = descend & (equation.convolution[1] < EXACT_MISFIT)
+        if accurate or precondition is None:
             descend = torch.zeros_like(descend)
         # Asked once: every question makes a device wait.
         all_descend, none_descends = bool(descend.all()), not bool(descend.any())
@@ -474,7 +474,7 @@ class FrozenL1:
             assert precondition is not None
             p = precondition(r)
             Wp = W.analyse(p)
-            gain = inner(p, p + rho_s * p) + inner(Wp, rho * Wp)
+            gain = inner(p, equation.normal(p) + rho_s * p) + inner(Wp, rho * Wp)
             length = expand(inner(r, p) / gain.where(gain > 0, 1), x)
             return x + length * p, Wx + length * Wp
 
@@ -516,7 +516,8 @@ class FrozenL1:
         height, width = (max(n, kernel.shape[-1]) for n in self.x.shape[-2:])
         data = expand(1 / equation.step, self.x)
         if equation.H is not None and (height, width) == self.x.shape[-2:]:
-            data = equation.transfer
+            eigenvalues, misfit = equation.convolution
+            data = eigenvalues.where(expand(misfit < LARGEST_MISFIT, data), data)
         complex_pair = equation.complex_pair
         symbol = torch.fft.fft2(kernel[0, 0], s=(height, width)).abs()
         rho, rho_s = (expand(r, self.x) for r in self.rho)
