@@ -284,8 +284,9 @@ class FrozenL1:
     ADMM splits :math:`z = W x` and, with a box, :math:`s = x`. The mask enters only the
     threshold, so the linear system :math:`H + \rho W^{\top} W + \rho_s I` is the same
     for all masks. It is solved roughly by conjugate gradients from the last image,
-    preconditioned by the circulant operator that agrees with it away from the border;
-    for denoising with a moderate penalty, one descent step will do.
+    preconditioned by the circulant operator that agrees with it away from the border.
+    Where :math:`H` is a circular convolution, too, or masks the Fourier transform, and
+    in denoising, one descent step will do unless the penalty is large.
     """
 
     def __init__(

@@ -42,6 +42,18 @@ def coupled(n=72, seed=5):
     return lambda v: torch.stack([H @ s.flatten() for s in v]).view_as(v), H
 
 
+def circular(height=15, width=14, seed=5):
+    """A well-conditioned normal operator of a circular blur, and its matrix."""
+    kernel = torch.rand(5, 5, generator=generator(seed), dtype=DOUBLE)
+    spectrum = torch.fft.fft2(kernel / kernel.sum(), s=(height, width)).abs().square()
+    spectrum = 0.1 + 0.9 * spectrum
+
+    def H(v):
+        return torch.fft.ifft2(spectrum * torch.fft.fft2(v)).real
+
+    return H, dense(H, (1, height, width))
+
+
 def solve(equation, rtol=1e-11, **kwargs):
     settings = {"max_iter": 100, "forcing": 0.05, "damped": False, **kwargs}
     with torch.no_grad():
@@ -181,21 +193,28 @@ def test_a_scale_of_zero_gives_the_l1_norm():
 # -- the frozen problem against generic solvers --------------------------------
 
 
-def random_frozen(kind, seed, inner_solver, box=(0.0, 1.0), H=None, rtol=1e-10):
-    """A frozen problem, its solution, its matrix of filters and bounds."""
-    prior, y = random_l1_prior(kind, seed=seed), noisy_images(1, seed=seed)
+def random_frozen(
+    kind,
+    seed,
+    inner_solver,
+    box=(0.0, 1.0),
+    H=None,
+    rtol=1e-10,
+    size=(9, 8),
+    weight=0.2,
+):
+    """A frozen problem, its solution and the matrix of its filters."""
+    prior, y = random_l1_prior(kind, seed=seed), noisy_images(1, *size, seed=seed)
     y = y + 0.3 * (seed % 3 - 1)  # some touch the box
     nu = float(prior.bind().nu)
     equation = prior.equation(
-        H, y, lambda_reg=0.2 / nu, box=box, inner=inner_solver, inner_max_iter=20000
+        H, y, lambda_reg=weight / nu, box=box, inner=inner_solver, inner_max_iter=20000
     )
     with torch.no_grad():
-        frozen = FrozenL1(
-            equation, equation.pair(y, torch.zeros(1, 3, 9, 8, dtype=DOUBLE))
-        )
+        frozen = FrozenL1(equation, equation.pair(y, y.new_zeros(1, 3, *size)))
         result = frozen.solve(torch.full((1,), rtol), torch.ones(1, dtype=torch.bool))
         assert result.converged.all()
-        matrix = dense(equation.regularizer.analyse, (1, 9, 8))
+        matrix = dense(equation.regularizer.analyse, (1, *size))
     return equation, frozen, result, matrix
 
 
@@ -270,9 +289,15 @@ def test_the_duality_gap_is_for_denoising():
         frozen.gap(result.x)
 
 
-def test_admm_solves_problems_with_an_operator():
-    H, matrix_H = coupled()
-    equation, frozen, result, matrix = random_frozen(SAFIPrior, 1, "admm", H=H)
+@pytest.mark.parametrize(
+    ("operator", "size", "weight"), [(coupled, (9, 8), 0.2), (circular, (15, 14), 0.02)]
+)
+def test_admm_solves_problems_with_an_operator(operator, size, weight):
+    """By conjugate gradients, or one descent step where the physics is circular."""
+    H, matrix_H = operator()
+    equation, frozen, result, matrix = random_frozen(
+        SAFIPrior, 1, "admm", H=H, size=size, weight=weight
+    )
     x, w = (v.flatten() for v in equation.unpair(result.x))
     c = frozen.bound.flatten()
     # Karush-Kuhn-Tucker conditions of the dense problem.
@@ -286,6 +311,30 @@ def test_admm_solves_problems_with_an_operator():
     Wx = matrix @ x
     active = Wx.abs() > 1e-7
     torch.testing.assert_close(w[active], (c * Wx.sign())[active], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("operator", "least", "most"), [(circular, 1.0, 1.4), (coupled, 1.7, 9.0)]
+)
+def test_circular_physics_needs_one_application_per_iteration(operator, least, most):
+    """The preconditioner is the inverse but for the borders, so nothing is iterated."""
+    H, matrix_H = operator()
+    size = (15, 14) if len(matrix_H) == 15 * 14 else (9, 8)
+    prior, y = random_l1_prior(SAFIPrior), noisy_images(1, *size)
+    weight = 0.02 / float(prior.bind().nu)
+    equation = prior.equation(H, y, lambda_reg=weight, inner_max_iter=400)
+    frozen = equation.freeze(equation.start(y))
+    analyse, count = equation.regularizer.W.__class__.__call__, 0
+
+    def counted(*args):
+        nonlocal count
+        count += 1
+        return analyse(*args)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(equation.regularizer.W.__class__, "__call__", counted)
+        result = frozen.solve(torch.full((1,), 1e-12), torch.ones(1, dtype=torch.bool))
+    assert least <= count / int(result.n_iter) <= most
 
 
 def test_an_unknown_inner_solver_is_refused():
