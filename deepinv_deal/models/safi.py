@@ -354,9 +354,10 @@ class SAFI(AttentiveL1Model):
         the backward pass.
     :param SAFIPrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
-    :param str pretrained: ``"safi_25"`` (bundled, for noise of 25/255; for MMR
-        ``"mmr_25"``), path of a ``.safetensors`` file of this package or of a ``.pth``
-        file in the authors' layout, or ``None`` for random weights.
+    :param str pretrained: ``"safi_5"``, ``"safi_15"`` or ``"safi_25"`` (bundled, for
+        noise of so many gray levels; for MMR ``"mmr_5"`` and so on), path of a
+        ``.safetensors`` file of this package or of a ``.pth`` file in the authors'
+        layout, or ``None`` for random weights.
     :raises ValueError: for bad settings or damaged weights.
     :raises FileNotFoundError: for a missing weights file.
     """

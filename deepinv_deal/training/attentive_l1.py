@@ -109,6 +109,8 @@ class AttentiveL1Recipe(SingleLevelRecipe):
         (bundled name or path); ``None``: the discrete cosine transform.
     :param float init_sigma: noise level that those were trained for; ``None``: that of
         this training. They are rescaled, see ``SAFIPrior.rescale``.
+    :param int reuse: how often each noisy batch is used. The solver goes on where it
+        was, so that one mask and a few inner iterations per step are enough.
     :param int pool: number of batches in rotation; a batch comes back after ``pool``
         steps.
     :param str model: ``"safi"`` or ``"mmr"``.
@@ -119,7 +121,8 @@ class AttentiveL1Recipe(SingleLevelRecipe):
         backward pass.
     :param bool jacobian_free: Jacobian-free or exact gradients.
     :param float drift: weight of the change of the mask in the last iteration, see
-        :func:`deepinv_deal.training.mask_drift`.
+        :func:`deepinv_deal.training.mask_drift`. With 0, training ends with masks that
+        take many iterations to settle; with much more, quality is lost.
     """
 
     patch_size: int = 40
@@ -129,15 +132,16 @@ class AttentiveL1Recipe(SingleLevelRecipe):
     adjoint_rtol: float = 1.0
     init: str | None = None
     init_sigma: float | None = None
+    reuse: int = 16
     pool: int = 64
 
     model: Literal["safi", "mmr"] = "safi"
     num_filters: int = 64
-    depth: int = 6
-    warm_depth: int = 2
-    inner_max_iter: int = 60
+    depth: int = 3
+    warm_depth: int = 1
+    inner_max_iter: int = 15
     jacobian_free: bool = True
-    drift: float = 0.0
+    drift: float = 0.02
 
     positive: ClassVar[tuple[str, ...]] = (
         *SingleLevelRecipe.positive,

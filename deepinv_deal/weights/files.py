@@ -26,7 +26,11 @@ BUNDLED = {
     "ncpr_5": "SmoothPlusSparsePrior",
     "ncpr_25": "SmoothPlusSparsePrior",
     "patch_25": "PatchSynthesisPrior",
+    "mmr_5": "MMRPrior",
+    "mmr_15": "MMRPrior",
     "mmr_25": "MMRPrior",
+    "safi_5": "SAFIPrior",
+    "safi_15": "SAFIPrior",
     "safi_25": "SAFIPrior",
 }
 
