@@ -78,7 +78,9 @@ def test_bundled_weights_load_and_denoise_without_network(name):
     x[..., 20:] = 0.8
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     # Photographs have more texture than noise of 5 gray levels, and weights keep it.
-    level, left = (5, 0.2) if name.endswith("_5") else (25, 0.1)
+    ending = name.rsplit("_", 1)[1]
+    level = int(ending) if ending in ("5", "15") else 25
+    left = 0.2 if level == 5 else 0.1
     sigma = level / 255
     y = x + sigma * noise
     with torch.no_grad():
