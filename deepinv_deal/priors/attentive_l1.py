@@ -57,14 +57,12 @@ BOX_PENALTY = 0.03
 #: Over-relaxation of ADMM, and how much each of its linear solves reduces the residual.
 RELAXATION, LINEAR_FORCING, LINEAR_MAX_ITER = 1.7, 0.1, 50
 
-#: Up to this penalty, one preconditioned descent step is a good enough solve.
+#: Up to this penalty, relative to the data term, one preconditioned descent step is a
+#: good enough solve.
 LARGEST_DESCENT_PENALTY = 250.0
 
-#: A circular convolution stands for the operator if it predicts its action on a random
-#: image up to this relative error.
-LARGEST_MISFIT = 0.5
-
-#: One that fits this well is the operator.
+#: A circular convolution that predicts the action of an operator on a random image up
+#: to this relative error is the operator.
 EXACT_MISFIT = 1e-2
 
 #: Inner iterations between two looks at the residual.
@@ -197,14 +195,25 @@ class AttentiveL1Equation:
         return self.b.shape[1] == 2
 
     @cached_property
-    def convolution(self) -> tuple[Tensor, Tensor]:
+    def circulant(self) -> tuple[Tensor, Tensor]:
         """
-        Eigenvalues of the circular convolution closest to H, shape of the image's
-        spectrum, and the relative error with which they predict its action, ``(B,)``.
+        Eigenvalues of H, and the samples, ``(B,)``, for which it has them: for which it
+        is a circular convolution, or masks the Fourier transform. The eigenvalues have
+        the shape of the image's spectrum; those of other samples are their gain.
         """
-        assert self.H is not None
         with torch.no_grad():
-            return transfer_function(self.H, self.b, complex_pair=self.complex_pair)
+            gain = expand(1 / self.step, self.b)
+            exact = torch.ones_like(self.step, dtype=torch.bool)
+            if self.H is None:
+                return gain, exact
+            # An image without room for a kernel of W has no spectrum to speak of.
+            if min(self.b.shape[-2:]) < self.regularizer.W.normal_kernel().shape[-1]:
+                return gain, ~exact
+            eigenvalues, misfit = transfer_function(
+                self.H, self.b, complex_pair=self.complex_pair
+            )
+            exact = misfit < EXACT_MISFIT
+            return eigenvalues.where(expand(exact, eigenvalues), gain), exact
 
     @property
     def weight(self) -> Tensor:
@@ -446,11 +455,11 @@ class FrozenL1:
         n_splits = len(start.z)
         rho, rho_s = (expand(r, rhs) for r in self.rho)
         precondition = self._circulant_inverse()
-        descend = self.rho[0] <= LARGEST_DESCENT_PENALTY
-        if equation.H is not None:
-            descend = descend & (equation.convolution[1] < EXACT_MISFIT)
+        descend = self.rho[0] * equation.step <= LARGEST_DESCENT_PENALTY
         if accurate or precondition is None:
             descend = torch.zeros_like(descend)
+        else:
+            descend = descend & equation.circulant[1]
         # Asked once: every question makes a device wait.
         all_descend, none_descends = bool(descend.all()), not bool(descend.any())
 
@@ -509,16 +518,16 @@ class FrozenL1:
         )
 
     def _circulant_inverse(self) -> LinearMap | None:
-        """The inverse of the linear system where all operators are circulant."""
+        """The inverse of the linear system, were all operators circulant."""
         equation = self.equation
         kernel = equation.regularizer.W.normal_kernel()
         if kernel.shape[0] != 1:
             return None
         height, width = (max(n, kernel.shape[-1]) for n in self.x.shape[-2:])
-        data = expand(1 / equation.step, self.x)
-        if equation.H is not None and (height, width) == self.x.shape[-2:]:
-            eigenvalues, misfit = equation.convolution
-            data = eigenvalues.where(expand(misfit < LARGEST_MISFIT, data), data)
+        data, _ = equation.circulant
+        if equation.box is None:
+            # At a border even images are seen that neither H nor an inner filter sees.
+            data = data.clamp_min(expand(BOX_PENALTY / equation.step, data))
         complex_pair = equation.complex_pair
         symbol = torch.fft.fft2(kernel[0, 0], s=(height, width)).abs()
         rho, rho_s = (expand(r, self.x) for r in self.rho)

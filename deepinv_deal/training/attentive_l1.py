@@ -122,7 +122,8 @@ class AttentiveL1Recipe(SingleLevelRecipe):
     :param bool jacobian_free: Jacobian-free or exact gradients.
     :param float drift: weight of the change of the mask in the last iteration, see
         :func:`deepinv_deal.training.mask_drift`. With 0, training ends with masks that
-        take many iterations to settle; with much more, quality is lost.
+        take many iterations to settle; with much more, quality may be lost. MMR has
+        borne ten times as much.
     """
 
     patch_size: int = 40
@@ -153,6 +154,8 @@ class AttentiveL1Recipe(SingleLevelRecipe):
     )
 
     nonnegative: ClassVar[tuple[str, ...]] = ("drift",)
+
+    formerly: ClassVar[dict[str, Any]] = {"drift": 0.0}
 
     levels: ClassVar[tuple[str, ...]] = (*SingleLevelRecipe.levels, "init_sigma")
 
@@ -249,13 +252,12 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
                 max_iter=recipe.depth if start is None else recipe.warm_depth,
             )
         options = AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol)
-        mask = equation.mask(result.x)
-        p_hat = attach_gradient(
-            equation, result.x, options, residual=equation(result.x, mask)
-        )
+        p_hat = attach_gradient(equation, result.x, options)
         loss = (equation.image(p_hat) - problems.x).square().flatten(1).sum(1)
         if recipe.drift:
             # Both masks have gradients: the mask shall depend less on the image. If the
             # previous one were constant, the mask would lag behind instead.
-            loss = loss + recipe.drift * mask_drift(mask, equation.mask(pairs[0]))
+            # The result need not be the last pair: it is the best.
+            last, previous = equation.mask(pairs[-1]), equation.mask(pairs[0])
+            loss = loss + recipe.drift * mask_drift(last, previous)
         return loss.mean(), result.x

@@ -129,6 +129,9 @@ class Recipe:
     #: Settings that are noise levels.
     levels: ClassVar[tuple[str, ...]] = ()
 
+    #: What was done before there was a setting, where its default is another.
+    formerly: ClassVar[dict[str, Any]] = {}
+
     def __post_init__(self) -> None:
         if self.steps is None and self.time_budget is None:
             raise ValueError("Give steps or time_budget: neither limits the training.")
@@ -551,8 +554,9 @@ class Trainer(ABC, Generic[R, P]):
     def _load(self) -> None:
         state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         ours = _comparable(self.recipe)
-        # Settings that are newer than the file had their default.
+        # Settings that are newer than the file had their default, or what they replace.
         defaults = {f.name: f.default for f in fields(self.recipe)}
+        defaults |= self.recipe.formerly
         theirs = {**{k: defaults[k] for k in ours}, **state["recipe"]}
         differing = sorted(k for k in ours if theirs[k] != ours[k])
         if differing:

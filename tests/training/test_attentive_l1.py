@@ -7,7 +7,8 @@ import torch
 from skimage.data import astronaut
 from trainers import KINDS, slopes_of_the_loss, weights_after
 
-from deepinv_deal.training import mask_drift
+from deepinv_deal.solvers import SolverResult
+from deepinv_deal.training import attentive_l1, mask_drift
 
 
 def start(folder, out, **changes):
@@ -91,10 +92,9 @@ def test_the_gradient_is_that_of_the_loss(folder, tmp_path, model):
     assert slope == pytest.approx(difference, rel=1e-3)
 
 
-@pytest.mark.parametrize("model", ["safi", "mmr"])
-def test_drift_counts_the_change_of_the_mask(folder, tmp_path, model):
+def test_drift_counts_the_change_of_the_mask(folder, tmp_path):
     """Its gradient, beside that of the error, is that of the change by the formula."""
-    settings = {"model": model, "depth": 1, "rtol": 1e-6, "inner_max_iter": 20}
+    settings = {"depth": 1, "rtol": 1e-6, "inner_max_iter": 20}
 
     def loss(drift):
         training = start(folder, tmp_path, drift=drift, **settings)
@@ -117,6 +117,33 @@ def test_drift_counts_the_change_of_the_mask(folder, tmp_path, model):
         training.prior.parameters(), other.prior.parameters(), strict=True
     ):
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("model", ["safi", "mmr"])
+def test_drift_is_that_of_the_last_step_even_if_it_was_none_to_keep(
+    folder, tmp_path, monkeypatch, model
+):
+    """The solver returns its best iterate, which may be the one before."""
+
+    def rejecting(freeze, init, **kwargs):  # noqa: ARG001
+        freeze(init)
+        freeze(0.5 * init)
+        zero = torch.zeros(len(init))
+        return SolverResult(init, zero.to(torch.int8), zero.long(), zero)
+
+    losses = []
+    for drift in (0.0, 2.0):
+        training = start(folder, tmp_path, drift=drift, model=model)
+        problems = training.sampler.batch(0, 2)
+        equation = training.prior.equation(None, problems.y)
+        with torch.no_grad():
+            p = equation.start(None)
+        with monkeypatch.context() as patch:
+            patch.setattr(attentive_l1, "fixed_point", rejecting)
+            losses.append(training.loss(problems, p)[0].detach())
+    change = mask_drift(equation.mask(0.5 * p), equation.mask(p)).detach()
+    assert change.mean() > 0
+    torch.testing.assert_close(losses[1] - losses[0], 2 * change.mean())
 
 
 @pytest.mark.parametrize("model", ["safi", "mmr"])

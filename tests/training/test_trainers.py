@@ -102,6 +102,18 @@ def test_checkpoints_from_before_there_were_several_processes(folder, tmp_path):
     assert torch.equal(weights_after(old, 2), weights_after(trainer, 2))
 
 
+def test_checkpoints_from_before_there_was_drift(folder, tmp_path):
+    """They were trained without, which is not today's default."""
+    trainer = KINDS["safi"].start(folder, tmp_path, drift=0.0)
+    trainer.save()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["recipe"]["drift"]
+    torch.save(state, tmp_path / "state.pt")
+    KINDS["safi"].start(folder, tmp_path, drift=0.0, resume=True)
+    with pytest.raises(ValueError, match=r"other settings \(drift: 0.0 -> 0.02\)"):
+        KINDS["safi"].start(folder, tmp_path, resume=True)
+
+
 def test_the_noise_level_is_given_in_gray_levels(folder, tmp_path, capsys):
     settings = SMALL | {"steps": 1, "num_filters": 3}
     folders = [f"--data={folder}", f"--out={tmp_path}"]
