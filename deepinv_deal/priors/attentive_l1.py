@@ -35,6 +35,7 @@ from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE
 from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.solvers.preconditioner import (
+    EXACT_MISFIT,
     from_fourier,
     to_fourier,
     transfer_function,
@@ -60,10 +61,6 @@ RELAXATION, LINEAR_FORCING, LINEAR_MAX_ITER = 1.7, 0.1, 50
 #: Up to this penalty, relative to the data term, one preconditioned descent step is a
 #: good enough solve.
 LARGEST_DESCENT_PENALTY = 250.0
-
-#: A circular convolution that predicts the action of an operator on a random image up
-#: to this relative error is the operator.
-EXACT_MISFIT = 1e-2
 
 #: Inner iterations between two looks at the residual.
 CHECK_EVERY = 5

@@ -14,6 +14,7 @@ from deepinv_deal.operators.multi_conv import wrapped
 from deepinv_deal.solvers import SolverResult
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.preconditioner import (
+    EXACT_MISFIT,
     LARGEST_MISFIT,
     PreconditionedSolver,
     bounded,
@@ -25,10 +26,6 @@ from deepinv_deal.solvers.preconditioner import (
 
 Preconditioner = Literal["auto", "circulant", "diagonal", "none"]
 PRECONDITIONERS: tuple[str, ...] = ("auto", "circulant", "diagonal", "none")
-
-#: A model of an operator that fits this well is exact; an operator whose circulant and
-#: diagonal model both do is a multiple of the identity.
-EXACT_MISFIT = 1e-3
 
 #: Masks are flat if they deviate from their means by at most this fraction of them.
 FLAT = 0.1

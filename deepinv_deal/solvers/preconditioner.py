@@ -19,6 +19,10 @@ PROBES = 4
 #: up to this relative error.
 LARGEST_MISFIT = 0.7
 
+#: A model of an operator that fits this well is exact; an operator whose circulant and
+#: diagonal model both do is a multiple of the identity.
+EXACT_MISFIT = 1e-3
+
 #: A preconditioner is kept if it makes convergence per iteration faster by this factor.
 LEAST_GAIN = 1.3
 

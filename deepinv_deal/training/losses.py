@@ -18,6 +18,18 @@ def mask_drift(mask: Tensor, previous_mask: Tensor) -> Tensor:
     r"""
     Returns :math:`\|m - m_{\mathrm{previous}}\|_2^2 / N_C` of each sample, ``(B,)``.
 
+    This is the second term of Eq. (12) of :footcite:t:`pourya2025dealing`, without its
+    weight.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.training import mask_drift
+    >>> mask_drift(torch.ones(1, 8, 3, 2), torch.zeros(1, 8, 3, 2))
+    tensor([6.])
+
     :param torch.Tensor mask: mask at an iterate, shape ``(B, N_C, H, W)``.
     :param torch.Tensor previous_mask: mask one iteration earlier.
     """

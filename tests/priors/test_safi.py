@@ -319,12 +319,14 @@ def test_admm_solves_problems_with_an_operator(operator, size, weight):
 
 
 @pytest.mark.parametrize(
-    ("operator", "least", "most"), [(circular, 1.0, 1.4), (coupled, 1.7, 9.0)]
+    ("operator", "size", "least", "most"),
+    [(circular, (26, 25), 1.0, 1.4), (coupled, (9, 8), 1.7, 9.0)],
 )
-def test_circular_physics_needs_one_application_per_iteration(operator, least, most):
+def test_circular_physics_needs_one_application_per_iteration(
+    operator, size, least, most
+):
     """The preconditioner is the inverse but for the borders, so nothing is iterated."""
-    H, matrix_H = operator()
-    size = (26, 25) if len(matrix_H) == 26 * 25 else (9, 8)
+    H, _ = operator()
     prior, y = random_l1_prior(SAFIPrior), noisy_images(1, *size)
     weight = 0.005 / float(prior.bind().nu)
     equation = prior.equation(H, y, lambda_reg=weight, inner_max_iter=400)
