@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from deepinv_deal._batch import select
 from deepinv_deal.models.deal import DEAL
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors import AttentiveQuadraticPrior, DEALPrior
@@ -152,12 +153,12 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
         """
         recipe = self.recipe
         equation = self.prior.equation(_identity, problems.y, problems.sigma)
-        squared_masks: list[Tensor] = []
+        iterates: list[tuple[Tensor, Tensor]] = []  # images and their squared masks
 
         def freeze(x: Tensor) -> FrozenProblem:
             problem = equation.freeze(x)
-            squared_masks[:-1] = []  # keep the last two
-            squared_masks.append(problem.squared_mask)
+            iterates[:-1] = []  # keep the last two
+            iterates.append((x, problem.squared_mask))
             return problem
 
         with torch.no_grad():
@@ -168,6 +169,11 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
                 max_iter=self._depth(start is None),
             )
         mask = equation.regularizer.mask(result.x)
+        # The result need not be the last iterate: it is the best. Compared with the one
+        # before, where it is not the last, it would not have changed at all.
+        (_, previous), (last, squared_mask) = iterates[0], iterates[-1]
+        is_last = (result.x == last).flatten(1).all(1)
+        other = select(is_last, previous, squared_mask)
         options = AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol)
         x_hat = attach_gradient(
             equation, result.x, options, residual=equation(result.x, mask)
@@ -177,7 +183,7 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
             x_hat,
             problems.x,
             mask,
-            squared_masks[0].sqrt(),
+            other.sqrt(),
             self.prior.splines(),
             gamma=recipe.gamma,
             drift=recipe.drift,

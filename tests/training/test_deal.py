@@ -19,16 +19,19 @@ from trainers import SMALL, options, weights_after
 
 from deepinv_deal import DEAL
 from deepinv_deal.cli import main
+from deepinv_deal.solvers import SolverResult
 from deepinv_deal.splines import LinearSpline
 from deepinv_deal.training import (
     DEALRecipe,
     DEALTrainer,
     DenoisingSampler,
     color_from_gray,
+    deal,
     deal_loss,
     grow,
     load_image,
     load_images,
+    mask_drift,
     plot_learning_curve,
 )
 from deepinv_deal.training.grow import OPPONENT_COLORS
@@ -427,6 +430,32 @@ def plain(folder, tmp_path_factory):
 )
 def test_each_setting_changes_the_training(folder, tmp_path, plain, change):
     assert not torch.equal(plain, train(folder, tmp_path, **change))
+
+
+@pytest.mark.parametrize("kept", ["last", "first"])
+def test_drift_is_that_of_the_last_step_even_if_it_was_none_to_keep(
+    folder, tmp_path, monkeypatch, kept
+):
+    """The solver returns its best iterate, which may be the one before."""
+
+    def step(freeze, init, **kwargs):  # noqa: ARG001
+        freeze(init)
+        freeze(0.5 * init)
+        x = {"first": init, "last": 0.5 * init}[kept]
+        zero = torch.zeros(len(x))
+        return SolverResult(x, zero.to(torch.int8), zero.long(), zero)
+
+    monkeypatch.setattr(deal, "fixed_point", step)
+    losses = []
+    for drift in (0.0, 2.0):
+        trainer = DEALTrainer(recipe(folder, tmp_path, drift=drift))
+        problems = trainer.sampler.batch(0, 2)
+        losses.append(trainer.loss(problems, problems.y)[0].detach())
+    equation = trainer.prior.equation(lambda x: x, problems.y, problems.sigma)
+    masks = [equation.regularizer.mask(a * problems.y).detach() for a in (0.5, 1)]
+    change = mask_drift(*masks)
+    assert (change > 0).all()
+    torch.testing.assert_close(losses[1] - losses[0], 2 * change.mean())
 
 
 def test_the_logarithmic_loss_has_the_gradient_of_the_logarithm(folder, tmp_path):
