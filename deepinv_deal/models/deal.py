@@ -133,8 +133,8 @@ class DEAL(FixedPointOptim, Denoiser):
     :param float forcing: factor by which each inner solve reduces the residual at
         least.
     :param int anderson: depth of the safeguarded Anderson acceleration, ``0`` for none;
-        ``None``: 5 for denoising, otherwise none. See
-        :func:`deepinv_deal.solvers.fixed_point`.
+        ``None``: 5. See :func:`deepinv_deal.solvers.fixed_point`. In inverse problems
+        it starts when the imbalance of forces is below 0.6.
     :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``,
         see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
     :param torch.dtype inner_dtype: precision of the convolutions in the inner solves,

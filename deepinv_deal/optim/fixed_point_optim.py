@@ -208,7 +208,7 @@ class FixedPointOptim(BaseOptim):
         see :class:`deepinv_deal.DEAL`; ``None``: that of the weights.
     :param float forcing: see :func:`deepinv_deal.solvers.fixed_point`.
     :param int anderson: depth of the Anderson acceleration, ``0`` for none; ``None``: 5
-        for denoising with a quadratic prior, otherwise none.
+        with a quadratic prior, otherwise none.
     :param deepinv.optim.DEQConfig DEQ: settings of the backward pass:
         ``jacobian_free``, ``eps_backward`` (tolerance), ``max_iter_backward``,
         ``anderson_acceleration_backward`` and ``history_size_backward``.

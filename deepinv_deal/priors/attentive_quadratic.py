@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from deepinv.optim.prior import Prior
@@ -24,6 +24,9 @@ from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE, LinearProblem
 from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.splines import LinearSpline
+
+#: Imbalance of forces below which iterations are accelerated.
+NEAR = 0.6
 
 #: The learned weight is a spline of the noise level in gray levels 0..255; everything
 #: public is in [0, 1].
@@ -139,8 +142,8 @@ class AttentiveEquation:
     :param str preconditioner: one of ``PRECONDITIONERS``.
     :param torch.dtype inner_dtype: precision of the convolutions in the inner solves of
         :meth:`freeze`, see :class:`deepinv_deal.DEAL`; ``None``: that of the weights.
-    :param bool denoising: whether ``H`` is the identity, which chooses
-        :attr:`anderson`.
+    :param bool denoising: whether ``H`` is the identity; then iterations are
+        accelerated from the first on.
     """
 
     H: LinearMap
@@ -152,12 +155,8 @@ class AttentiveEquation:
     inner_dtype: torch.dtype | None = None
     denoising: bool = False
 
-    @property
-    def anderson(self) -> int:
-        """Depth of Anderson acceleration that suits it."""
-        # In denoising the systems are well conditioned, and the number of masks counts.
-        # Where they are not, a small residual of a combination says little about it.
-        return 5 if self.denoising else 0
+    #: Depth of Anderson acceleration that suits it.
+    anderson: ClassVar[int] = 5
 
     def force(
         self,
@@ -270,8 +269,23 @@ class FrozenSystem(LinearProblem):
 
     @cached_property
     def weight(self) -> Tensor:
+        """Residual that counts as 1, shape ``(B,)``: the norm of the force."""
+        return self.force_norm
+
+    @cached_property
+    def force_norm(self) -> Tensor:
         """Norm of the force relative to the right-hand side, shape ``(B,)``."""
         return (norm(self.force) / self.b_norm).clamp_min(LEAST_FORCE)
+
+    @property
+    def near(self) -> Tensor:
+        """Samples whose iteration may be accelerated, ``(B,)``."""
+        # The systems of denoising are well conditioned, so a combination with a small
+        # residual is near the solution. Elsewhere it may be far, if the images that are
+        # combined are: started at once, valid blur took twice the work.
+        if self.equation.denoising:
+            return super().near
+        return self.residual <= NEAR * self.force_norm
 
     def correction(
         self, r: Tensor, rtol: Tensor, active: Tensor | None = None

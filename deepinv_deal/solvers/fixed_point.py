@@ -55,6 +55,14 @@ class LinearProblem(ABC):
     r: Tensor
     residual: Tensor
 
+    @property
+    def near(self) -> Tensor:
+        """
+        Samples near enough to the fixed point for residuals to be about affine,
+        ``(B,)``: only those are accelerated. In the base class, all.
+        """
+        return torch.ones_like(self.residual, dtype=torch.bool)
+
     @abstractmethod
     def correction(self, r: Tensor, rtol: Tensor, active: Tensor) -> SolverResult:
         """
@@ -152,9 +160,9 @@ def fixed_point(
     equation in place of the steps: what they tell does not suffer from rough inner
     solves, which therefore keep to ``forcing``. It is safeguarded: a step from a
     combination that raises the residual, or makes it NaN, is taken back and the history
-    dropped, for that sample only; that takes an iteration without an inner solve. Where
-    acceleration does not halve the residual in 15 iterations, damped steps take over
-    for good.
+    dropped, for that sample only; that takes an iteration without an inner solve. It
+    starts where the frozen problem says so, see :attr:`LinearProblem.near`. Where it
+    does not halve the residual in 15 iterations, damped steps take over for good.
 
     If a sample does not converge, the iterate with the smallest weighted residual is
     returned.
@@ -224,9 +232,9 @@ def fixed_point(
         if mixer is None:
             step = problem.solve(torch.maximum(eta, enough).clamp(max=forcing), working)
         else:
-            mixer.judge(best_residual)
-            x, working = mixer.safeguard(x, residual, active)
             system = cast(LinearProblem, problem)
+            mixer.judge(best_residual, system.near)
+            x, working = mixer.safeguard(x, residual, active)
             start, r = mixer.combine(x, system.r, residual, working)
             # What the combination has gained need not be gained by the solve.
             enough = enough * (norm(system.r) / norm(r)).nan_to_num(1)
@@ -243,7 +251,7 @@ def fixed_point(
         if callback is not None:
             callback(k, previous, x)
         problem = freeze(x)
-        plain = working if mixer is None else working & ~mixer.on
+        plain = working if mixer is None else working & ~mixer.accelerated
         # How well the frozen problem predicted the residual tells how accurately the
         # next one is worth solving. The safeguard of Eisenstat and Walker, by which eta
         # falls slowly, is left out: it cost more than it saved on trained weights.
@@ -278,17 +286,22 @@ class _Anderson:
         self.valid: list[Tensor] = []  # (B,): whether entry j belongs to sample i
         # Residual that the last step must not exceed, infinite if it was a plain step.
         self.limit = torch.full_like(residual, torch.inf)
-        # (B,): whether accelerated, residual to reach, and for how long it was not.
-        self.on = torch.ones_like(residual, dtype=torch.bool)
+        # (B,): whether not given up, and whether accelerated in this iteration.
+        self.on = self.accelerated = torch.ones_like(residual, dtype=torch.bool)
+        # (B,): residual to reach, and for how long it was not.
         self.goal = torch.full_like(residual, torch.inf)
         self.waited = torch.zeros_like(residual)
 
-    def judge(self, best: Tensor) -> None:
-        """Gives samples up whose best residual has not been halved for long."""
-        reached = best <= self.goal
+    def judge(self, best: Tensor, near: Tensor) -> None:
+        """
+        Says which samples are accelerated: those that are ``near``, unless their best
+        residual has not been halved for long, which gives them up.
+        """
+        reached = (best <= self.goal) | ~near
         self.goal = torch.where(reached, best / 2, self.goal)
         self.waited = torch.where(reached, 0, self.waited + 1)
         self.on = self.on & (self.waited < PATIENCE)
+        self.accelerated = self.on & near
 
     def safeguard(
         self, x: Tensor, residual: Tensor, active: Tensor
@@ -314,7 +327,7 @@ class _Anderson:
         self.limit = torch.full_like(residual, torch.inf)
         start, expected = x, r
         if self.images:
-            valid = torch.stack(self.valid, 1) & (self.on & working)[:, None]  # (B, m)
+            valid = torch.stack(self.valid, 1) & (self.accelerated & working)[:, None]
             self.limit = residual.where(valid.any(1), torch.inf)
             dx, dr = (
                 torch.stack([v - v_j for v_j in past], 1).flatten(2).nan_to_num(0, 0, 0)
@@ -326,7 +339,7 @@ class _Anderson:
         keep = slice(-self.depth, None)
         self.images = [*self.images, x][keep]
         self.residuals = [*self.residuals, r][keep]
-        self.valid = [*self.valid, working][keep]
+        self.valid = [*self.valid, working & self.accelerated][keep]
         return start, expected
 
 
