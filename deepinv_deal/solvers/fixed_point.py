@@ -329,18 +329,28 @@ class _Anderson:
         if self.images:
             valid = torch.stack(self.valid, 1) & (self.accelerated & working)[:, None]
             self.limit = residual.where(valid.any(1), torch.inf)
-            dx, dr = (
-                torch.stack([v - v_j for v_j in past], 1).flatten(2).nan_to_num(0, 0, 0)
-                for v, past in ((x, self.images), (r, self.residuals))
-            )  # (B, m, N)
-            gamma = _least_squares(dr, r.flatten(1).nan_to_num(0, 0, 0), valid)
-            start = x - (gamma[:, None] @ dx)[:, 0].view_as(x)
-            expected = r - (gamma[:, None] @ dr)[:, 0].view_as(r)
+            # Scaled, lest squares underflow. One after the other: they are large.
+            size = norm(r).clamp_min(torch.finfo(r.dtype).tiny)
+            dr = _differences(r, self.residuals, size)
+            b = (r / expand(size, r)).flatten(1).nan_to_num(0, 0, 0)
+            gamma = _least_squares(dr, b, valid)[:, None]  # (B, 1, m)
+            expected = r - expand(size, r) * (gamma @ dr).view_as(r)
+            del dr
+            dx = _differences(x, self.images, torch.ones_like(size))
+            start = x - (gamma @ dx).view_as(x)
         keep = slice(-self.depth, None)
         self.images = [*self.images, x][keep]
         self.residuals = [*self.residuals, r][keep]
         self.valid = [*self.valid, working & self.accelerated][keep]
         return start, expected
+
+
+def _differences(v: Tensor, past: list[Tensor], size: Tensor) -> Tensor:
+    """Returns ``(v - v_j) / size``, zero where not finite, ``(B, m, N)``."""
+    out = v.new_empty(len(v), len(past), v[:1].numel())
+    for j, v_j in enumerate(past):
+        out[:, j] = (v - v_j).flatten(1)
+    return out.div_(expand(size, out)).nan_to_num_(0, 0, 0)
 
 
 def _least_squares(A: Tensor, b: Tensor, valid: Tensor) -> Tensor:
@@ -353,10 +363,10 @@ def _least_squares(A: Tensor, b: Tensor, valid: Tensor) -> Tensor:
     :param torch.Tensor valid: the entries that may be used.
     """
     mask = valid.to(A.dtype)
-    # Scaled, lest the squares underflow.
-    size = norm(b).clamp_min(torch.finfo(A.dtype).tiny)
-    A, b = mask[..., None] * A / expand(size, A), b / expand(size, b)
     gram, rhs = A @ A.mT, (A @ b[..., None])[..., 0]
+    # Not by multiplication: an entry that is not valid may be infinite.
+    gram = gram.where(valid[:, None] & valid[:, :, None], 0)
+    rhs = rhs.where(valid, 0)
     trace = gram.diagonal(dim1=1, dim2=2).sum(1)
     # Relative regularisation keeps the solve scale free, and never singular if it is
     # above the rounding level.
