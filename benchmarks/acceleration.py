@@ -1,5 +1,5 @@
 """
-When Anderson acceleration pays: work with and without, at the default tolerance.
+When Anderson acceleration pays: work with and without.
 
 For denoising at several noise levels and for the operators of ``operators.py``, prints
 outer iterations and conjugate gradient steps, the mean over all images, and the work in
@@ -7,7 +7,7 @@ applications of W^T M^2 W if a mask takes as long as 1.2 of them (each outer ite
 has one mask and one application for the residual).
 
     python benchmarks/acceleration.py --data IMAGES [--images 6] [--size 96]
-        [--only denoising] [--threads 1]
+        [--rtol 1e-3] [--only denoising] [--threads 1]
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of images")
     parser.add_argument("--images", type=int, default=6)
     parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--rtol", type=float, default=2e-2)
+    parser.add_argument("--max-iter", type=int, default=100)
     parser.add_argument("--only", default="", help="part of the problems' names")
     parser.add_argument("--pretrained", default="deal_gray")
     parser.add_argument("--threads", type=int)
@@ -57,6 +59,8 @@ def main() -> None:
                 pretrained=args.pretrained,
                 forcing=forcing,
                 anderson=anderson,
+                rtol=args.rtol,
+                max_iter=args.max_iter,
                 warn=False,
             )
             with torch.no_grad():

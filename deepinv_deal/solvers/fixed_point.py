@@ -211,7 +211,7 @@ def fixed_point(
     mixer = _Anderson(anderson, residual) if anderson else None
     for k in range(max_iter + 1):
         finite = residual.isfinite()
-        if mixer is not None and not (mixer.on & active).any():
+        if mixer is not None and not (mixer.kept & active).any():
             mixer = None
         if mixer is not None:
             finite = finite | mixer.rejects(residual)
@@ -283,11 +283,14 @@ class _Anderson:
         self.depth = depth
         self.images: list[Tensor] = []  # x_j, the last one where the last step began
         self.residuals: list[Tensor] = []  # r_j
-        self.valid: list[Tensor] = []  # (B,): whether entry j belongs to sample i
+        # (B, m): whether entry j belongs to sample i.
+        self.valid = torch.zeros_like(residual, dtype=torch.bool)[:, None][:, :0]
         # Residual that the last step must not exceed, infinite if it was a plain step.
         self.limit = torch.full_like(residual, torch.inf)
-        # (B,): whether not given up, and whether accelerated in this iteration.
-        self.on = self.accelerated = torch.ones_like(residual, dtype=torch.bool)
+        # (B,): whether not given up, whether ever near, and whether accelerated in this
+        # iteration.
+        self.kept = torch.ones_like(residual, dtype=torch.bool)
+        self.begun = self.accelerated = ~self.kept
         # (B,): residual to reach, and for how long it was not.
         self.goal = torch.full_like(residual, torch.inf)
         self.waited = torch.zeros_like(residual)
@@ -297,11 +300,13 @@ class _Anderson:
         Says which samples are accelerated: those that are ``near``, unless their best
         residual has not been halved for long, which gives them up.
         """
-        reached = (best <= self.goal) | ~near
+        # Who leaves and comes back has no more time than others.
+        self.begun = self.begun | near
+        reached = (best <= self.goal) | ~self.begun
         self.goal = torch.where(reached, best / 2, self.goal)
         self.waited = torch.where(reached, 0, self.waited + 1)
-        self.on = self.on & (self.waited < PATIENCE)
-        self.accelerated = self.on & near
+        self.kept = self.kept & (self.waited < PATIENCE)
+        self.accelerated = self.kept & near
 
     def safeguard(
         self, x: Tensor, residual: Tensor, active: Tensor
@@ -310,7 +315,7 @@ class _Anderson:
         if not self.images:
             return x, active
         rejected = active & self.rejects(residual)
-        self.valid = [valid & ~rejected for valid in self.valid]
+        self.valid = self.valid & ~rejected[:, None]
         return select(rejected, self.images[-1], x), active & ~rejected
 
     def rejects(self, residual: Tensor) -> Tensor:
@@ -326,8 +331,8 @@ class _Anderson:
         """
         self.limit = torch.full_like(residual, torch.inf)
         start, expected = x, r
-        if self.images:
-            valid = torch.stack(self.valid, 1) & (self.accelerated & working)[:, None]
+        valid = self.valid & (self.accelerated & working)[:, None]
+        if valid.any():
             self.limit = residual.where(valid.any(1), torch.inf)
             # Scaled, lest squares underflow. One after the other: they are large.
             size = norm(r).clamp_min(torch.finfo(r.dtype).tiny)
@@ -341,7 +346,8 @@ class _Anderson:
         keep = slice(-self.depth, None)
         self.images = [*self.images, x][keep]
         self.residuals = [*self.residuals, r][keep]
-        self.valid = [*self.valid, working & self.accelerated][keep]
+        entry = working & self.accelerated
+        self.valid = torch.cat([self.valid, entry[:, None]], 1)[:, keep]
         return start, expected
 
 

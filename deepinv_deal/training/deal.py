@@ -169,11 +169,11 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
                 max_iter=self._depth(start is None),
             )
         mask = equation.regularizer.mask(result.x)
-        # The result need not be the last iterate: it is the best. Compared with the one
-        # before, where it is not the last, it would not have changed at all.
+        # The result need not be the last iterate: it is the best. Where it is the one
+        # before, that one's mask has not changed, and the last one's is compared.
         (_, previous), (last, squared_mask) = iterates[0], iterates[-1]
-        is_last = (result.x == last).flatten(1).all(1)
-        other = select(is_last, previous, squared_mask)
+        stays = (result.x == last) | ~last.isfinite()
+        other = select(stays.flatten(1).all(1), previous, squared_mask)
         options = AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol)
         x_hat = attach_gradient(
             equation, result.x, options, residual=equation(result.x, mask)

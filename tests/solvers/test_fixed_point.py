@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Counted, CoupledEquation, FrozenMap, random
+from helpers import Counted, CoupledEquation, FrozenMap, FrozenSystem, random
 
 from deepinv_deal._batch import norm
 from deepinv_deal.solvers import SolverResult, Status, fixed_point
@@ -371,6 +371,45 @@ def test_taking_back_concerns_one_sample_only():
     for i in range(3):
         alone = fixed_point(lambda x: FrozenMap(kinked, x), init[i : i + 1], **options)
         assert_same(together, alone, i)
+
+
+class Scheduled(FrozenSystem):
+    """Says itself which samples are near."""
+
+    near = None
+
+
+def test_only_what_is_near_is_accelerated(rng):
+    """Always, from the third iteration on, with a break, never."""
+    equation = CoupledEquation.draw(rng, 4)
+    when = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 0, 0, 1], [0] * 5])
+
+    def solve(samples):
+        k, own = 0, equation.replace(b=equation.b[samples])
+
+        def freeze(x):
+            nonlocal k
+            problem = own.freeze(x)
+            problem.__class__ = Scheduled
+            problem.near = when[samples, min(k, 4)].bool()
+            k += 1
+            return problem
+
+        init = torch.zeros(len(own.b), 6, dtype=torch.float64)
+        return fixed_point(freeze, init, anderson=3, rtol=1e-8)
+
+    together = solve(slice(None))
+    assert together.converged.all()
+    for i in range(4):
+        assert_same(together, solve(slice(i, i + 1)), i)
+    init = torch.zeros(4, 6, dtype=torch.float64)
+    always, never = (
+        fixed_point(equation.freeze, init, anderson=depth, rtol=1e-8)
+        for depth in (3, 0)
+    )
+    for i, (first, last) in enumerate(((True, False), (0, 0), (0, 0), (False, True))):
+        assert torch.equal(together.x[i], always.x[i]) == first
+        assert torch.equal(together.x[i], never.x[i]) == last
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

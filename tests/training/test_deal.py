@@ -432,6 +432,23 @@ def test_each_setting_changes_the_training(folder, tmp_path, plain, change):
     assert not torch.equal(plain, train(folder, tmp_path, **change))
 
 
+def test_an_iterate_that_is_not_finite_does_not_spoil_the_loss(
+    folder, tmp_path, monkeypatch
+):
+    """The solver returns the iterate before it."""
+
+    def step(freeze, init, **kwargs):  # noqa: ARG001
+        freeze(init)
+        freeze(torch.nan * init)
+        zero = torch.zeros(len(init))
+        return SolverResult(init, zero.to(torch.int8), zero.long(), zero)
+
+    monkeypatch.setattr(deal, "fixed_point", step)
+    trainer = DEALTrainer(recipe(folder, tmp_path))
+    problems = trainer.sampler.batch(0, 2)
+    assert trainer.loss(problems, problems.y)[0].isfinite()
+
+
 @pytest.mark.parametrize("kept", ["last", "first"])
 def test_drift_is_that_of_the_last_step_even_if_it_was_none_to_keep(
     folder, tmp_path, monkeypatch, kept
