@@ -238,7 +238,7 @@ class FrozenSystem(LinearProblem):
         r"""Applies :math:`H + \lambda W^{\top} m^2 W`, in the inner precision."""
         regularizer, squared_mask = self.applied
         force = self.equation.force(v, squared_mask, regularizer)
-        return self.equation.H(v) + force
+        return self.equation.preconditioning.H(v) + force
 
     @cached_property
     def applied(self) -> tuple[AttentiveQuadratic, Tensor]:

@@ -99,6 +99,30 @@ def test_auto_considers_what_fits(filters, H, circulant, kept):
         assert (own.use_circulant == circulant).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize(
+    ("name", "replaced"),
+    [("blur", True), ("nearly a blur", False), ("identity", False), ("mask", False)],
+)
+def test_a_convolution_is_applied_by_its_fourier_transform(
+    filters, name, replaced, dtype
+):
+    x = torch.randn(2, 1, 12, 13, generator=generator(), dtype=dtype)
+    calls = []
+
+    def H(v):
+        calls.append(v)
+        if name in ("mask", "identity"):
+            return (1 - (name == "mask") * (x > 0).to(v)) * v
+        return blurred(v) + (name == "nearly a blur") * 1e-3 * (x > 0) * v
+
+    own = Preconditioning("auto", H, x, torch.ones(2, dtype=dtype), filters.to(dtype))
+    # Two random images tell a convolution; others take four, and four for the diagonal.
+    assert len(calls) == (2 if name in ("blur", "identity") else 8)
+    assert (own.H is not H) == replaced
+    assert relative_error(own.H(x), H(x)) < (1e-6 if dtype == torch.float32 else 1e-13)
+
+
 def test_auto_prefers_the_diagonal_for_masks(filters):
     mask = torch.rand(2, 1, 12, 12, generator=generator(), dtype=DOUBLE).round()
     weight = torch.ones(2, dtype=DOUBLE)
