@@ -134,7 +134,7 @@ class DEAL(FixedPointOptim, Denoiser):
         least.
     :param int anderson: depth of the safeguarded Anderson acceleration, ``0`` for none;
         ``None``: 5. See :func:`deepinv_deal.solvers.fixed_point`. In inverse problems
-        it starts when the imbalance of forces is below 0.1.
+        it starts when the imbalance of forces is below 0.02.
     :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``,
         see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
     :param torch.dtype inner_dtype: precision of the convolutions in the inner solves,
