@@ -123,8 +123,7 @@ class AttentiveL1Recipe(SingleLevelRecipe):
     :param float drift: weight of the change of the mask in the last iteration, see
         :func:`deepinv_deal.training.mask_drift`. With 0, training ends with masks that
         take many iterations to settle; with much more, quality may be lost. MMR has
-        borne ten times as much; at 5 gray levels, where errors are small, SAFI was
-        better with a tenth.
+        borne ten times as much.
     """
 
     patch_size: int = 40
