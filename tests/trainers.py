@@ -11,6 +11,7 @@ from problems import generator
 from torch import Tensor
 
 from deepinv_deal import DEAL, MMR, SAFI, PatchSynthesis, SmoothPlusSparse
+from deepinv_deal.solvers import SolverResult
 from deepinv_deal.training import (
     AttentiveL1Recipe,
     AttentiveL1Trainer,
@@ -19,6 +20,24 @@ from deepinv_deal.training import (
     DictionaryRecipe,
     DictionaryTrainer,
 )
+
+
+def stopping_at(*factors: float, kept: float):
+    """
+    Returns a stand-in for ``fixed_point`` that visits multiples of the first iterate.
+
+    :param float factors: the multiples, in this order.
+    :param float kept: multiple that it returns as the best.
+    """
+
+    def solve(freeze, init, **kwargs):  # noqa: ARG001
+        for factor in factors:
+            freeze(factor * init)
+        zero = torch.zeros(len(init))
+        return SolverResult(kept * init, zero.to(torch.int8), zero.long(), zero)
+
+    return solve
+
 
 #: Settings of all recipes that make a training small.
 SMALL = {

@@ -36,8 +36,7 @@ from deepinv_deal.solvers.fixed_point import LEAST_FORCE
 from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.solvers.preconditioner import (
     EXACT_MISFIT,
-    from_fourier,
-    to_fourier,
+    convolve,
     transfer_function,
 )
 
@@ -534,8 +533,7 @@ class FrozenL1:
             # Images smaller than a kernel have no room for it.
             padding = (0, width - v.shape[-1], 0, height - v.shape[-2])
             padded = F.pad(v, padding)
-            spectrum = to_fourier(padded, complex_pair) * inverse
-            image = from_fourier(spectrum, padded, complex_pair)
+            image = convolve(inverse, padded, complex_pair=complex_pair)
             return image[..., : v.shape[-2], : v.shape[-1]]
 
         return apply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from deepinv_deal.solvers.preconditioner import (
     LARGEST_MISFIT,
     PreconditionedSolver,
     bounded,
-    convolution,
+    convolve,
     diagonal,
     faithful,
     from_fourier,
@@ -88,7 +89,9 @@ class Preconditioning:
                 by_diagonal = norm(self.symbol - mean) / norm(self.symbol)
                 by_diagonal = by_diagonal.nan_to_num(0)
                 if (by_diagonal > EXACT_MISFIT).all():
-                    self.H = convolution(self.symbol, complex_pair=self.complex_pair)
+                    self.H = partial(
+                        convolve, self.symbol, complex_pair=self.complex_pair
+                    )
             else:
                 self.diagonal, by_diagonal = diagonal(H, b)
             self.use_circulant = by_symbol <= by_diagonal

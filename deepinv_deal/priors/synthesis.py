@@ -24,7 +24,7 @@ from deepinv_deal.solvers import (
 )
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.implicit import LinearSolve
-from deepinv_deal.solvers.preconditioner import from_fourier, to_fourier
+from deepinv_deal.solvers.preconditioner import convolve
 
 #: Limit on the conjugate gradient iterations of one linear solve.
 MAX_CG_ITER = 1000
@@ -217,9 +217,7 @@ class SynthesisProblem:
         features = self.frame.features
         beta = expand(self.beta, x)
         if features.circular:
-            return beta * from_fourier(
-                self._aggregation * to_fourier(x, False), x, False
-            )
+            return beta * convolve(self._aggregation, x)
         # What is free is usually smaller than what is penalised.
         free = self.frame.free_features
         return beta * (patch_count(x, free.patch_size) * x - free.adjoint(free(x)))
@@ -471,4 +469,4 @@ def patch_count(x: Tensor, n: int) -> Tensor:
 def _divide(inverse: Tensor, v: Tensor) -> Tensor:
     """Multiplies the DFT of ``v``; two channels are one complex image."""
     complex_pair = v.shape[1] == 2
-    return from_fourier(inverse * to_fourier(v, complex_pair), v, complex_pair)
+    return convolve(inverse, v, complex_pair=complex_pair)

@@ -336,12 +336,13 @@ class _Anderson:
             self.limit = residual.where(valid.any(1), torch.inf)
             # Scaled, lest squares underflow. One after the other: they are large.
             size = norm(r).clamp_min(torch.finfo(r.dtype).tiny)
-            dr = _differences(r, self.residuals, size)
+            dr = _differences(r, self.residuals)
+            dr = dr.div_(expand(size, dr)).nan_to_num_(0, 0, 0)
             b = (r / expand(size, r)).flatten(1).nan_to_num(0, 0, 0)
             gamma = _least_squares(dr, b, valid)[:, None]  # (B, 1, m)
             expected = r - expand(size, r) * (gamma @ dr).view_as(r)
             del dr
-            dx = _differences(x, self.images, torch.ones_like(size))
+            dx = _differences(x, self.images).nan_to_num_(0, 0, 0)
             start = x - (gamma @ dx).view_as(x)
         keep = slice(-self.depth, None)
         self.images = [*self.images, x][keep]
@@ -351,12 +352,12 @@ class _Anderson:
         return start, expected
 
 
-def _differences(v: Tensor, past: list[Tensor], size: Tensor) -> Tensor:
-    """Returns ``(v - v_j) / size``, zero where not finite, ``(B, m, N)``."""
+def _differences(v: Tensor, past: list[Tensor]) -> Tensor:
+    """Returns ``v - v_j`` for all past ``v_j``, shape ``(B, m, N)``."""
     out = v.new_empty(len(v), len(past), v[:1].numel())
     for j, v_j in enumerate(past):
         out[:, j] = (v - v_j).flatten(1)
-    return out.div_(expand(size, out)).nan_to_num_(0, 0, 0)
+    return out
 
 
 def _least_squares(A: Tensor, b: Tensor, valid: Tensor) -> Tensor:

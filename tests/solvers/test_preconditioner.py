@@ -8,8 +8,8 @@ from deepinv_deal.solvers.preconditioner import (
     FLOOR,
     PreconditionedSolver,
     bounded,
+    convolve,
     diagonal,
-    from_fourier,
     probe,
     to_fourier,
     transfer_function,
@@ -19,7 +19,7 @@ SHAPE = (3, 2, 6, 7)
 
 
 def circular(symbol, complex_pair=False):
-    return lambda x: from_fourier(to_fourier(x, complex_pair) * symbol, x, complex_pair)
+    return lambda x: convolve(symbol, x, complex_pair=complex_pair)
 
 
 def symmetric_symbol(*shape, seed=0):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from skimage.data import astronaut
-from trainers import KINDS, slopes_of_the_loss, weights_after
+from trainers import KINDS, slopes_of_the_loss, stopping_at, weights_after
 
-from deepinv_deal.solvers import SolverResult
 from deepinv_deal.training import attentive_l1, mask_drift
 
 
@@ -125,12 +124,6 @@ def test_drift_is_that_of_the_last_step_even_if_it_was_none_to_keep(
 ):
     """The solver returns its best iterate, which may be the one before."""
 
-    def rejecting(freeze, init, **kwargs):  # noqa: ARG001
-        freeze(init)
-        freeze(0.5 * init)
-        zero = torch.zeros(len(init))
-        return SolverResult(init, zero.to(torch.int8), zero.long(), zero)
-
     losses = []
     for drift in (0.0, 2.0):
         training = start(folder, tmp_path, drift=drift, model=model)
@@ -139,7 +132,7 @@ def test_drift_is_that_of_the_last_step_even_if_it_was_none_to_keep(
         with torch.no_grad():
             p = equation.start(None)
         with monkeypatch.context() as patch:
-            patch.setattr(attentive_l1, "fixed_point", rejecting)
+            patch.setattr(attentive_l1, "fixed_point", stopping_at(1, 0.5, kept=1))
             losses.append(training.loss(problems, p)[0].detach())
     change = mask_drift(equation.mask(0.5 * p), equation.mask(p)).detach()
     assert change.mean() > 0

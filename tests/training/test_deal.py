@@ -15,11 +15,10 @@ import torch
 from matplotlib import image
 from PIL import Image
 from problems import random_prior
-from trainers import SMALL, options, weights_after
+from trainers import SMALL, options, stopping_at, weights_after
 
 from deepinv_deal import DEAL
 from deepinv_deal.cli import main
-from deepinv_deal.solvers import SolverResult
 from deepinv_deal.splines import LinearSpline
 from deepinv_deal.training import (
     DEALRecipe,
@@ -437,32 +436,19 @@ def test_an_iterate_that_is_not_finite_does_not_spoil_the_loss(
 ):
     """The solver returns the iterate before it."""
 
-    def step(freeze, init, **kwargs):  # noqa: ARG001
-        freeze(init)
-        freeze(torch.nan * init)
-        zero = torch.zeros(len(init))
-        return SolverResult(init, zero.to(torch.int8), zero.long(), zero)
-
-    monkeypatch.setattr(deal, "fixed_point", step)
+    monkeypatch.setattr(deal, "fixed_point", stopping_at(1, torch.nan, kept=1))
     trainer = DEALTrainer(recipe(folder, tmp_path))
     problems = trainer.sampler.batch(0, 2)
     assert trainer.loss(problems, problems.y)[0].isfinite()
 
 
-@pytest.mark.parametrize("kept", ["last", "first"])
+@pytest.mark.parametrize("kept", [0.5, 1])
 def test_drift_is_that_of_the_last_step_even_if_it_was_none_to_keep(
     folder, tmp_path, monkeypatch, kept
 ):
     """The solver returns its best iterate, which may be the one before."""
 
-    def step(freeze, init, **kwargs):  # noqa: ARG001
-        freeze(init)
-        freeze(0.5 * init)
-        x = {"first": init, "last": 0.5 * init}[kept]
-        zero = torch.zeros(len(x))
-        return SolverResult(x, zero.to(torch.int8), zero.long(), zero)
-
-    monkeypatch.setattr(deal, "fixed_point", step)
+    monkeypatch.setattr(deal, "fixed_point", stopping_at(1, 0.5, kept=kept))
     losses = []
     for drift in (0.0, 2.0):
         trainer = DEALTrainer(recipe(folder, tmp_path, drift=drift))
