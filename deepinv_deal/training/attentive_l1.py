@@ -10,6 +10,7 @@ import torch
 from scipy.fft import idctn
 from torch import Tensor, nn
 
+from deepinv_deal._batch import select
 from deepinv_deal.models.safi import MMR, SAFI
 from deepinv_deal.priors import AttentiveL1Prior, MMRPrior, SAFIPrior
 from deepinv_deal.solvers import (
@@ -257,7 +258,11 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
         if recipe.drift:
             # Both masks have gradients: the mask shall depend less on the image. If the
             # previous one were constant, the mask would lag behind instead.
-            # The result need not be the last pair: it is the best.
-            last, previous = equation.mask(pairs[-1]), equation.mask(pairs[0])
+            # The result need not be the last pair: it is the best. It stands for a pair
+            # that is not finite.
+            last, previous = (
+                equation.mask(select(p.isfinite().flatten(1).all(1), p, result.x))
+                for p in (pairs[-1], pairs[0])
+            )
             loss = loss + recipe.drift * mask_drift(last, previous)
         return loss.mean(), result.x

@@ -170,10 +170,12 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
             )
         mask = equation.regularizer.mask(result.x)
         # The result need not be the last iterate: it is the best. Where it is the one
-        # before, that one's mask has not changed, and the last one's is compared.
+        # before, that one's mask has not changed, and the last one's is compared. It
+        # stands for an iterate that is not finite.
         (_, previous), (last, squared_mask) = iterates[0], iterates[-1]
-        stays = (result.x == last) | ~last.isfinite()
-        other = select(stays.flatten(1).all(1), previous, squared_mask)
+        other = select((result.x == last).flatten(1).all(1), previous, squared_mask)
+        finite = other.flatten(1).isfinite().all(1)
+        other = select(finite, other, mask.detach().square())
         options = AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol)
         x_hat = attach_gradient(
             equation, result.x, options, residual=equation(result.x, mask)

@@ -139,6 +139,23 @@ def test_drift_is_that_of_the_last_step_even_if_it_was_none_to_keep(
     torch.testing.assert_close(losses[1] - losses[0], 2 * change.mean())
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_pair_that_is_not_finite_does_not_spoil_the_loss(
+    folder, tmp_path, monkeypatch, times
+):
+    """The solver returns the pair before it."""
+    training = start(folder, tmp_path, drift=2.0)
+    problems = training.sampler.batch(0, 2)
+    with torch.no_grad():
+        p = training.prior.equation(None, problems.y).start(None)
+    stub = stopping_at(1, *times * [torch.nan], kept=1)
+    monkeypatch.setattr(attentive_l1, "fixed_point", stub)
+    loss, _ = training.loss(problems, p)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(w.grad.isfinite().all() for w in training.prior.W.parameters())
+
+
 @pytest.mark.parametrize("model", ["safi", "mmr"])
 def test_every_weight_has_one_learning_rate(folder, tmp_path, model):
     training = start(folder, tmp_path, model=model)

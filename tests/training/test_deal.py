@@ -431,12 +431,13 @@ def test_each_setting_changes_the_training(folder, tmp_path, plain, change):
     assert not torch.equal(plain, train(folder, tmp_path, **change))
 
 
+@pytest.mark.parametrize("times", [1, 2])
 def test_an_iterate_that_is_not_finite_does_not_spoil_the_loss(
-    folder, tmp_path, monkeypatch
+    folder, tmp_path, monkeypatch, times
 ):
     """The solver returns the iterate before it."""
-
-    monkeypatch.setattr(deal, "fixed_point", stopping_at(1, torch.nan, kept=1))
+    stub = stopping_at(1, *times * [torch.nan], kept=1)
+    monkeypatch.setattr(deal, "fixed_point", stub)
     trainer = DEALTrainer(recipe(folder, tmp_path))
     problems = trainer.sampler.batch(0, 2)
     assert trainer.loss(problems, problems.y)[0].isfinite()
