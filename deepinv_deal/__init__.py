@@ -4,6 +4,7 @@ Learned, interpretable, convergent image reconstruction for deepinv.
 * :mod:`deepinv_deal.models`: what to start with: :class:`DEAL`, :class:`SAFI`,
   :class:`MMR`, :class:`SmoothPlusSparse`, :class:`PatchSynthesis`
 * :mod:`deepinv_deal.priors`: the learned regularizers as deepinv priors
+* :mod:`deepinv_deal.problems`: what is solved: the data term and the equations
 * :mod:`deepinv_deal.optim`: the deepinv optimizer that runs a prior to its fixed point
 * :mod:`deepinv_deal.solvers`: conjugate gradients, fixed points, implicit
   differentiation
@@ -37,7 +38,8 @@ from deepinv_deal.priors import (
     SAFIPrior,
     SmoothPlusSparsePrior,
 )
-from deepinv_deal.solvers import ConvergenceError, ConvergenceWarning
+from deepinv_deal.problems import KnownPhysics, SolverOptions
+from deepinv_deal.solvers import AdjointOptions, ConvergenceError, ConvergenceWarning
 from deepinv_deal.tuning import Trial, TuningResult, tune
 
 __version__ = version("deepinv-deal")
@@ -46,12 +48,14 @@ __all__ = [
     "DEAL",
     "MMR",
     "SAFI",
+    "AdjointOptions",
     "AttentiveL1Info",
     "ConvergenceError",
     "ConvergenceWarning",
     "DEALPrior",
     "FixedPointOptim",
     "FrozenIteration",
+    "KnownPhysics",
     "MMRPrior",
     "PatchSynthesis",
     "PatchSynthesisPrior",
@@ -59,6 +63,7 @@ __all__ = [
     "SAFIPrior",
     "SmoothPlusSparse",
     "SmoothPlusSparsePrior",
+    "SolverOptions",
     "SynthesisInfo",
     "Trial",
     "TuningResult",

@@ -1,15 +1,18 @@
 """What users import: reconstruction models, denoisers at the same time."""
 
+from deepinv_deal.models.base import ReconstructionModel
 from deepinv_deal.models.deal import DEAL
-from deepinv_deal.models.info import ReconstructionInfo
+from deepinv_deal.models.info import (
+    AttentiveL1Info,
+    ReconstructionInfo,
+    SynthesisInfo,
+)
 from deepinv_deal.models.patches import (
     PatchSynthesis,
     SmoothPlusSparse,
-    SynthesisInfo,
     SynthesisModel,
 )
-from deepinv_deal.models.problem import Problem
-from deepinv_deal.models.safi import MMR, SAFI, AttentiveL1Info, AttentiveL1Model
+from deepinv_deal.models.safi import MMR, SAFI, AttentiveL1Model
 
 __all__ = [
     "DEAL",
@@ -18,8 +21,8 @@ __all__ = [
     "AttentiveL1Info",
     "AttentiveL1Model",
     "PatchSynthesis",
-    "Problem",
     "ReconstructionInfo",
+    "ReconstructionModel",
     "SmoothPlusSparse",
     "SynthesisInfo",
     "SynthesisModel",

@@ -20,16 +20,20 @@ class ReconstructionInfo:
     r"""
     How a reconstruction went, one entry per sample.
 
-    :param torch.Tensor converged: whether ``imbalance`` met the tolerance, ``(B,)``.
+    :param torch.Tensor converged: whether ``criterion`` met the tolerance, ``(B,)``.
     :param torch.Tensor status: :class:`deepinv_deal.solvers.Status` values, ``(B,)``.
+        A method that runs a fixed number of passes ends with ``FINISHED``, which is not
+        convergence.
     :param torch.Tensor n_iter: outer iterations, ``(B,)``.
     :param torch.Tensor inner_iter: iterations of the inner solver in total, ``(B,)``.
-    :param torch.Tensor imbalance: nonlinear residual of the result relative to the
-        force of the regularizer, ``(B,)``.
-    :param torch.Tensor residual: the same relative to :math:`A^{\top} y`, ``(B,)``.
+    :param torch.Tensor criterion: what was compared with ``rtol``, ``(B,)``: for models
+        with weights that follow the image their ``imbalance``, the nonlinear residual
+        relative to the force of the regularizer; for dictionaries the relative change
+        of the image, see :class:`SynthesisInfo`.
+    :param torch.Tensor residual: the residual relative to :math:`A^{\top} y`, ``(B,)``.
     :param torch.Tensor history: ``residual`` of every iterate, ``(n, B)``.
     :param torch.Tensor lambda_reg: regularization weight, absolute, ``(B,)``.
-    :param float rtol: tolerance on the imbalance.
+    :param float rtol: tolerance on the criterion.
     :param torch.Tensor scale: intensity by which the data were divided, ``(B,)``.
     :param list notes: remarks on what was decided for the user.
     :param torch.Tensor sigma: noise level given to the model, in its [0, 1] units,
@@ -41,7 +45,7 @@ class ReconstructionInfo:
     status: Tensor
     n_iter: Tensor
     inner_iter: Tensor
-    imbalance: Tensor
+    criterion: Tensor
     residual: Tensor
     history: Tensor
     lambda_reg: Tensor
@@ -59,16 +63,18 @@ class ReconstructionInfo:
             status=result.status,
             n_iter=result.n_iter,
             inner_iter=result.n_inner,
-            imbalance=result.weighted_residual,
+            criterion=result.weighted_residual,
             residual=result.residual,
             history=result.history,
             **settings,
         )
 
     @property
-    def cg_iter(self) -> Tensor:
-        """``inner_iter``, by the name of DEAL's inner solver, conjugate gradients."""
-        return self.inner_iter
+    def imbalance(self) -> Tensor:
+        """
+        Nonlinear residual of the result relative to the force of the regularizer.
+        """
+        return self.criterion
 
     @property
     def has_mask(self) -> bool:
@@ -78,7 +84,9 @@ class ReconstructionInfo:
     @cached_property
     def mask(self) -> Tensor:
         """
-        Masks at the solution, ``(B, num_filters, H, W)``; computed when asked for.
+        Masks at the solution, ``(B, num_filters, H, W)``; computed when asked for. Of a
+        two-channel image ``(B, 2 num_filters, H, W)``, those of the first channel
+        first.
         """
         if self.compute_mask is None:
             raise AttributeError("This info holds no mask.")
@@ -90,3 +98,57 @@ class ReconstructionInfo:
         if self.compute_mask is not None:
             _ = self.mask
         return {**self.__dict__, "compute_mask": None}
+
+
+@dataclass(kw_only=True)
+class AttentiveL1Info(ReconstructionInfo):
+    r"""
+    As :class:`ReconstructionInfo`, with ``n_iter`` refreshes of the mask and
+    ``inner_iter`` iterations of ADMM or FISTA. Beyond:
+
+    :param torch.Tensor energy: energy of every iterate, ``(n, B)``, if asked for (MMR).
+    :param torch.Tensor gap: duality gap of every iterate but the first in the convex
+        problem that it should minimise, ``(n - 1, B)``, where the energy is asked for,
+        in denoising. Since that problem majorises the energy, the energy can rise by
+        that much at most: :math:`E(x_{k+1}) \leq E(x_k) + \mathrm{gap}_k`.
+    """
+
+    energy: Tensor | None = None
+    gap: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class SynthesisInfo(ReconstructionInfo):
+    r"""
+    As :class:`ReconstructionInfo`, for a reconstruction with a dictionary.
+
+    ``inner_iter`` counts the steps of sparse coding of ``"two-step"`` and is zero for
+    other methods. Beyond:
+
+    :param torch.Tensor beta: coupling of image and coefficients, ``(B,)``.
+    :param str solver: the method that ran.
+    :param torch.Tensor coefficients: the coefficients :math:`a` at the solution,
+        ``(B, C p, H', W')``, in the scaling of
+        :class:`~deepinv_deal.priors.SmoothPlusSparsePrior`: :math:`\sqrt{\beta}` times
+        those of :class:`~deepinv_deal.priors.PatchSynthesisPrior`.
+    :param torch.Tensor objective: value of the energy, data term up to
+        :math:`\tfrac12 \|y\|^2`, ``(B,)``.
+    """
+
+    beta: Tensor
+    solver: str
+    coefficients: Tensor = field(repr=False)
+    objective: Tensor
+
+    @property
+    def change(self) -> Tensor:
+        """Relative change of the image in the last iteration, ``(B,)``."""
+        return self.criterion
+
+    @property
+    def imbalance(self) -> Tensor:
+        """Raises: forces are not what the methods of dictionaries look at."""
+        raise AttributeError(
+            "Dictionaries stop by the change of the image, not by an imbalance of "
+            "forces: see info.change."
+        )

@@ -3,43 +3,23 @@ r"""deepinv's optimizer interface to the fixed-point engine."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
-from deepinv.loss.metric import PSNR
 from deepinv.optim import BaseOptim, DEQConfig, OptimIterator
 from deepinv.optim.data_fidelity import L2, DataFidelity
 from deepinv.optim.prior import Prior
-from deepinv.physics import Denoising
 from torch import Tensor
 
-from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation
-from deepinv_deal.priors.attentive_quadratic import AttentiveEquation
-from deepinv_deal.priors.preconditioning import PRECONDITIONERS, Preconditioner
+from deepinv_deal.optim.metrics import IterationMetrics
+from deepinv_deal.problems import AttentiveEquation, DataTerm, SolverOptions
+from deepinv_deal.problems.options import DEFAULT_RTOL
 from deepinv_deal.solvers import (
     AdjointOptions,
     SolverResult,
-    attach_gradient,
     full_precision,
     implicit_solution,
-    solve_equation,
-)
-
-#: The equation of any prior of this package.
-AnyEquation = AttentiveEquation | AttentiveL1Equation
-
-#: Tolerance on the imbalance of forces. In denoising it is the share of the removed
-#: noise that is still uncertain.
-DEFAULT_RTOL = 2e-2
-
-#: Precisions of the convolutions in inner solves; ``None``: that of the weights.
-INNER_DTYPES = (None, torch.bfloat16, torch.float16, torch.float32)
-
-#: Settings of the backward pass if none are given: exact gradients, Anderson
-#: accelerated.
-DEFAULT_DEQ = DEQConfig(
-    anderson_acceleration_backward=True, eps_backward=1e-4, max_iter_backward=100
 )
 
 
@@ -56,22 +36,17 @@ class FrozenIteration(OptimIterator):
     it with inexact inner solves, per-sample stopping and its own implicit backward.
 
     :param float rtol: relative accuracy of the inner solve.
-    :param int inner_max_iter: largest number of inner iterations.
-    :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``.
-    :param torch.dtype inner_dtype: precision of the convolutions in the inner solves of
-        :class:`FixedPointOptim`; this iteration itself is in that of the weights.
+    :param SolverOptions solver: how the frozen problems are solved. This iteration
+        itself is in the precision of the weights, whatever its ``inner_dtype``.
     """
 
     def __init__(
         self,
         rtol: float = 1e-6,
-        inner_max_iter: int = 1000,
-        preconditioner: Preconditioner = "none",
-        inner_dtype: torch.dtype | None = None,
+        solver: str | SolverOptions = SolverOptions(preconditioner="none"),  # noqa: B008
     ):
         super().__init__(has_cost=False)
-        self.rtol, self.inner_max_iter = rtol, inner_max_iter
-        self.preconditioner, self.inner_dtype = preconditioner, inner_dtype
+        self.rtol, self.solver = rtol, SolverOptions.of(solver)
 
     def equation(
         self,
@@ -80,7 +55,9 @@ class FrozenIteration(OptimIterator):
         params: dict[str, Any],
         y: Tensor,
         physics: Any,
-    ) -> AnyEquation:
+        *,
+        trial: bool = True,
+    ) -> Any:
         """
         Returns the equation that the fixed points of the iteration solve.
 
@@ -90,6 +67,7 @@ class FrozenIteration(OptimIterator):
             ``"g_param"``, the noise level of the prior.
         :param torch.Tensor y: measurements.
         :param deepinv.physics.LinearPhysics physics: forward operator.
+        :param bool trial: whether to try the physics out; otherwise it is trusted.
         :raises TypeError: for another data fidelity or a prior that cannot be frozen.
         """
         if not isinstance(data_fidelity, L2):
@@ -105,27 +83,14 @@ class FrozenIteration(OptimIterator):
         if lambda_reg is not None:
             # The term norm / 2 ||A x - y||^2 with weight lambda, divided by its factor.
             lambda_reg = lambda_reg / data_fidelity.norm
-        settings: dict[str, Any] = {"inner_max_iter": self.inner_max_iter}
-        if getattr(prior, "quadratic", False):
-            settings["preconditioner"] = self.preconditioner
-        elif self.inner_dtype is not None:
-            raise ValueError(
-                f"inner_dtype={self.inner_dtype} is for quadratic priors such as "
-                f"DEALPrior, not for {type(prior).__name__}."
-            )
-        equation = prior.equation(
-            physics.A_adjoint_A,
-            physics.A_adjoint(y),
-            params["g_param"],
-            lambda_reg,
-            **settings,
+        weights = chain(prior.parameters(), prior.buffers())
+        reference = next(weights, torch.empty(0))
+        data = DataTerm.of(
+            y, physics, reference, in_channels=prior.in_channels, trial=trial
         )
-        if isinstance(equation, AttentiveEquation):
-            identity = getattr(physics, "denoising", isinstance(physics, Denoising))
-            equation = replace(
-                equation, inner_dtype=self.inner_dtype, denoising=identity
-            )
-        return equation
+        return prior.equation(
+            data, sigma=params["g_param"], lambda_reg=lambda_reg, options=self.solver
+        )
 
     def forward(
         self,
@@ -142,11 +107,13 @@ class FrozenIteration(OptimIterator):
         Returns ``{"est": (T(x), T(x)), "cost": None}`` for ``X = {"est": (x, ...)}``.
         """
         x = X["est"][0]
-        equation = self.equation(cur_data_fidelity, cur_prior, cur_params, y, physics)
+        equation = self.equation(
+            cur_data_fidelity, cur_prior, cur_params, y, physics, trial=False
+        )
         if not isinstance(equation, AttentiveEquation):
             raise TypeError(
                 f"FrozenIteration runs quadratic priors, got {type(cur_prior).__name__}"
-                ", whose iterates are pairs. Use FixedPointOptim."
+                ". Use FixedPointOptim."
             )
         equation = equation.precise  # a single solve, which nobody corrects
         with torch.no_grad():
@@ -198,20 +165,13 @@ class FixedPointOptim(BaseOptim):
     :param float, torch.Tensor sigma: noise level of the prior in [0, 1] units.
     :param deepinv.optim.L2 data_fidelity: :class:`deepinv.optim.L2` if ``None``.
     :param int max_iter: largest number of outer iterations.
-    :param int inner_max_iter: largest number of conjugate gradient iterations per
-        solve.
-    :param float rtol: tolerance on the imbalance of forces, see
-        :class:`deepinv_deal.priors.AttentiveEquation`.
-    :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``,
-        see :class:`deepinv_deal.priors.preconditioning.Preconditioning`.
-    :param torch.dtype inner_dtype: precision of the convolutions in the inner solves,
-        see :class:`deepinv_deal.DEAL`; ``None``: that of the weights.
-    :param float forcing: see :func:`deepinv_deal.solvers.fixed_point`.
-    :param int anderson: depth of the Anderson acceleration, ``0`` for none; ``None``: 5
-        with a quadratic prior, otherwise none.
-    :param deepinv.optim.DEQConfig DEQ: settings of the backward pass:
-        ``jacobian_free``, ``eps_backward`` (tolerance), ``max_iter_backward``,
-        ``anderson_acceleration_backward`` and ``history_size_backward``.
+    :param float rtol: tolerance of the solver, for attentive priors on the imbalance of
+        forces.
+    :param str, SolverOptions solver: name of a method, or all settings of the solver.
+    :param deepinv.optim.DEQConfig DEQ: settings of the backward pass in deepinv's
+        words: ``jacobian_free``, ``eps_backward`` (tolerance), ``max_iter_backward``,
+        ``anderson_acceleration_backward`` and ``history_size_backward``; ``None``:
+        exact gradients.
     :param list trainable_params: among ``"lambda_reg"`` and ``"g_param"``.
     :param Callable custom_init: as in :class:`deepinv.optim.BaseOptim`; zeros if
         ``None``.
@@ -229,37 +189,17 @@ class FixedPointOptim(BaseOptim):
         sigma: float | Tensor | None = None,
         data_fidelity: L2 | None = None,
         max_iter: int = 100,
-        inner_max_iter: int = 1000,
-        rtol: float = DEFAULT_RTOL,
-        forcing: float = 0.5,
-        anderson: int | None = None,
-        preconditioner: Preconditioner = "auto",
-        inner_dtype: torch.dtype | None = None,
-        DEQ: DEQConfig = DEFAULT_DEQ,
+        rtol: float | None = DEFAULT_RTOL,
+        solver: str | SolverOptions = "auto",
+        DEQ: DEQConfig | None = None,
         trainable_params: list[str] | None = None,
         custom_init: Callable[..., Any] | None = None,
         custom_metrics: dict[str, Any] | None = None,
         warn: bool = True,
         strict: bool = False,
     ):
-        if not isinstance(DEQ, DEQConfig):
+        if DEQ is not None and not isinstance(DEQ, DEQConfig):
             raise TypeError(f"DEQ must be a DEQConfig, got {type(DEQ).__name__}.")
-        if inner_max_iter < 1:
-            raise ValueError(f"inner_max_iter must be positive, got {inner_max_iter}.")
-        if preconditioner not in PRECONDITIONERS:
-            raise ValueError(
-                f"preconditioner must be one of {PRECONDITIONERS}, got "
-                f"{preconditioner!r}."
-            )
-        if inner_dtype not in INNER_DTYPES:
-            raise ValueError(
-                f"inner_dtype must be one of {INNER_DTYPES}, got {inner_dtype!r}."
-            )
-        if anderson and not getattr(prior, "quadratic", False):
-            raise ValueError(
-                f"anderson={anderson} needs a prior whose frozen problems are linear "
-                f"systems, as DEALPrior; {type(prior).__name__} is none. Leave it out."
-            )
         values = {"lambda_reg": lambda_reg, "g_param": sigma}
         for name in trainable_params or []:
             if name not in values:
@@ -272,20 +212,16 @@ class FixedPointOptim(BaseOptim):
                     f"from: give {name.replace('g_param', 'sigma')}."
                 )
         super().__init__(
-            FrozenIteration(
-                inner_max_iter=inner_max_iter,
-                preconditioner=preconditioner,
-                inner_dtype=inner_dtype,
-            ),
+            FrozenIteration(solver=solver),
             # One-element lists: a tensor is one value (or one per sample), not a
             # schedule.
             params_algo={"lambda": [lambda_reg], "g_param": [sigma], "stepsize": [1.0]},
             data_fidelity=data_fidelity or L2(),
             prior=prior,
             max_iter=max_iter,
-            thres_conv=rtol,
+            thres_conv=DEFAULT_RTOL if rtol is None else rtol,
             early_stop=True,
-            DEQ=DEQ,
+            DEQ=DEQ or DEQConfig(),
             # A copy, since BaseOptim renames entries in place.
             trainable_params=list(trainable_params or []),
             custom_init=custom_init,
@@ -296,23 +232,8 @@ class FixedPointOptim(BaseOptim):
         self.has_cost = self.fixed_point.iterator.has_cost = False
         # deepinv's metric object holds a local function and cannot be pickled.
         del self.psnr
-        self.psnr: Callable[..., Tensor] = _psnr
-        self.rtol, self.forcing, self.anderson = rtol, forcing, anderson
-        self.warn, self.strict = warn, strict
-
-    @property
-    def adjoint_options(self) -> AdjointOptions:
-        """The settings of the backward pass, from ``DEQ``."""
-        config = self.DEQ_config
-        return AdjointOptions(
-            jacobian_free=config.jacobian_free,
-            rtol=config.eps_backward,
-            max_iter=config.max_iter_backward,
-            anderson=config.history_size_backward
-            if config.anderson_acceleration_backward
-            else 0,
-            strict=self.strict,
-        )
+        self.rtol, self.warn, self.strict = rtol, warn, strict
+        self.adjoint = _adjoint_options(DEQ).made_strict(strict)
 
     def equation(
         self,
@@ -321,7 +242,7 @@ class FixedPointOptim(BaseOptim):
         *,
         sigma: float | Tensor | None = None,
         lambda_reg: float | Tensor | None = None,
-    ) -> AnyEquation:
+    ) -> Any:
         """
         Returns the equation of one reconstruction problem.
 
@@ -344,14 +265,6 @@ class FixedPointOptim(BaseOptim):
             )
         return self.fixed_point.iterator.equation(
             self.update_data_fidelity_fn(0), self.update_prior_fn(0), params, y, physics
-        )
-
-    def DEQ_additional_step(
-        self, X: dict[str, Any], y: Tensor, physics: Any, **kwargs: Any
-    ) -> Tensor:
-        """Attaches implicit gradients to the fixed point in ``X``."""
-        return attach_gradient(
-            self.equation(y, physics, **kwargs), X["est"][0], self.adjoint_options
         )
 
     @full_precision
@@ -379,89 +292,61 @@ class FixedPointOptim(BaseOptim):
         :return: the image, followed by metrics and info where asked for.
         """
         equation = self.equation(y, physics, **kwargs)
-        x0 = self.initial_image(equation, y, physics, init)
-        x, result, metrics = self.solve(equation, x0, x_gt, compute_metrics)
-        answer: tuple[Any, ...] = (x, *([metrics] if compute_metrics else []))
+        start = equation.start(self._initial_image(equation, y, physics, init))
+        metrics = None
+        if compute_metrics:
+            first = equation.image(start.detach())
+            metrics = IterationMetrics(first, x_gt, self.custom_metrics)
+
+        def observe(_k: int, before: Tensor, after: Tensor) -> None:
+            assert metrics is not None
+            metrics.observe(equation.image(before), equation.image(after))
+
+        unknown, result = equation.solve(
+            start,
+            rtol=self.rtol,
+            max_iter=self.max_iter,
+            adjoint=self.adjoint,
+            callback=observe if metrics is not None else None,
+        )
+        self.has_converged = bool(result.converged.all())
+        if self.warn or self.strict:
+            rtol = getattr(equation, "default_rtol", 0.0)
+            result.report(
+                type(self).__name__,
+                rtol if self.rtol is None else self.rtol,
+                "The image is the best iterate found. Raise max_iter, or relax rtol.",
+                strict=self.strict,
+            )
+        answer: tuple[Any, ...] = (equation.data.image(equation.image(unknown)),)
+        if metrics is not None:
+            answer = (*answer, metrics.finish(result))
         if return_info:
             answer = (*answer, result)
-        return answer if len(answer) > 1 else x
+        return answer if len(answer) > 1 else answer[0]
 
-    def initial_image(
-        self, equation: AnyEquation, y: Tensor, physics: Any, init: Any
+    def _initial_image(
+        self, equation: Any, y: Tensor, physics: Any, init: Any
     ) -> Tensor | None:
         """Returns the first image from ``init`` or ``custom_init``, or ``None``."""
         if init is None and self.custom_init is None:
             return None
-        x = self.init_iterate_fn(y, physics, init=init)["est"][0]
-        if x.shape != equation.b.shape:
-            raise ValueError(
-                f"init must give an image of shape {tuple(equation.b.shape)}, got "
-                f"{tuple(x.shape)}."
-            )
-        return x
+        image = self.init_iterate_fn(y, physics, init=init)["est"][0]
+        return equation.data.unknown("init", image)
 
-    def solve(
-        self,
-        equation: AnyEquation,
-        init: Tensor | None,
-        x_gt: Tensor | None = None,
-        compute_metrics: bool = False,
-        callback: Callable[[Tensor], None] | None = None,
-    ) -> tuple[Tensor, SolverResult, dict[str, Any] | None]:
-        """
-        Solves an equation with the settings of this optimizer.
 
-        :param object equation: from :meth:`equation`.
-        :param torch.Tensor init: first image, shape ``(B, C, H, W)``; ``None``: the
-            equation's own.
-        :param torch.Tensor x_gt: ground truth for the metrics.
-        :param bool compute_metrics: whether to record metrics.
-        :param Callable callback: called with the first and every further unknown.
-        :return: solution with implicit gradients, solver result, metrics or ``None``.
-        """
-        with torch.no_grad():
-            start = equation.start(init)
-        metrics: dict[str, Any] | None = None
-        if compute_metrics:
-            metrics = self.init_metrics_fn({"est": (equation.image(start),)}, x_gt=x_gt)
-
-        if callback is not None:
-            callback(start)
-
-        def observe(_k: int, previous: Tensor, x: Tensor) -> None:
-            if compute_metrics:
-                before, after = ({"est": (equation.image(p),)} for p in (previous, x))
-                self.update_metrics_fn(metrics, before, after, x_gt)
-            if callback is not None:
-                callback(x)
-
-        iterate, result = solve_equation(
-            equation,
-            start,
-            rtol=self.rtol,
-            max_iter=self.max_iter,
-            forcing=self.forcing,
-            anderson=self.anderson,
-            callback=observe if compute_metrics or callback is not None else None,
-            adjoint=self.adjoint_options,
-        )
-        self.has_converged = bool(result.converged.all())
-        if self.warn or self.strict:
-            result.report(
-                type(self).__name__,
-                self.rtol,
-                "The image is the best iterate found. Raise max_iter, or relax rtol.",
-                strict=self.strict,
-                stacklevel=7,  # the caller of the module
-            )
-        if metrics is not None:
-            metrics["nonlinear_residual"] = result.history.T.tolist()
-        return equation.image(iterate), result, metrics
+def _adjoint_options(config: DEQConfig | None) -> AdjointOptions:
+    """Returns the settings of the backward pass from deepinv's words."""
+    if config is None:
+        return AdjointOptions()
+    accelerated = config.anderson_acceleration_backward
+    return AdjointOptions(
+        jacobian_free=config.jacobian_free,
+        rtol=config.eps_backward,
+        max_iter=config.max_iter_backward,
+        anderson=config.history_size_backward if accelerated else 0,
+    )
 
 
 def _image_of(X: dict[str, Any]) -> Tensor:
     return X["est"][0]
-
-
-def _psnr(x: Tensor, x_gt: Tensor) -> Tensor:
-    return PSNR()(x, x_gt)

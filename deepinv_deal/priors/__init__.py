@@ -1,23 +1,12 @@
-"""Regularizers as deepinv priors: what a model freezes."""
+"""Regularizers as deepinv priors: what is learned."""
 
-from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation
-from deepinv_deal.priors.attentive_quadratic import (
-    AttentiveEquation,
-    AttentiveQuadratic,
-    AttentiveQuadraticPrior,
-)
+from deepinv_deal.priors.attentive_quadratic import AttentiveQuadraticPrior
 from deepinv_deal.priors.deal import DEALPrior
 from deepinv_deal.priors.patches import (
     PatchPrior,
     PatchSynthesisPrior,
     SmoothPlusSparsePrior,
 )
-from deepinv_deal.priors.penalties import (
-    GroupPenalty,
-    L1Penalty,
-    WeaklyConvexPenalty,
-)
-from deepinv_deal.priors.preconditioning import Preconditioning
 from deepinv_deal.priors.safi import (
     AttentiveL1Prior,
     AttentiveMask,
@@ -25,23 +14,19 @@ from deepinv_deal.priors.safi import (
     MMRPrior,
     SAFIPrior,
 )
+from deepinv_deal.problems import AttentiveL1, AttentiveQuadratic
 
 __all__ = [
-    "AttentiveEquation",
-    "AttentiveL1Equation",
+    "AttentiveL1",
     "AttentiveL1Prior",
     "AttentiveMask",
     "AttentiveQuadratic",
     "AttentiveQuadraticPrior",
     "ConcavePotential",
     "DEALPrior",
-    "GroupPenalty",
-    "L1Penalty",
     "MMRPrior",
     "PatchPrior",
     "PatchSynthesisPrior",
-    "Preconditioning",
     "SAFIPrior",
     "SmoothPlusSparsePrior",
-    "WeaklyConvexPenalty",
 ]

@@ -12,9 +12,9 @@ from deepinv_deal.operators import MultiConv, MultiConvOperator
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors.attentive_quadratic import (
     GRAY_LEVELS,
-    AttentiveQuadratic,
     AttentiveQuadraticPrior,
 )
+from deepinv_deal.problems.quadratic import AttentiveQuadratic
 from deepinv_deal.splines import BoundSpline, LinearSpline
 
 #: Bounds of the mask, Eq. (10): the lower one keeps the linear systems well-posed.
@@ -148,10 +148,6 @@ class DEALPrior(AttentiveQuadraticPrior):
         channels = (in_channels, 4 * in_channels, 8 * in_channels, num_filters)
         self.W = MultiConv(channels, normalization=normalization)
         self.mask_network = MaskNetwork(channels)
-        # Last, as ever: the state of an optimizer counts the parameters.
-        kappa = self.kappa
-        del self.kappa
-        self.kappa = kappa
 
     @property
     def normalization(self) -> Normalization:

@@ -12,30 +12,25 @@ from torch import Tensor, nn
 from deepinv_deal._batch import as_batch, inner
 from deepinv_deal.operators import PatchDictionary
 from deepinv_deal.operators.patches import Boundary
-from deepinv_deal.priors.penalties import (
+from deepinv_deal.problems.bounds import Bounds
+from deepinv_deal.problems.data_term import DataTerm, operator_term
+from deepinv_deal.problems.dictionary import DictionaryEquation, dictionary_method
+from deepinv_deal.problems.options import SolverOptions
+from deepinv_deal.problems.penalties import (
     GroupPenalty,
     L1Penalty,
     Penalty,
     WeaklyConvexPenalty,
 )
-from deepinv_deal.priors.synthesis import ImageSystem, SynthesisProblem
-from deepinv_deal.priors.synthesis_solvers import (
-    eliminated_fista,
-    joint_admm,
-    sparse_coding,
-)
-from deepinv_deal.solvers import AdjointOptions, SolverResult, full_precision
+from deepinv_deal.problems.synthesis import SynthesisProblem, with_means
+from deepinv_deal.problems.synthesis_solvers import sparse_coding
+from deepinv_deal.solvers import SolverResult, full_precision
 
 PenaltyName = Literal["group", "l1", "weakly_convex"]
 PENALTIES: tuple[str, ...] = ("group", "l1", "weakly_convex")
 
 #: What a denoiser takes the means of patches from: estimate or data.
 Mean = Literal["free", "fixed"]
-
-#: Penalty parameters of ADMM. For convex penalties the one that reaches a relative
-#: error of 1e-3 first (benchmarks/dictionaries.py); for others it has to exceed their
-#: weak convexity.
-ADMM_CONVEX, ADMM_WEAKLY_CONVEX = 0.015, 0.2
 
 #: Steps of size 1 in the coefficients need a dictionary of norm below 1, as published.
 GAIN = 0.99**0.5
@@ -104,7 +99,7 @@ class PatchPrior(Prior):
 
     def problem(
         self,
-        data: ImageSystem,
+        data: DataTerm,
         *,
         beta: Tensor | None = None,
         lambda_reg: Tensor | None = None,
@@ -112,7 +107,7 @@ class PatchPrior(Prior):
         """
         Returns the joint problem of image and coefficients.
 
-        :param ImageSystem data: the data term.
+        :param DataTerm data: the data term.
         :param torch.Tensor beta: coupling per sample ``(B,)``; the learned one if
             ``None``.
         :param torch.Tensor lambda_reg: base of the thresholds per sample ``(B,)``; the
@@ -139,12 +134,59 @@ class PatchPrior(Prior):
             cg_rtol=1e-6 if data.b.dtype == torch.float32 else 1e-12,
         )
 
+    #: Settings of the solver that exist for it, see :class:`SolverOptions`.
+    solver_settings: tuple[str, ...] = ()
+
+    #: Whether the regularizer depends on a noise level.
+    needs_sigma = False
+
+    @staticmethod
+    def methods(bounds: Bounds | None) -> tuple[str, ...]:
+        """Returns the names of the methods that minimise."""
+        return ("admm", "fista", "ipalm") if bounds is None else ("admm", "ipalm")
+
+    def equation(
+        self,
+        data: DataTerm,
+        *,
+        sigma: float | Tensor | None = None,
+        lambda_reg: float | Tensor | None = None,
+        beta: float | Tensor | None = None,
+        bounds: Bounds | None = None,
+        options: SolverOptions = SolverOptions(),  # noqa: B008 - immutable
+    ) -> DictionaryEquation:
+        """
+        Returns the equation of a reconstruction with this prior.
+
+        :param DataTerm data: the data term.
+        :param float, torch.Tensor sigma: noise level in [0, 1] units, one or ``(B,)``;
+            ``None``: that of the training.
+        :param float, torch.Tensor lambda_reg: base of the thresholds, one or ``(B,)``;
+            ``None``: the learned one times ``sigma`` over that of the training.
+        :param float, torch.Tensor beta: coupling, one or ``(B,)``; ``None``: the
+            learned one.
+        :param tuple bounds: smallest and largest value of the image, or ``None``.
+        :param SolverOptions options: the method.
+        :raises ValueError: if the image is smaller than a patch, or a setting does not
+            exist.
+        """
+        name, methods = type(self).__name__, self.methods(bounds)
+        options.check(name, methods, self.solver_settings)
+        if lambda_reg is None:
+            level = self.sigma if sigma is None else as_batch(sigma, data.b)
+            lambda_reg = level / self.sigma * self.lambda_reg
+        weight = as_batch(lambda_reg, data.b)
+        coupling = as_batch(self.beta if beta is None else beta, data.b)
+        problem = self.problem(data, beta=coupling, lambda_reg=weight)
+        method = dictionary_method(problem, options, bounds)
+        return DictionaryEquation(problem, weight, method, bounds)
+
     # -- deepinv's interface -----------------------------------------------------
 
     def _at(self, x: Tensor, sigma: Any) -> SynthesisProblem:
         scale = 1.0 if sigma is None else sigma / self.sigma
         return self.problem(
-            ImageSystem.identity(x),
+            operator_term(x),
             lambda_reg=as_batch(scale * self.lambda_reg, x),
         )
 
@@ -167,7 +209,7 @@ class PatchPrior(Prior):
             zero = problem.zero_coefficients()
         result = sparse_coding(problem, f, zero, rtol=rtol, max_iter=max_iter)
         advice = "Raise max_iter or relax rtol."
-        result.report(type(self).__name__, rtol, advice, stacklevel=4)
+        result.report(type(self).__name__, rtol, advice)
         return result
 
     def fn(self, x: Tensor, sigma: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -212,49 +254,15 @@ class PatchPrior(Prior):
         :param float rtol: tolerance of the joint solver.
         :param int max_iter: its largest number of iterations.
         """
-        weight = 1 / torch.as_tensor(gamma, dtype=x.dtype, device=x.device)
-        data = ImageSystem.identity(x, weight.reshape(-1))
+        weight = 1 / as_batch(gamma, x)[:, None, None, None]
+        data = operator_term(weight * x, lambda v: weight * v)
         problem = replace(self._at(x, sigma), data=data)
-        z, result = solve_jointly(problem, x, rtol=rtol, max_iter=max_iter)
+        method = dictionary_method(problem, SolverOptions(), None)
+        equation = DictionaryEquation(problem, as_batch(self.lambda_reg, x), method)
+        z, result = equation.solve(x, rtol=rtol, max_iter=max_iter)
         what, advice = f"{type(self).__name__}.prox", "Raise max_iter or relax rtol."
-        result.report(what, rtol, advice, stacklevel=4)
+        result.report(what, rtol, advice)
         return z
-
-
-def solve_jointly(
-    problem: SynthesisProblem,
-    x: Tensor,
-    a: Tensor | None = None,
-    *,
-    rtol: float,
-    max_iter: int,
-    adjoint: AdjointOptions | None = None,
-) -> tuple[Tensor, SolverResult]:
-    """
-    Minimises over image and coefficients by the better solver, with gradients.
-
-    ADMM for convex penalties where Fourier transforms solve its linear systems, else
-    FISTA with the image eliminated.
-
-    :param SynthesisProblem problem: the problem.
-    :param torch.Tensor x: first image.
-    :param torch.Tensor a: first coefficients; zero if ``None``.
-    :param float rtol: tolerance, see the solvers.
-    :param int max_iter: largest number of iterations.
-    :param AdjointOptions adjoint: settings of the backward pass.
-    :return: the image and the solver's result.
-    """
-    with torch.no_grad():
-        a = problem.zero_coefficients() if a is None else a
-        if problem.suits_admm:
-            result = joint_admm(
-                problem, x, a, r=ADMM_CONVEX, rtol=rtol, max_iter=max_iter
-            )
-        else:
-            result = eliminated_fista(problem, x, a, rtol=rtol, max_iter=max_iter)
-    options = adjoint or AdjointOptions(jacobian_free=True)
-    image, _ = problem.differentiable(result.x, result.state[0], options)
-    return image, result
 
 
 def check_mean(mean: str, boundary: str) -> None:
@@ -320,6 +328,37 @@ class PatchSynthesisPrior(PatchPrior):
         dictionary = PatchDictionary(num_atoms, patch_size, 0, boundary)
         super().__init__(dictionary, beta, lambda_reg, sigma, gain=1.0)
         self.mean: Mean = mean
+
+    @staticmethod
+    def methods(bounds: Bounds | None) -> tuple[str, ...]:
+        """Returns the names of the methods that minimise, or stop early."""
+        return (*PatchPrior.methods(bounds), "two-step", "coordinate-descent")
+
+    def equation(  # type: ignore[override]  # with the handling of means
+        self,
+        data: DataTerm,
+        *,
+        mean: Mean | None = None,
+        options: SolverOptions = SolverOptions(),  # noqa: B008 - immutable
+        **settings: Any,
+    ) -> DictionaryEquation:
+        """
+        Returns the equation of a reconstruction with this prior.
+
+        :param DataTerm data: the data term.
+        :param str mean: ``"free"`` or ``"fixed"``; ``None``: as the weights were
+            trained for denoising, and free otherwise.
+        :param SolverOptions options: the method; ``"auto"`` is ``"two-step"`` for
+            denoising.
+        :param object settings: see :meth:`PatchPrior.equation`.
+        """
+        if data.identity and options.method == "auto":
+            options = replace(options, method="two-step")
+        if (mean or (self.mean if data.identity else "free")) == "fixed":
+            beta = settings.get("beta")
+            coupling = as_batch(self.beta if beta is None else beta, data.b)
+            data = with_means(data, data.b, self.dictionary.patch_size, coupling)
+        return super().equation(data, options=options, **settings)
 
     def penalty(self, beta: Tensor, lambda_reg: Tensor, channels: int) -> L1Penalty:
         """Returns the l1 norm of the coefficients times the root of beta."""

@@ -13,14 +13,11 @@ from torch.nn import functional as F
 from deepinv_deal._batch import as_batch
 from deepinv_deal.operators import MultiConv
 from deepinv_deal.operators.multi_conv import Convolution
-from deepinv_deal.priors.attentive_l1 import (
-    AttentiveL1,
-    AttentiveL1Equation,
-    InnerSolver,
-    MaskFunction,
-)
-from deepinv_deal.solvers import full_precision, solve_equation
-from deepinv_deal.solvers.conjugate_gradient import LinearMap
+from deepinv_deal.problems.bounds import Bounds
+from deepinv_deal.problems.data_term import DataTerm, operator_term
+from deepinv_deal.problems.l1 import AttentiveL1, AttentiveL1Equation, MaskFunction
+from deepinv_deal.problems.options import DEFAULT_RTOL, SolverOptions
+from deepinv_deal.solvers import full_precision
 from deepinv_deal.splines import BoundSpline, LinearSpline
 
 #: Size of all kernels and number of knots of all splines, as published.
@@ -177,9 +174,20 @@ class AttentiveL1Prior(Prior):
     #: Whether the regularizer depends on a noise level.
     needs_sigma = False
 
-    def __init__(self, num_filters: int):
+    #: Settings of the solver that exist for it, see :class:`SolverOptions`.
+    solver_settings: tuple[str, ...] = ("inner_max_iter", "forcing")
+
+    @staticmethod
+    def methods(bounds: Bounds | None) -> tuple[str, ...]:  # noqa: ARG004 - with any
+        """Returns the names of the methods that solve its frozen problems."""
+        return ("admm", "fista")
+
+    def __init__(self, num_filters: int, sigma: float = 25 / 255):
         super().__init__()
+        if not 0 < sigma < float("inf"):
+            raise ValueError(f"sigma must be positive and finite, got {sigma}.")
         self.in_channels, self.num_filters = 1, num_filters
+        self.register_buffer("sigma", torch.tensor(float(sigma)), persistent=False)
         self.W = MultiConv(
             (1, num_filters, num_filters),
             KERNEL_SIZE,
@@ -263,7 +271,7 @@ class AttentiveL1Prior(Prior):
         x: Tensor,
         *args: Any,
         gamma: float | Tensor = 1.0,
-        rtol: float = 2e-2,
+        rtol: float = DEFAULT_RTOL,
         max_iter: int = 100,
         **kwargs: Any,
     ) -> Tensor:
@@ -280,49 +288,46 @@ class AttentiveL1Prior(Prior):
         :param float rtol: tolerance on the imbalance of forces.
         :param int max_iter: largest number of outer iterations.
         """
-        equation = self.equation(None, x, lambda_reg=gamma, box=None)
+        equation = self.equation(operator_term(x), lambda_reg=gamma, bounds=None)
         with torch.no_grad():
             start = equation.start(None)
-        p, result = solve_equation(equation, start, rtol=rtol, max_iter=max_iter)
+        p, result = equation.solve(start, rtol=rtol, max_iter=max_iter)
         what = f"{type(self).__name__}.prox"
-        result.report(what, rtol, "Raise max_iter or relax rtol.", stacklevel=4)
+        result.report(what, rtol, "Raise max_iter or relax rtol.")
         return equation.image(p)
 
     def equation(
         self,
-        H: LinearMap | None,
-        b: Tensor,
+        data: DataTerm,
+        *,
         sigma: None = None,
         lambda_reg: float | Tensor | None = None,
-        *,
-        box: tuple[float, float] | None = (0.0, 1.0),
-        inner_max_iter: int = 1000,
-        inner: InnerSolver = "auto",
+        bounds: Bounds | None = (0.0, 1.0),
+        options: SolverOptions = SolverOptions(),  # noqa: B008 - immutable
     ) -> AttentiveL1Equation:
         """
         Returns the equation of a reconstruction with this prior.
 
-        :param Callable H: normal operator of the data term; ``None`` for denoising.
-        :param torch.Tensor b: its right-hand side, shape ``(B, C, H, W)``.
-        :param None sigma: these models have no noise level.
+        :param DataTerm data: the data term.
+        :param None sigma: the weights serve one noise level, see :meth:`rescale`.
         :param float, torch.Tensor lambda_reg: weight, one or ``(B,)``; ``None``: the
             learned one, for denoising.
-        :param tuple box: bounds of the image, or ``None``.
-        :param int inner_max_iter: largest number of inner iterations per solve.
-        :param str inner: see :class:`AttentiveL1Equation`.
+        :param tuple bounds: smallest and largest value of the image, or ``None``.
+        :param SolverOptions options: how the frozen problems are solved.
+        :raises ValueError: for a noise level, or a setting that does not exist.
         """
+        name = type(self).__name__
         if sigma is not None:
             raise ValueError(
-                f"{type(self).__name__} serves one noise level, that of its weights: "
-                f"leave sigma out, got {sigma!r}."
+                f"{name} serves one noise level, that of its weights: leave sigma out, "
+                f"got {sigma!r}."
             )
+        options.check(name, self.methods(bounds), self.solver_settings)
         if lambda_reg is None:
-            weight = self.default_lambda(None, b)
+            weight = self.default_lambda(None, data.b)
         else:
-            weight = as_batch(lambda_reg, b)
-        return AttentiveL1Equation(
-            H, b, weight, self.bind(), box, inner_max_iter, inner
-        )
+            weight = as_batch(lambda_reg, data.b)
+        return AttentiveL1Equation(data, weight, self.bind(), bounds, options)
 
 
 class SAFIPrior(AttentiveL1Prior):

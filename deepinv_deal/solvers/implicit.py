@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +77,10 @@ class AdjointOptions:
     forcing: float = 0.1
     anderson: int = 5
     strict: bool = False
+
+    def made_strict(self, strict: bool) -> AdjointOptions:
+        """Returns the same options, strict if they are or ``strict`` says so."""
+        return replace(self, strict=self.strict or strict)
 
 
 def anderson_depth(equation: object, anderson: int | None = None) -> int:

@@ -19,12 +19,9 @@ PROBES = 4
 #: up to this relative error.
 LARGEST_MISFIT = 0.7
 
-#: A model of an operator that fits this well is exact; an operator whose circulant and
-#: diagonal model both do is a multiple of the identity.
-EXACT_MISFIT = 1e-3
-
-#: A model whose error is below so many units of rounding takes the operator's place.
-ROUNDING = 100
+#: A model whose error is below so many units of rounding is the operator itself: the
+#: one test of whether a physics is a circular convolution, or diagonal.
+ROUNDING = 1000
 
 #: A preconditioner is kept if it makes convergence per iteration faster by this factor.
 LEAST_GAIN = 1.3

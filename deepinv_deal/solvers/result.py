@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from deepinv_deal._warnings import warn
 
 
 class ConvergenceWarning(UserWarning):
@@ -29,6 +30,8 @@ class ConvergenceError(RuntimeError):
 class Status(IntEnum):
     """Why a sample stopped."""
 
+    #: A fixed number of iterations was run, as asked; nothing was to be met.
+    FINISHED = -1
     #: The stopping rule is met.
     CONVERGED = 0
     #: The largest number of iterations was reached.
@@ -87,7 +90,6 @@ class SolverResult:
         advice: str,
         *,
         strict: bool = False,
-        stacklevel: int = 3,
     ) -> None:
         """
         Issues one :class:`ConvergenceWarning` if a sample did not converge.
@@ -97,10 +99,10 @@ class SolverResult:
             iterations is no failure.
         :param str advice: what to do.
         :param bool strict: raise :class:`ConvergenceError` instead.
-        :param int stacklevel: as in ``warnings.warn``.
         """
-        broken = self.status >= Status.BREAKDOWN
-        failed = (~self.converged if rtol else broken).nonzero().flatten().tolist()
+        # With a tolerance of 0, to run all iterations is what was asked for.
+        least = Status.MAX_ITER if rtol else Status.BREAKDOWN
+        failed = [i for i, s in enumerate(self.status.tolist()) if s >= least]
         if not failed:
             return
         judged = self.weighted_residual
@@ -117,4 +119,4 @@ class SolverResult:
             error = ConvergenceError(message)
             error.result = self
             raise error
-        warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)
+        warn(message, ConvergenceWarning)

@@ -13,8 +13,9 @@ from torch import Tensor
 from deepinv_deal._batch import expand, joint_norm, norm
 from deepinv_deal.operators.patches import channel_map
 from deepinv_deal.operators.row_blocks import cache_bytes, row_blocks
-from deepinv_deal.priors.penalties import GROUP_SIDE
-from deepinv_deal.priors.synthesis import (
+from deepinv_deal.problems.bounds import Bounds, clamp
+from deepinv_deal.problems.penalties import GROUP_SIDE
+from deepinv_deal.problems.synthesis import (
     LINEAR,
     CoefficientEquation,
     SynthesisProblem,
@@ -26,6 +27,9 @@ from deepinv_deal.solvers.proximal import (
     proximal_gradient,
     relative_change,
 )
+
+#: ``callback(k, before, after)`` with the images of an iteration.
+Observer = Callable[[int, Tensor, Tensor], None]
 
 #: Published margins of the steps of iPALM.
 PALM_MARGIN = 1.01
@@ -46,7 +50,8 @@ def ipalm(
     *,
     rtol: float = 1e-4,
     max_iter: int = 10000,
-    bounds: tuple[float, float] | None = None,
+    bounds: Bounds | None = None,
+    callback: Observer | None = None,
 ) -> SolverResult:
     r"""
     Minimises J by the inertial proximal alternating linearised minimisation.
@@ -61,19 +66,21 @@ def ipalm(
     :param float rtol: tolerance on the relative change of the image per iteration.
     :param int max_iter: largest number of iterations.
     :param tuple bounds: smallest and largest value of the image.
+    :param Callable callback: called with the number of every iteration and the images
+        before and after it.
     :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
         ``state``.
     """
-    L = PALM_MARGIN * (problem.data.sqnorm + problem.beta * problem.aggregation_norm)
+    L = PALM_MARGIN * (problem.data.norm_bound + problem.beta * problem.aggregation_norm)
 
     def step_coefficients(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
         return problem.threshold(v, problem.features(blocks[1]))
 
     def step_image(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
         synthesis = problem.features_adjoint(problem.synthesis(blocks[0]))
-        g = problem.data.H(v) + problem.aggregate(v) - problem.data.b - synthesis
+        g = problem.data.normal(v) + problem.aggregate(v) - problem.data.b - synthesis
         x = v - g / expand(L, v)
-        return x if bounds is None else x.clamp(*bounds)
+        return clamp(x, bounds)
 
     result = proximal_gradient(
         [step_coefficients, step_image],
@@ -82,6 +89,7 @@ def ipalm(
         rtol=rtol,
         max_iter=max_iter,
         measure=lambda new, old: relative_change(new[1:], old[1:]),
+        callback=_watched(callback, 1),
     )
     return replace(result, x=result.state[1])
 
@@ -94,6 +102,7 @@ def eliminated_fista(
     *,
     rtol: float = 1e-4,
     max_iter: int = 10000,
+    callback: Observer | None = None,
 ) -> SolverResult:
     """
     Minimises J by FISTA on the coefficients, image eliminated, with restarts.
@@ -107,6 +116,8 @@ def eliminated_fista(
     :param torch.Tensor a: first coefficients.
     :param float rtol: tolerance on the relative change of the image per iteration.
     :param int max_iter: largest number of iterations.
+    :param Callable callback: called with the number of every iteration and the images
+        before and after it.
     :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
         ``state``.
     """
@@ -134,9 +145,22 @@ def eliminated_fista(
         rtol=rtol,
         max_iter=max_iter,
         measure=lambda new, old: relative_change(new[2:], old[2:]),
+        callback=_watched(callback, 2),
     )
     a, _, x = result.state
     return replace(result, x=x, state=(a, x))
+
+
+def _watched(callback: Observer | None, block: int) -> Callable[..., None] | None:
+    """Returns a callback for all blocks, of which one is the image."""
+    if callback is None:
+        return None
+    return lambda k, before, after: callback(k, before[block], after[block])
+
+
+def _image(state: ADMMState) -> Tensor:
+    """Returns the image of a state: the split one, inside its bounds, if there is."""
+    return state.z[1] if len(state.z) > 1 else state.x
 
 
 def _violation(
@@ -170,7 +194,8 @@ def joint_admm(
     relaxation: float = RELAXATION,
     rtol: float = 1e-4,
     max_iter: int = 10000,
-    bounds: tuple[float, float] | None = None,
+    bounds: Bounds | None = None,
+    callback: Observer | None = None,
 ) -> SolverResult:
     r"""
     Minimises J by ADMM with the exact joint quadratic solve.
@@ -198,6 +223,8 @@ def joint_admm(
     :param float rtol: tolerance, see above.
     :param int max_iter: largest number of iterations.
     :param tuple bounds: smallest and largest value of the image.
+    :param Callable callback: called with the number of every iteration and the images
+        before and after it.
     :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
         ``state``.
     :raises ValueError: if ``r`` is not larger than the weak convexity of R.
@@ -211,7 +238,7 @@ def joint_admm(
     K = r * torch.linalg.inv(problem._gram + r * eye)
     correct = problem.frame.C @ K / r
     # The split of the image weighs as much as the data term.
-    rho = problem.data.sqnorm.expand(len(x)) if bounds is not None else None
+    rho = problem.data.norm_bound.expand(len(x)) if bounds is not None else None
     solve = problem.image_solver(K, rho)
 
     def solve_x(
@@ -228,7 +255,7 @@ def joint_admm(
 
     def prox(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         z = (problem.prox(v[0], r),)
-        return z if bounds is None else (*z, v[1].clamp(*bounds))
+        return z if bounds is None else (*z, clamp(v[1], bounds))
 
     z = (a,) if bounds is None else (a, x)
     result = admm(
@@ -240,6 +267,9 @@ def joint_admm(
         rtol=rtol,
         max_iter=max_iter,
         measure=_violation(lambda state: norm(state.x)),
+        callback=None
+        if callback is None
+        else lambda k, old, new: callback(k, *(_image(s) for s in (old, new))),
     )
     state = result.state
     if bounds is not None:
@@ -356,7 +386,8 @@ def coordinate_descent(
     rtol: float = 1e-4,
     max_iter: int = 2,
     inner_rtol: float = 1e-4,
-    bounds: tuple[float, float] | None = None,
+    bounds: Bounds | None = None,
+    callback: Observer | None = None,
 ) -> SolverResult:
     r"""
     Minimises J over coefficients and image in turn, starting with the coefficients.
@@ -374,22 +405,26 @@ def coordinate_descent(
     :param int max_iter: largest number of passes.
     :param float inner_rtol: tolerance of the coefficient problems.
     :param tuple bounds: smallest and largest value of the image, imposed by clipping.
+    :param Callable callback: called with the number of every iteration and the images
+        before and after it.
     :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
         ``state``.
     """
     inner_iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    inner_status = torch.zeros_like(inner_iterations, dtype=torch.int8)
 
     def step_coefficients(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
-        nonlocal inner_iterations
+        nonlocal inner_iterations, inner_status
         f = problem.features(blocks[1])
         with torch.no_grad():
             result = sparse_coding(problem, f, v, rtol=inner_rtol)
         inner_iterations = inner_iterations + result.n_iter
+        inner_status = torch.maximum(inner_status, result.status)
         return attach_gradient(CoefficientEquation(problem, f), result.x, LINEAR)
 
     def step_image(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
         x = problem.image(blocks[0], init=v)
-        return x if bounds is None else x.clamp(*bounds)
+        return clamp(x, bounds)
 
     result = proximal_gradient(
         [step_coefficients, step_image],
@@ -398,9 +433,12 @@ def coordinate_descent(
         rtol=rtol,
         max_iter=max_iter,
         measure=relative_change,
+        callback=_watched(callback, 1),
     )
     status = result.status
     if not rtol:  # a fixed number of passes is what was asked for
-        done = status == Status.MAX_ITER
-        status = status.where(~done, Status.CONVERGED)
+        status = status.where(status != Status.MAX_ITER, Status.FINISHED)
+    # Coefficients that were not found make the image wrong, whatever its change.
+    worst = torch.maximum(status, inner_status)
+    status = status.where(inner_status == Status.CONVERGED, worst)
     return replace(result, x=result.state[1], status=status, n_inner=inner_iterations)

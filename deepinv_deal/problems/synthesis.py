@@ -14,7 +14,9 @@ from deepinv_deal._batch import expand, inner
 from deepinv_deal.operators import PatchConv, PatchFrame
 from deepinv_deal.operators.patches import channel_map
 from deepinv_deal.operators.row_blocks import cache_bytes, in_row_blocks
-from deepinv_deal.priors.penalties import GROUP_SIDE, L1Penalty, Penalty
+from deepinv_deal.problems.data_term import DataTerm
+from deepinv_deal.problems.normal_operator import NormalOperator
+from deepinv_deal.problems.penalties import GROUP_SIDE, L1Penalty, Penalty
 from deepinv_deal.solvers import (
     AdjointOptions,
     SolverResult,
@@ -22,7 +24,6 @@ from deepinv_deal.solvers import (
     attach_gradient,
     conjugate_gradient,
 )
-from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.solvers.preconditioner import convolve
 
@@ -36,56 +37,50 @@ ACTIVE_SET_CHUNK = 256
 ImageSolver = Callable[..., SolverResult]
 
 
-@dataclass(frozen=True)
-class ImageSystem:
+class TiedMeans(NormalOperator):
     r"""
-    The quadratic data term :math:`\tfrac12 \langle x, H x \rangle - \langle b, x
-    \rangle`.
+    A normal operator plus :math:`w d M^{\top} M`, where M takes the means of patches.
 
-    :param Callable H: normal operator, images ``(B, C, H, W)`` to images.
-    :param torch.Tensor b: right-hand side, shape ``(B, C, H, W)``.
-    :param torch.Tensor spectrum: DFT of H if it is a circular convolution, shape
-        ``(B or 1, 1, H, W)``. For two channels it acts on them as one complex image.
-        ``None`` otherwise.
-    :param torch.Tensor sqnorm: upper bound of :math:`\|H\|_2`, ``(B or 1,)``.
+    :param DataTerm data: the data term with the other operator.
+    :param PatchConv means: :math:`\sqrt d M` for patches of d pixels.
+    :param torch.Tensor weight: w per sample, ``(B,)``.
     """
 
-    H: LinearMap
-    b: Tensor
-    spectrum: Tensor | None
-    sqnorm: Tensor
+    def __init__(self, data: DataTerm, means: PatchConv, weight: Tensor):
+        def apply(x: Tensor) -> Tensor:
+            return data.normal(x) + expand(weight, x) * means.adjoint(means(x))
 
-    @classmethod
-    def identity(cls, b: Tensor, weight: Tensor | None = None) -> ImageSystem:
-        r"""
-        Returns :math:`H = w I` with right-hand side :math:`w b`, for weights ``(B,)``.
-        """
-        w = b.new_ones(1) if weight is None else weight
-        w4 = w.view(-1, 1, 1, 1)
-        return cls(lambda x: w4 * x, w4 * b, w4.expand(-1, 1, *b.shape[2:]), w)
+        super().__init__(apply, data.b, complex_pair=data.complex_pair)
+        self.data, self.weight = data, weight
+        self.pixels = means.kernels[0].numel()
 
-    def with_means(self, image: Tensor, n: int, weight: Tensor) -> ImageSystem:
-        r"""
-        Adds :math:`\tfrac{w d}{2} \|M (x - z)\|^2`: patch means tied to those of z.
+    @property
+    def is_circulant(self) -> bool:  # type: ignore[override]  # known without trial
+        """Whether it is a convolution: patches inside the image see its border."""
+        return False
 
-        Together with the free mean of the patches this makes the plain mean handling
-        of :footcite:t:`ducotterd2024convex`, in which the means are not estimated.
+    @property
+    def norm_bound(self) -> Tensor:  # type: ignore[override]
+        """An upper bound of its norm, ``(B,)``."""
+        return self.data.norm_bound + self.weight * self.pixels
 
-        :param torch.Tensor image: the image z, whose patches M takes the means of.
-        :param int n: patch size, :math:`d = n^2`.
-        :param torch.Tensor weight: w per sample, ``(B,)``.
-        """
-        scaled = PatchConv(image.new_full((1, n, n), 1 / n), "valid")  # sqrt(d) M
 
-        def tied(f: Tensor) -> Tensor:
-            return expand(weight, f) * scaled.adjoint(f)
+def with_means(data: DataTerm, image: Tensor, n: int, weight: Tensor) -> DataTerm:
+    r"""
+    Adds :math:`\tfrac{w d}{2} \|M (x - z)\|^2` to a data term: patch means tied to
+    those of z.
 
-        return ImageSystem(
-            lambda x: self.H(x) + tied(scaled(x)),
-            self.b + tied(scaled(image)),
-            None,
-            self.sqnorm + weight * n * n,
-        )
+    Together with the free mean of the patches this makes the plain mean handling of
+    :footcite:t:`ducotterd2024convex`, in which the means are not estimated.
+
+    :param DataTerm data: the data term.
+    :param torch.Tensor image: the image z, whose patches M takes the means of.
+    :param int n: patch size, :math:`d = n^2`.
+    :param torch.Tensor weight: w per sample, ``(B,)``.
+    """
+    means = PatchConv(image.new_full((1, n, n), 1 / n), "valid")  # sqrt(d) M
+    tied = expand(weight, image) * means.adjoint(means(image))
+    return replace(data, b=data.b + tied, H=TiedMeans(data, means, weight))
 
 
 @dataclass(frozen=True)
@@ -101,18 +96,21 @@ class SynthesisProblem:
     and :math:`\|G\| \leq 1`, so that gradient steps in :math:`a` have size 1 whatever
     :math:`\beta`. All channels of an image are treated alike.
 
-    :param ImageSystem data: the data term.
+    :param DataTerm data: the data term.
     :param PatchFrame frame: the dictionary, G in place of C.
     :param Penalty penalty: the penalty R.
     :param torch.Tensor beta: coupling per sample, ``(B,)``.
     :param float cg_rtol: tolerance of linear solves that need conjugate gradients.
+    :param torch.Tensor pinned: image whose finite pixels are held fixed, where a
+        solution has met its bounds; NaN elsewhere. ``None``: all pixels are free.
     """
 
-    data: ImageSystem
+    data: DataTerm
     frame: PatchFrame
     penalty: Penalty
     beta: Tensor
     cg_rtol: float = 1e-6
+    pinned: Tensor | None = None
 
     # -- the parts of the objective --------------------------------------------
 
@@ -142,7 +140,7 @@ class SynthesisProblem:
 
     def objective(self, x: Tensor, a: Tensor) -> Tensor:
         """Returns J(x, a) per sample, ``(B,)``."""
-        data = inner(x, 0.5 * self.data.H(x) - self.data.b)
+        data = inner(x, 0.5 * self.data.normal(x) - self.data.b)
         r = self.features(x) - self.synthesis(a)
         return data + 0.5 * inner(r, r) + self.penalty.value(a)
 
@@ -170,10 +168,19 @@ class SynthesisProblem:
 
     # -- linear systems in the image -------------------------------------------
 
+    @cached_property
+    def data_spectrum(self) -> Tensor | None:
+        """Eigenvalues of H, ``(B or 1, 1, H, W)``; ``None``: it is no convolution."""
+        H = self.data.H
+        if H is None:
+            return self.data.b.new_ones(1, 1, *self.data.b.shape[2:])
+        return H.transfer[0] if H.is_circulant else None
+
     @property
     def fourier(self) -> bool:
         """Whether the linear systems are divisions of Fourier transforms."""
-        return self.data.spectrum is not None and self.frame.features.circular
+        circular = self.data_spectrum is not None and self.frame.features.circular
+        return circular and self.pinned is None
 
     @property
     def suits_admm(self) -> bool:
@@ -237,9 +244,9 @@ class SynthesisProblem:
         """
         data = self.data
         kernel = self._aggregation if K is None else self._spectrum(K)
-        H = data.spectrum
+        H = self.data_spectrum
         if H is None:  # only preconditions: as if H were a multiple of the identity
-            H = expand(data.sqnorm, data.b)
+            H = expand(data.norm_bound, data.b)
         spectrum = H + expand(self.beta, data.b) * kernel
         if shift is not None:
             spectrum = spectrum + expand(shift, data.b)
@@ -251,25 +258,30 @@ class SynthesisProblem:
                 coupled = self.aggregate(x)
             else:
                 coupled = self.features_adjoint(channel_map(K, self.features(x)))
-            y = data.H(x) + coupled
+            y = data.normal(x) + coupled
             return y if shift is None else y + expand(shift, x) * x
+
+        free = None if self.pinned is None else self.pinned.isnan()
 
         def solve(
             v: Tensor, init: Tensor | None = None, rtol: Tensor | None = None
         ) -> SolverResult:
             if self.fourier:
                 zero = torch.zeros(len(v), dtype=torch.int64, device=v.device)
-                x = _divide(inverse, v)
+                x = self._divide(inverse, v)
                 return SolverResult(x, zero.to(torch.int8), zero, zero.to(v.dtype))
+            restricted = A if free is None else (lambda x: free * A(free * x))
             result = conjugate_gradient(
-                A,
-                v,
+                restricted,
+                v if free is None else free * v,
                 init=init,
                 rtol=self.cg_rtol if rtol is None else rtol.clamp(max=self.cg_rtol),
                 max_iter=MAX_CG_ITER,
-                preconditioner=lambda w: _divide(inverse, w),
+                preconditioner=lambda w: self._divide(inverse, w),
                 verify=False,
             )
+            if free is not None:
+                result = replace(result, x=free * result.x)
             # An image that stays because its system broke must not pass for one that
             # has converged: NaN tells the loop around this solve.
             broken = result.status >= Status.BREAKDOWN
@@ -290,17 +302,25 @@ class SynthesisProblem:
     def image_of(self, synthesis: Tensor, init: Tensor | None = None) -> Tensor:
         r"""Returns the best image for coefficients with this :math:`G^{\top} a`."""
         rhs = self.data.b + self.features_adjoint(synthesis)
-        with torch.no_grad():
-            x = self.solve_image(rhs, init=init).x
         equation = ImageEquation(self, rhs)
+        with torch.no_grad():
+            if self.pinned is None:
+                x = self.solve_image(rhs, init=init).x
+            else:
+                fixed = self.pinned.nan_to_num(0.0)
+                x = fixed + self.solve_image(equation(fixed)).x
         return attach_gradient(equation, x, LINEAR)
+
+    def _divide(self, inverse: Tensor, v: Tensor) -> Tensor:
+        """Multiplies the Fourier transform of ``v``."""
+        return convolve(inverse, v, complex_pair=self.data.complex_pair)
 
     # -- derivative --------------------------------------------------------------
 
     def differentiable(
         self, x: Tensor, a: Tensor, options: AdjointOptions
     ) -> tuple[Tensor, Tensor]:
-        """Attaches implicit gradients to a solution (x, a) without constraints."""
+        """Attaches implicit gradients to a solution (x, a), pixels pinned or not."""
         if not torch.is_grad_enabled():
             return x, a
         a = attach_gradient(CoefficientEquation(self), a, options)
@@ -326,7 +346,10 @@ class ImageEquation:
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the residual of the linear system."""
         p = self.problem
-        return self.rhs - p.data.H(x) - p.features_adjoint(p.features(x))
+        residual = self.rhs - p.data.normal(x) - p.features_adjoint(p.features(x))
+        if p.pinned is None:
+            return residual
+        return torch.where(p.pinned.isnan(), residual, 0)
 
     def adjoint_solver(self, x: Tensor) -> LinearSolve:  # noqa: ARG002 - linear
         """Returns the solver of the linear system."""
@@ -464,9 +487,3 @@ def patch_count(x: Tensor, n: int) -> Tensor:
         count = torch.minimum(i + 1, size - i).clamp(max=min(n, size - n + 1))
         counts.append(count)
     return counts[0][:, None] * counts[1]
-
-
-def _divide(inverse: Tensor, v: Tensor) -> Tensor:
-    """Multiplies the DFT of ``v``; two channels are one complex image."""
-    complex_pair = v.shape[1] == 2
-    return convolve(inverse, v, complex_pair=complex_pair)

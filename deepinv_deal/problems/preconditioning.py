@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepinv_deal._batch import expand, norm, select
+from deepinv_deal._batch import expand, select
 from deepinv_deal.operators import MultiConvOperator
 from deepinv_deal.operators.multi_conv import wrapped
+from deepinv_deal.problems.data_term import DataTerm
+from deepinv_deal.problems.options import Preconditioner
 from deepinv_deal.solvers import SolverResult
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.preconditioner import (
-    EXACT_MISFIT,
     LARGEST_MISFIT,
     PreconditionedSolver,
     bounded,
-    convolve,
-    diagonal,
     faithful,
     from_fourier,
     to_fourier,
-    transfer_function,
 )
-
-Preconditioner = Literal["auto", "circulant", "diagonal", "none"]
-PRECONDITIONERS: tuple[str, ...] = ("auto", "circulant", "diagonal", "none")
 
 #: Masks are flat if they deviate from their means by at most this fraction of them.
 FLAT = 0.1
@@ -49,15 +41,11 @@ class Preconditioning:
       exactly: for gray images only the borders are left for conjugate gradients.
     * ``"none"``.
 
-    Where :math:`H` is a circular convolution up to rounding, :attr:`H` is its Fourier
-    transform, which is faster than most.
-
     Borders, the shape of the mask inside an image and coupled colour channels are left
     out: preconditioners change the speed, not the solution.
 
     :param str choice: see above.
-    :param Callable H: normal operator on images ``(B, C, H, W)``.
-    :param torch.Tensor b: images of that shape; the values do not matter.
+    :param DataTerm data: the data term, which knows what :math:`H` resembles.
     :param torch.Tensor lambda_reg: weights, ``(B,)``.
     :param MultiConvOperator W: the filters.
     """
@@ -66,45 +54,40 @@ class Preconditioning:
     def __init__(
         self,
         choice: Preconditioner,
-        H: LinearMap,
-        b: Tensor,
+        data: DataTerm,
         lambda_reg: Tensor,
         W: MultiConvOperator,
     ):
         self.W, self.lambda_reg = W, lambda_reg
-        #: The normal operator, in its fastest form.
-        self.H = H
-        # Two channels seen by gray filters are the parts of a complex image.
-        self.complex_pair = b.shape[1] == 2 and W.in_channels == 1
-        nowhere = torch.zeros(len(b), dtype=torch.bool, device=b.device)
+        self.complex_pair, batch = data.complex_pair, len(data.b)
+        nowhere = torch.zeros(batch, dtype=torch.bool, device=data.b.device)
         self.use_circulant, usable, self.exact = nowhere, nowhere, nowhere
+        #: The normal operator, in its fastest form.
+        self.H: LinearMap = data.normal
         if choice != "none":
-            self.symbol, by_symbol = transfer_function(
-                H, b, complex_pair=self.complex_pair
-            )
-            if faithful(by_symbol).all():
-                # The diagonal of a convolution is the mean of its eigenvalues.
-                mean = self.symbol.mean((2, 3), keepdim=True)
-                self.diagonal = mean.expand_as(b)
-                by_diagonal = norm(self.symbol - mean) / norm(self.symbol)
-                by_diagonal = by_diagonal.nan_to_num(0)
-                if (by_diagonal > EXACT_MISFIT).all():
-                    self.H = partial(
-                        convolve, self.symbol, complex_pair=self.complex_pair
-                    )
-            else:
-                self.diagonal, by_diagonal = diagonal(H, b)
-            self.use_circulant = by_symbol <= by_diagonal
             self.responses = W.impulse_responses()
-        if choice == "auto":
-            misfit = torch.minimum(by_symbol, by_diagonal)
-            identity = torch.maximum(by_symbol, by_diagonal) < EXACT_MISFIT
-            usable = (misfit < LARGEST_MISFIT) & ~identity
-            self.exact = by_symbol < EXACT_MISFIT
-            self.use_circulant = self.use_circulant | identity
+            self.H = data.fast_normal
+        if choice != "none" and data.H is None:
+            self.diagonal = torch.ones_like(data.b)
+            channels = 1 if self.complex_pair else data.b.shape[1]
+            self.symbol = self.diagonal[:, :channels]
+            self.use_circulant = ~nowhere if choice != "diagonal" else nowhere
+            usable = nowhere if choice == "auto" else ~nowhere
+            self.exact = ~nowhere if choice == "auto" else nowhere
         elif choice != "none":
+            assert data.H is not None
+            self.symbol, by_symbol = data.H.transfer
+            self.diagonal, by_diagonal = data.H.diagonal
+            self.use_circulant = by_symbol <= by_diagonal
             usable = ~nowhere
-            self.use_circulant = usable if choice == "circulant" else nowhere
+            if choice == "auto":
+                identity = faithful(torch.maximum(by_symbol, by_diagonal))
+                misfit = torch.minimum(by_symbol, by_diagonal)
+                usable = (misfit < LARGEST_MISFIT) & ~identity
+                self.exact = data.H.circulant
+                self.use_circulant = self.use_circulant | identity
+            else:
+                self.use_circulant = usable if choice == "circulant" else nowhere
         self.solver = PreconditionedSolver(usable, on_trial=choice == "auto")
 
     def solve(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ from torch.nn import functional as F
 
 from deepinv_deal._batch import expand, inner, joint_norm, norm, select
 from deepinv_deal.operators import MultiConvOperator
+from deepinv_deal.problems.bounds import Bounds, clamp
+from deepinv_deal.problems.data_term import DataTerm
+from deepinv_deal.problems.equation import IterativeEquation
+from deepinv_deal.problems.options import SolverOptions
 from deepinv_deal.solvers import (
     ADMMState,
     SolverResult,
@@ -34,17 +38,10 @@ from deepinv_deal.solvers import (
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE
 from deepinv_deal.solvers.implicit import LinearSolve
-from deepinv_deal.solvers.preconditioner import (
-    EXACT_MISFIT,
-    convolve,
-    transfer_function,
-)
+from deepinv_deal.solvers.preconditioner import convolve
 
 #: ``mask(x, Wx)``: weights from an image and its filtered version, shape of ``Wx``.
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
-
-InnerSolver = Literal["auto", "admm", "fista"]
-INNER_SOLVERS: tuple[str, ...] = ("auto", "admm", "fista")
 
 #: ADMM's threshold :math:`\lambda \|W\| / \rho` of a filter response, for images in
 #: [0, 1] and unit mask, in denoising and with a physics. Smaller means stiffer.
@@ -110,7 +107,7 @@ class AttentiveL1:
 
 
 @dataclass(frozen=True)
-class AttentiveL1Equation:
+class AttentiveL1Equation(IterativeEquation):
     r"""
     The equation of a SAFI or MMR reconstruction, in an image and its dual variable.
 
@@ -128,32 +125,27 @@ class AttentiveL1Equation:
     *pair* of :math:`x (B, C, H, W)` and :math:`w (B, C N, H, W)`, stacked along the
     channels.
 
-    :param Callable H: normal operator of the physics on images; ``None``: identity.
-    :param torch.Tensor b: adjoint of the physics applied to the measurements.
+    :param DataTerm data: the data term.
     :param torch.Tensor lambda_reg: regularization weight per sample, ``(B,)``.
     :param AttentiveL1 regularizer: the regularizer.
-    :param tuple box: bounds of the image, or ``None``.
-    :param int inner_max_iter: largest number of inner iterations per solve.
-    :param str inner: ``"admm"`` (any physics) or ``"fista"`` on the dual (denoising
-        only); ``"auto"`` chooses.
+    :param tuple bounds: the box, smallest and largest value, or ``None``.
+    :param SolverOptions options: how the frozen problems are solved, by ``"admm"`` or,
+        in denoising, by ``"fista"`` on the dual.
     """
 
-    H: LinearMap | None
-    b: Tensor
+    data: DataTerm
     lambda_reg: Tensor
     regularizer: AttentiveL1
-    box: tuple[float, float] | None = (0.0, 1.0)
-    inner_max_iter: int = 1000
-    inner: InnerSolver = "auto"
+    bounds: Bounds | None = (0.0, 1.0)
+    options: SolverOptions = SolverOptions()
+
+    #: Depth of Anderson acceleration that suits it.
+    anderson: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        if self.inner not in INNER_SOLVERS:
+        if self.options.method == "fista" and not self.data.identity:
             raise ValueError(
-                f"inner must be one of {INNER_SOLVERS}, got {self.inner!r}."
-            )
-        if self.inner == "fista" and self.H is not None:
-            raise ValueError(
-                "inner='fista' solves the dual of denoising problems only. Use 'admm' "
+                "solver='fista' solves the dual of denoising problems only. Use 'admm' "
                 "or 'auto' with this physics."
             )
 
@@ -163,32 +155,16 @@ class AttentiveL1Equation:
 
     def unpair(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """Inverse of :meth:`pair`."""
-        channels = self.b.shape[1]
+        channels = self.data.b.shape[1]
         return p[:, :channels], p[:, channels:]
 
     def image(self, p: Tensor) -> Tensor:
         """Returns the image of a pair."""
         return self.unpair(p)[0]
 
-    def normal(self, x: Tensor) -> Tensor:
-        """Applies :math:`H`."""
-        return x if self.H is None else self.H(x)
-
     def clamp(self, x: Tensor) -> Tensor:
         """Projects an image on the box."""
-        return x if self.box is None else x.clamp(*self.box)
-
-    @cached_property
-    def step(self) -> Tensor:
-        r"""The step :math:`t` of steepest descent for the data term, ``(B,)``."""
-        with torch.no_grad():
-            gain = inner(self.b, self.normal(self.b))
-            return (inner(self.b, self.b) / gain).where(gain > 0, 1)
-
-    @property
-    def complex_pair(self) -> bool:
-        """Whether the two channels are the parts of a complex image."""
-        return self.b.shape[1] == 2
+        return clamp(x, self.bounds)
 
     @cached_property
     def circulant(self) -> tuple[Tensor, Tensor]:
@@ -198,17 +174,14 @@ class AttentiveL1Equation:
         the shape of the image's spectrum; those of other samples are their gain.
         """
         with torch.no_grad():
-            gain = expand(1 / self.step, self.b)
-            exact = torch.ones_like(self.step, dtype=torch.bool)
-            if self.H is None:
+            b, H = self.data.b, self.data.H
+            gain, exact = expand(1 / self.data.step, b), self.data.circulant
+            if H is None:
                 return gain, exact
             # An image without room for a kernel of W has no spectrum to speak of.
-            if min(self.b.shape[-2:]) < self.regularizer.W.normal_kernel().shape[-1]:
-                return gain, ~exact
-            eigenvalues, misfit = transfer_function(
-                self.H, self.b, complex_pair=self.complex_pair
-            )
-            exact = misfit < EXACT_MISFIT
+            if min(b.shape[-2:]) < self.regularizer.W.normal_kernel().shape[-1]:
+                return gain, torch.zeros_like(exact)
+            eigenvalues, _ = H.transfer
             return eigenvalues.where(expand(exact, eigenvalues), gain), exact
 
     @property
@@ -227,16 +200,15 @@ class AttentiveL1Equation:
         Returns both components of F for a given bound of the dual, from
         :math:`W x` and the force :math:`W^{\top} w`.
         """
-        t = expand(self.step, x)
-        first = self.b - self.normal(x) - force
-        if self.box is not None:
+        t = expand(self.data.step, x)
+        first = self.data.force(x) - force
+        if self.bounds is not None:
             first = (self.clamp(x + t * first) - x) / t
         return first, project_linf(w + Wx / t, bound) - w
 
     def relative(self, *parts: Tensor) -> Tensor:
         """Returns the joint norm of some tensors relative to that of b, ``(B,)``."""
-        b_norm = norm(self.b.detach())
-        return joint_norm(parts) / b_norm.where(b_norm != 0, 1)
+        return joint_norm(parts) / self.data.b_norm
 
     def __call__(self, p: Tensor, mask: Tensor | None = None) -> Tensor:
         """
@@ -259,6 +231,7 @@ class AttentiveL1Equation:
         """Returns the convex problem with the mask frozen at the image of ``p``."""
         return FrozenL1(self, p)
 
+    @torch.no_grad()
     def start(self, x: Tensor | None, rtol: float = 0.1) -> Tensor:
         """
         Returns the first pair: of an image, or of the problem with mask 1 if ``None``.
@@ -267,14 +240,15 @@ class AttentiveL1Equation:
         :param float rtol: factor by which to reduce the residual of the problem with
             mask 1.
         """
-        first = self.clamp(expand(self.step, self.b) * self.b) if x is None else x
+        data = self.data
+        first = self.clamp(expand(data.step, data.b) * data.b) if x is None else x
         w = torch.zeros_like(self.regularizer.analyse(first))
         p = self.pair(first, w)
         if x is not None:
             return p
-        everyone = torch.ones_like(self.step, dtype=torch.bool)
+        everyone = torch.ones_like(data.step, dtype=torch.bool)
         unmasked = FrozenL1(self, p, torch.ones_like(w))
-        return unmasked.solve(torch.full_like(self.step, rtol), everyone).x
+        return unmasked.solve(torch.full_like(data.step, rtol), everyone).x
 
     def adjoint_solver(self, p: Tensor) -> LinearSolve:
         """Returns a solver for the transposed Jacobian with the mask frozen."""
@@ -344,11 +318,11 @@ class FrozenL1:
         :raises ValueError: for other problems than denoising.
         """
         equation, W = self.equation, self.equation.regularizer
-        if equation.H is not None:
+        if not equation.data.identity:
             raise ValueError("The duality gap is for denoising, without a physics.")
         x, w = equation.unpair(p)
         w, Wx = project_linf(w, self.bound), W.analyse(x)
-        g = equation.b - W.adjoint(w)
+        g = equation.data.b - W.adjoint(w)
         dual = equation.clamp(g)
         coefficients = (self.bound * Wx.abs() - w * Wx).flatten(1).sum(1)
         return coefficients + 0.5 * inner(x - dual, x + dual - 2 * g)
@@ -356,7 +330,7 @@ class FrozenL1:
     def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
         """Reduces the residual of the active samples by the factor ``rtol (B,)``."""
         target = (rtol * self.residual).where(active, torch.inf)
-        use_fista = self.equation.inner == "fista"
+        use_fista = self.equation.options.method == "fista"
         result = (self._dual_fista if use_fista else self._admm)(target)
         result.x = select(active, result.x, self.p)
         result.residual = result.residual / self.residual.where(self.residual != 0, 1)
@@ -370,7 +344,7 @@ class FrozenL1:
         equation, W = self.equation, self.equation.regularizer
 
         def image(w: Tensor) -> Tensor:
-            return equation.clamp(equation.b - W.adjoint(w))
+            return equation.clamp(equation.data.b - W.adjoint(w))
 
         def ascend(v: Tensor, _: tuple[Tensor, ...] = ()) -> Tensor:
             return project_linf(v + W.analyse(image(v)), self.bound)
@@ -380,7 +354,7 @@ class FrozenL1:
             [project_linf(self.w, self.bound)],
             restart=True,
             rtol=target,
-            max_iter=equation.inner_max_iter,
+            max_iter=equation.options.inner_max_iter,
             measure=lambda new, _: equation.relative(ascend(new[0]) - new[0]),
             check_every=CHECK_EVERY,
         )
@@ -393,14 +367,14 @@ class FrozenL1:
     def rho(self) -> tuple[Tensor, Tensor]:
         """Penalties of the two splits, ``(B,)``; the second is 0 without a box."""
         with torch.no_grad():
-            equation, data = self.equation, 1 / self.equation.step
-            denoising = equation.H is None
+            equation, gain = self.equation, 1 / self.equation.data.step
+            denoising = equation.data.identity
             threshold = DENOISING_THRESHOLD if denoising else THRESHOLD
             # Without regularization any positive penalty will do.
-            rho = (equation.weight / threshold).where(equation.weight > 0, data)
-            if equation.box is None:
+            rho = (equation.weight / threshold).where(equation.weight > 0, gain)
+            if equation.bounds is None:
                 return rho, torch.zeros_like(rho)
-            return rho, data if denoising else BOX_PENALTY * data
+            return rho, gain if denoising else BOX_PENALTY * gain
 
     def _admm(self, target: Tensor) -> SolverResult:
         equation, bound = self.equation, self.bound
@@ -413,14 +387,14 @@ class FrozenL1:
         # The dual tells the multipliers of both splits: at a solution, d = z + u and
         # the proximal map of d is z.
         d = [self.Wx + self.w / rho]
-        if equation.box is not None:
-            rest = equation.b - equation.normal(self.x) - self.force
+        if equation.bounds is not None:
+            rest = equation.data.force(self.x) - self.force
             d.append(self.x + rest / rho_s)
         z = prox(tuple(d))
         u = tuple(di - zi for di, zi in zip(d, z, strict=True))
 
         def pair(state: ADMMState) -> tuple[Tensor, Tensor]:
-            x = state.x if equation.box is None else state.z[1]
+            x = state.x if equation.bounds is None else state.z[1]
             return x, rho * state.u[0]
 
         def measure(state: ADMMState, _old: ADMMState) -> Tensor:
@@ -429,7 +403,7 @@ class FrozenL1:
             return self._measure(x, w, W.analyse(x), W.adjoint(w))
 
         start = ADMMState(self.x, z, u, Kx=(self.Wx, self.x)[: len(z)])
-        result = self._split(equation.b, prox, start, measure, target)
+        result = self._split(equation.data.b, prox, start, measure, target)
         result.x = equation.pair(*pair(result.state))
         return result
 
@@ -451,7 +425,7 @@ class FrozenL1:
         n_splits = len(start.z)
         rho, rho_s = (expand(r, rhs) for r in self.rho)
         precondition = self._circulant_inverse()
-        descend = self.rho[0] * equation.step <= LARGEST_DESCENT_PENALTY
+        descend = self.rho[0] * equation.data.step <= LARGEST_DESCENT_PENALTY
         if accurate or precondition is None:
             descend = torch.zeros_like(descend)
         else:
@@ -460,7 +434,7 @@ class FrozenL1:
         all_descend, none_descends = bool(descend.all()), not bool(descend.any())
 
         def A(v: Tensor) -> Tensor:
-            return equation.normal(v) + rho * W.normal(v) + rho_s * v
+            return equation.data.normal(v) + rho * W.normal(v) + rho_s * v
 
         def by_conjugate_gradients(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
             correction = conjugate_gradient(
@@ -480,14 +454,14 @@ class FrozenL1:
             assert precondition is not None
             p = precondition(r)
             Wp = W.analyse(p)
-            gain = inner(p, equation.normal(p) + rho_s * p) + inner(Wp, rho * Wp)
+            gain = inner(p, equation.data.normal(p) + rho_s * p) + inner(Wp, rho * Wp)
             length = expand(inner(r, p) / gain.where(gain > 0, 1), x)
             return x + length * p, Wx + length * Wp
 
         def solve_x(
             targets: tuple[Tensor, ...], x: Tensor, Kx: tuple[Tensor, ...]
         ) -> tuple[Tensor, tuple[Tensor, ...]]:
-            r = rhs - equation.normal(x) + rho * W.adjoint(targets[0].sub_(Kx[0]))
+            r = rhs - equation.data.normal(x) + rho * W.adjoint(targets[0].sub_(Kx[0]))
             if n_splits > 1:
                 r = r + rho_s * (targets[1] - x)
             if all_descend:
@@ -508,7 +482,7 @@ class FrozenL1:
             rho=self.rho[:n_splits],
             relaxation=RELAXATION,
             rtol=target,
-            max_iter=equation.inner_max_iter,
+            max_iter=equation.options.inner_max_iter,
             measure=measure,
             check_every=CHECK_EVERY,
         )
@@ -521,10 +495,10 @@ class FrozenL1:
             return None
         height, width = (max(n, kernel.shape[-1]) for n in self.x.shape[-2:])
         data, _ = equation.circulant
-        if equation.box is None:
+        if equation.bounds is None:
             # At a border even images are seen that neither H nor an inner filter sees.
-            data = data.clamp_min(expand(BOX_PENALTY / equation.step, data))
-        complex_pair = equation.complex_pair
+            data = data.clamp_min(expand(BOX_PENALTY / equation.data.step, data))
+        complex_pair = equation.data.complex_pair
         symbol = torch.fft.fft2(kernel[0, 0], s=(height, width)).abs()
         rho, rho_s = (expand(r, self.x) for r in self.rho)
         inverse = 1 / (rho * symbol + rho_s + data)
@@ -561,16 +535,16 @@ class FrozenL1:
         """
         equation, W = self.equation, self.equation.regularizer
         v_x, v_w = equation.unpair(v)
-        t = expand(equation.step, self.x)
+        t = expand(equation.data.step, self.x)
         inside = (self.w + self.Wx / t).abs() <= self.bound
         free = torch.ones_like(self.x, dtype=torch.bool)
-        if equation.box is not None:
-            descent = equation.b - equation.normal(self.x) - self.force
+        if equation.bounds is not None:
+            descent = equation.data.force(self.x) - self.force
             target = self.x + t * descent
             free = target == equation.clamp(target)
-        solve = self._constrained if equation.H is not None else self._projected
+        solve = self._constrained if not equation.data.identity else self._projected
         result, p, multiplier = solve(v_x, v_w, inside, free, rtol)
-        rest = v_x - equation.normal(p) - W.adjoint(multiplier)
+        rest = v_x - equation.data.normal(p) - W.adjoint(multiplier)
         p = torch.where(free, p, t * rest)
         q = torch.where(inside, -t * multiplier, v_w - W.analyse(p * free))
         result.x = equation.pair(p, q)
@@ -587,7 +561,7 @@ class FrozenL1:
             lambda u: W.analyse(W.adjoint(u) * free) * inside,
             (W.analyse(v_x * free) - v_w) * inside,
             rtol=rtol,
-            max_iter=self.equation.inner_max_iter,
+            max_iter=self.equation.options.inner_max_iter,
             verify=False,
         )
         return result, free * (v_x - W.adjoint(result.x)), result.x
@@ -609,12 +583,12 @@ class FrozenL1:
 
         def measure(state: ADMMState, _old: ADMMState) -> Tensor:
             p, multiplier = solution(state)
-            rest = v_x - equation.normal(p) - W.adjoint(multiplier)
+            rest = v_x - equation.data.normal(p) - W.adjoint(multiplier)
             gap = v_w - W.analyse(p)
             return torch.hypot(norm(rest * free), norm(gap * inside)) / size
 
         zero_x, zero_w = torch.zeros_like(v_x), torch.zeros_like(v_w)
-        splits = (zero_w, zero_x)[: 1 if equation.box is None else 2]
+        splits = (zero_w, zero_x)[: 1 if equation.bounds is None else 2]
         start = ADMMState(zero_x, prox(splits), splits, Kx=splits)
         result = self._split(v_x, prox, start, measure, rtol, accurate=True)
         return result, *solution(result.state)

@@ -1,0 +1,52 @@
+"""Bounds on the values of an image."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepinv_deal._batch import expand
+
+#: Smallest and largest value: numbers, or tensors that expand to the image.
+Bounds = tuple[float | Tensor, float | Tensor]
+
+
+def check_bounds(bounds: Any) -> None:
+    """
+    Checks bounds that a caller gives.
+
+    :param tuple bounds: the argument; ``None`` for none.
+    :raises ValueError: if it is not a pair of numbers, smallest first.
+    """
+    if bounds is None:
+        return
+    try:
+        low, high = (float(value) for value in bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not low < high:
+        raise ValueError(
+            "bounds must be None or (smallest, largest) with smallest < largest, got "
+            f"{bounds!r}. For a nonnegative image give (0, float('inf'))."
+        )
+
+
+def clamp(x: Tensor, bounds: Bounds | None) -> Tensor:
+    """Projects an image on the bounds."""
+    if bounds is None:
+        return x
+    low, high = bounds
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        low, high = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in bounds)
+    return torch.clamp(x, low, high)  # type: ignore[arg-type]
+
+
+def divided(bounds: Bounds | None, scale: Tensor | None, like: Tensor) -> Bounds | None:
+    """Returns bounds for an image that was divided by ``scale (B,)``."""
+    if bounds is None or scale is None:
+        return bounds
+    low, high = (v / expand(scale, like) for v in bounds)
+    return low, high

@@ -1,0 +1,264 @@
+r"""The data term: what is known of measurements, physics and units, in one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from deepinv.utils import TensorList
+from torch import Tensor
+
+from deepinv_deal._batch import expand, inner, norm
+from deepinv_deal.problems.checks import check_measurements
+from deepinv_deal.problems.layout import ImageLayout
+from deepinv_deal.problems.normal_operator import (
+    KnownPhysics,
+    NormalOperator,
+    back_projection,
+    check_linear,
+    is_identity,
+)
+from deepinv_deal.solvers.conjugate_gradient import LinearMap
+
+
+
+
+@dataclass(frozen=True)
+class DataTerm:
+    r"""
+    The least-squares term of a reconstruction, as all equations see it.
+
+    .. math::
+        \tfrac{1}{2} \|A x - y\|_2^2
+        = \tfrac{1}{2} \langle x, H x \rangle - \langle b, x \rangle + \text{const},
+        \qquad H = A^{\top} A, \quad b = A^{\top} y
+
+    The unknown :math:`x` is real, ``(B, C, H, W)``, and in the units of the model,
+    about [0, 1]: an image of the physics is ``scale`` times what :attr:`layout` makes
+    of it.
+
+    :param torch.Tensor b: right-hand side, shape of the unknown.
+    :param NormalOperator H: normal operator; ``None``: the identity.
+    :param ImageLayout layout: translation to images of the physics; ``None``: none.
+    :param torch.Tensor scale: intensity by which images were divided, ``(B,)``;
+        ``None``: 1.
+    :param object physics: the physics, which only :meth:`value` needs.
+    :param object y: measurements, likewise.
+    :param list notes: remarks on what was decided for the user.
+    """
+
+    b: Tensor
+    H: NormalOperator | None = None
+    layout: ImageLayout | None = None
+    scale: Tensor | None = None
+    physics: Any = None
+    y: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        y: Any,
+        physics: Any,
+        reference: Tensor,
+        *,
+        in_channels: int = 1,
+        complex_mode: str = "real_imag",
+        scale: float | str | None = None,
+        trial: bool = True,
+    ) -> DataTerm:
+        """
+        Checks measurements and physics and returns their data term.
+
+        :param torch.Tensor y: measurements.
+        :param deepinv.physics.LinearPhysics physics: forward operator, or the
+            :class:`KnownPhysics` that was made of it; ``None`` to denoise.
+        :param torch.Tensor reference: any parameter of the model, which tells dtype and
+            device.
+        :param int in_channels: channels that the filters see.
+        :param str complex_mode: see :class:`ImageLayout`.
+        :param float, str scale: intensity of the images; ``"auto"``: a power of ten
+            where it is far from [0, 1], with a note; ``None``: 1.
+        :param bool trial: whether to try the physics out; otherwise it is trusted.
+        :raises TypeError: if ``y`` is no floating tensor or the physics not linear.
+        :raises ValueError: if they do not fit together, or ``y`` is not finite.
+        """
+        known = physics if isinstance(physics, KnownPhysics) else None
+        physics = physics if known is None else known.physics
+        check_measurements(y, reference)
+        check_linear(physics)
+        identity = is_identity(physics)
+        image = y if identity else back_projection(physics, y)
+        layout = ImageLayout.of(image, in_channels, complex_mode)
+        b, H = layout.extract(image), None
+        if not identity:
+            H = known or KnownPhysics(physics, layout, b, trial=trial)
+            if H.layout != layout or H.like.dtype != b.dtype:
+                raise ValueError(
+                    "physics was examined for images of shape "
+                    f"{tuple(H.layout.shape)} in {H.like.dtype}, and y makes images of "
+                    f"shape {tuple(layout.shape)} in {b.dtype}. Give the physics itself "
+                    "or examine it again."
+                )
+        notes = [] if H is None else list(H.notes)
+        data = cls(b, H, layout, None, physics, y, notes)
+        return data if scale is None else data.scaled(_intensity(data, scale))
+
+    def scaled(self, scale: Tensor) -> DataTerm:
+        """
+        Returns the same data term for images in another unit.
+
+        :param torch.Tensor scale: intensity by which images are divided, ``(B,)``, on
+            top of what they have been.
+        """
+        total = scale if self.scale is None else self.scale * scale
+        return replace(self, b=self.b / expand(scale, self.b), scale=total)
+
+    def expanded(self, number: int) -> DataTerm:
+        """Returns the data term of one sample for ``number`` equal ones."""
+        b = self.b.expand(number, -1, -1, -1)
+        H = self.H
+        if H is not None:
+            H = NormalOperator(H, b, complex_pair=H.complex_pair)
+        return replace(self, b=b, H=H)
+
+    # -- the quadratic -------------------------------------------------------------
+
+    @property
+    def identity(self) -> bool:
+        """Whether the normal operator is the identity: in denoising."""
+        return self.H is None
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Applies the normal operator, shape of ``x``."""
+        return x if self.H is None else self.H(x)
+
+    @property
+    def fast_normal(self) -> LinearMap:
+        """The normal operator in its fastest form, equal up to rounding."""
+        return self.normal if self.H is None else self.H.fast
+
+    def force(self, x: Tensor) -> Tensor:
+        r"""
+        Returns :math:`b - H x`, the negative gradient of the data term at ``x``.
+
+        The equations of this package see data only through this, :meth:`normal` and
+        ``b``: another likelihood has another force, and its curvature in place of H.
+        """
+        return self.b - self.normal(x)
+
+    def value(self, x: Tensor) -> Tensor:
+        r"""Returns :math:`\tfrac12 \|A x - y\|_2^2` of an unknown, ``(B,)``."""
+        if self.H is None:
+            return 0.5 * (x - self.b).square().flatten(1).sum(1)
+        residual = self.physics.A(self.image(x)) - self.y
+        parts = list(residual) if isinstance(residual, TensorList) else [residual]
+        total = sum(part.abs().square().flatten(1).sum(1) for part in parts)
+        return 0.5 * total / self.intensity.square()
+
+    # -- what is known of it -------------------------------------------------------
+
+    @property
+    def complex_pair(self) -> bool:
+        """Whether the two channels of the unknown are one complex image."""
+        return self.layout is not None and self.layout.complex_pair
+
+    @cached_property
+    def step(self) -> Tensor:
+        r"""The step :math:`t` of steepest descent from zero, ``(B,)``."""
+        with torch.no_grad():
+            gain = inner(self.b, self.normal(self.b))
+            return (inner(self.b, self.b) / gain).where(gain > 0, 1)
+
+    @cached_property
+    def b_norm(self) -> Tensor:
+        """Norm of the right-hand side, 1 where it is zero, ``(B,)``."""
+        b_norm = norm(self.b.detach())
+        return b_norm.where(b_norm != 0, 1)
+
+    @property
+    def circulant(self) -> Tensor:
+        """Samples whose normal operator is a circular convolution, ``(B,)``."""
+        if self.H is None:
+            return torch.ones(len(self.b), dtype=torch.bool, device=self.b.device)
+        return self.H.circulant
+
+    @property
+    def sqnorm(self) -> Tensor:
+        """Squared norm of the physics, ``(B,)``."""
+        return self.b.new_ones(len(self.b)) if self.H is None else self.H.sqnorm
+
+    @property
+    def norm_bound(self) -> Tensor:
+        """An upper bound of the norm of the normal operator, ``(B,)``."""
+        return self.sqnorm if self.H is None else self.H.norm_bound
+
+    # -- units -----------------------------------------------------------------------
+
+    @property
+    def intensity(self) -> Tensor:
+        """The scale, ``(B,)``, also where there is none."""
+        return self.b.new_ones(len(self.b)) if self.scale is None else self.scale
+
+    def image(self, x: Tensor) -> Tensor:
+        """Turns an unknown into an image of the physics."""
+        x = x if self.scale is None else x * expand(self.scale, x)
+        return x if self.layout is None else self.layout.embed(x)
+
+    def unknown(self, name: str, image: object) -> Tensor:
+        """
+        Checks an image of the physics and turns it into an unknown.
+
+        :param str name: name of the argument, for the message.
+        :param torch.Tensor image: the image.
+        :raises ValueError: if it is no image of the physics, or not finite.
+        """
+        assert self.layout is not None
+        x = self.layout.checked(name, image)
+        return x if self.scale is None else x / expand(self.scale, x)
+
+
+def operator_term(b: Tensor, H: Callable[[Tensor], Tensor] | None = None) -> DataTerm:
+    r"""
+    Returns the data term :math:`\tfrac12 \langle x, H x \rangle - \langle b, x
+    \rangle` of a normal operator given as a function.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.problems import operator_term
+    >>> data = operator_term(torch.ones(1, 1, 4, 4), lambda x: 2 * x)
+    >>> float(data.force(torch.zeros(1, 1, 4, 4)).sum())
+    16.0
+
+    :param torch.Tensor b: right-hand side ``(B, C, H, W)``.
+    :param Callable H: symmetric positive semi-definite map; ``None``: the identity.
+    """
+    return DataTerm(b, None if H is None else NormalOperator(H, b))
+
+
+
+
+def _intensity(data: DataTerm, scale: float | str) -> Tensor:
+    """Returns the intensity of the images, ``(B,)``, by which data are divided."""
+    b = data.b.detach()
+    ones = b.new_ones(len(b))
+    if not isinstance(scale, str):
+        return scale * ones
+    with torch.no_grad():
+        # x is about t A^T y with the step t of steepest descent, whatever ||A|| is.
+        size = data.step * b.abs().flatten(1).amax(1)
+        decade = 10 ** (size / 2).log10().ceil()
+    factor = decade.where((size > 0) & size.isfinite(), ones)
+    values = factor.tolist()
+    if any(value != 1 for value in values):
+        data.notes.append(
+            "The intensity is far from [0, 1]: data were divided by "
+            f"{values} and the result multiplied by it (scale='auto')."
+        )
+    return factor

@@ -1,0 +1,55 @@
+"""What all equations have in common that are solved by freezing their weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from deepinv_deal.solvers import AdjointOptions, SolverResult, solve_equation
+from deepinv_deal.solvers.fixed_point import Callback
+
+if TYPE_CHECKING:
+    from deepinv_deal.problems.options import SolverOptions
+
+
+class IterativeEquation:
+    """
+    An equation :math:`F(x) = 0` that the fixed-point engine solves.
+
+    A subclass has the members of :class:`deepinv_deal.solvers.Equation`, an attribute
+    ``options``, and ``anderson``, the depth of acceleration that suits it.
+    """
+
+    options: SolverOptions
+
+    def solve(
+        self: Any,
+        start: Tensor,
+        *,
+        rtol: float,
+        max_iter: int,
+        adjoint: AdjointOptions | None = None,
+        callback: Callback | None = None,
+    ) -> tuple[Tensor, SolverResult]:
+        """
+        Solves the equation, with implicit gradients.
+
+        :param torch.Tensor start: first unknown.
+        :param float rtol: tolerance on the imbalance of forces.
+        :param int max_iter: largest number of outer iterations.
+        :param AdjointOptions adjoint: settings of the backward pass.
+        :param Callable callback: called as ``callback(k, before, after)`` with the
+            unknowns before and after every outer iteration.
+        :return: the unknown, and how it was found.
+        """
+        return solve_equation(
+            self,
+            start,
+            rtol=rtol,
+            max_iter=max_iter,
+            forcing=self.options.forcing,
+            anderson=self.options.anderson,
+            callback=callback,
+            adjoint=adjoint,
+        )

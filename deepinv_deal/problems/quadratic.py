@@ -1,0 +1,406 @@
+r"""Attentive quadratic problems, those of DEAL: regularizer, equation, linear system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from deepinv_deal._batch import expand, inner, norm, select
+from deepinv_deal.operators import MultiConvOperator
+from deepinv_deal.operators.row_blocks import in_row_blocks
+from deepinv_deal.problems.bounds import Bounds, clamp
+from deepinv_deal.problems.data_term import DataTerm
+from deepinv_deal.problems.equation import IterativeEquation
+from deepinv_deal.problems.options import SolverOptions
+from deepinv_deal.problems.preconditioning import Preconditioning
+from deepinv_deal.solvers import ADMMState, SolverResult, admm
+from deepinv_deal.solvers.fixed_point import LEAST_FORCE, LinearProblem
+from deepinv_deal.solvers.implicit import LinearSolve
+
+#: Imbalance of forces below which iterations are accelerated. Farther from the solution
+#: that helps some problems and hurts others: valid blur would take twice the work.
+NEAR = 0.02
+
+#: Penalty of the split by which ADMM imposes bounds, relative to the data term, and
+#: how much each of its linear solves reduces the residual.
+BOUNDS_PENALTY, LINEAR_FORCING = 0.3, 0.1
+
+#: Iterations of ADMM between two looks at the residual.
+CHECK_EVERY = 3
+
+
+@dataclass(frozen=True)
+class AttentiveQuadratic:
+    r"""
+    An attentive quadratic regularizer for given weights and noise level.
+
+    :math:`R_m(x) = \tfrac{1}{2} \|m \odot W x\|_2^2` with the mask
+    :math:`m = M_\sigma(z)` frozen at an image :math:`z`. Images with more channels than
+    the filters (real and imaginary part) are regularized channel by channel.
+
+    :param MultiConvOperator W: the analysis operator, whose results are new tensors,
+        which may be overwritten.
+    :param Callable attention: maps images ``(B, C, H, W)`` to masks ``(B, N, H, W)``,
+        one for every filter.
+    :param int reach: rows that a pixel of the mask sees on each side, in an image that
+        is continued by zeros in every layer. The mask of a large image is then
+        evaluated in blocks of rows. ``None``: at once, for masks that see more.
+    :param torch.dtype dtype: precision in which :meth:`normal` computes; ``None``: that
+        of its arguments.
+    """
+
+    W: MultiConvOperator
+    attention: Callable[[Tensor], Tensor]
+    reach: int | None = None
+    dtype: torch.dtype | None = None
+
+    def _split(self, x: Tensor) -> Tensor:
+        """Moves independent image channels into the batch."""
+        return x.reshape(-1, self.W.in_channels, *x.shape[2:])
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Returns the masks of ``x (B, C, H, W)``, shape ``(B * parts, N, H, W)``."""
+        return self._attend(self.attention, x)
+
+    def squared_mask(self, x: Tensor) -> Tensor:
+        """Returns their squares, without holding the masks of a large image too."""
+        return self._attend(lambda split: self.attention(split).square(), x)
+
+    def _attend(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        x = self._split(x)
+        if self.reach is None:
+            return function(x)
+        return in_row_blocks(
+            function, x, reach=self.reach, channels=self.W.out_channels
+        )
+
+    def analyse(self, x: Tensor) -> Tensor:
+        """Returns the filter responses :math:`W x`, ``(B * parts, N, H, W)``."""
+        return self.W(self._split(x))
+
+    def adjoint(self, w: Tensor, like: Tensor) -> Tensor:
+        r"""Applies :math:`W^{\top}`, the adjoint of :meth:`analyse` on ``like``."""
+        return self.W.adjoint(w).view_as(like)
+
+    def value(self, x: Tensor, mask: Tensor) -> Tensor:
+        r"""Returns :math:`\tfrac{1}{2} \|m \odot W x\|^2` of every sample, ``(B,)``."""
+        u = mask * self.analyse(x)
+        return 0.5 * inner(u, u).view(len(x), -1).sum(1)
+
+    def to(self, dtype: torch.dtype) -> AttentiveQuadratic:
+        """Returns it with filters in another precision, for masks as before."""
+        return replace(self, W=self.W.to(dtype), dtype=dtype)
+
+    def normal(self, x: Tensor, squared_mask: Tensor) -> Tensor:
+        r"""Returns :math:`W^{\top} (m^2 \odot W x)`, the gradient at a frozen mask."""
+
+        def normal(x: Tensor, squared_mask: Tensor) -> Tensor:
+            w = self.W(x)
+            # New memory for large features takes about as long as the product.
+            w = squared_mask * w if torch.is_grad_enabled() else w.mul_(squared_mask)
+            return self.W.adjoint(w)
+
+        split, channels = self._split(x), self.W.out_channels
+        split = split if self.dtype is None else split.to(self.dtype)
+        squared_mask = squared_mask.expand(len(split), channels, *x.shape[2:])
+        reach = 2 * self.W.reach
+        return (
+            in_row_blocks(normal, split, squared_mask, reach=reach, channels=channels)
+            .view_as(x)
+            .to(x.dtype)
+        )
+
+
+@dataclass(frozen=True)
+class AttentiveEquation(IterativeEquation):
+    r"""
+    The equation of a reconstruction with an attentive quadratic regularizer.
+
+    .. math::
+        F(x) = b - H x - \lambda G(x) = 0, \qquad
+        G(x) = W^{\top} \big( M_\sigma(x)^2 \odot W x \big), \quad
+        H = A^{\top} A, \quad b = A^{\top} y
+
+    (:footcite:t:`pourya2025dealing`, Eq. (8) at a fixed point). With the mask frozen it
+    is a symmetric positive definite linear system, solved by conjugate gradients.
+
+    An image is accurate if the forces of data and regularizer balance: the residual
+    :math:`F(x)` is small against :math:`\lambda G(x)`. To compare it with :math:`b`, as
+    is common for linear systems, would call the zero-filled image of an MRI scan
+    accurate, since it fits the data.
+
+    With bounds, :math:`P` the projection on them and :math:`t` the step of steepest
+    descent of the data term, it is :math:`\tfrac1t (P(x + t F(x)) - x) = 0` instead,
+    and the frozen problem a quadratic one with bounds.
+
+    :param DataTerm data: the data term.
+    :param torch.Tensor lambda_reg: regularization weight per sample, ``(B,)``.
+    :param AttentiveQuadratic regularizer: regularizer at the model's noise level.
+    :param tuple bounds: smallest and largest value of the unknown; ``None``: none.
+    :param SolverOptions options: how the frozen problems are solved.
+    """
+
+    data: DataTerm
+    lambda_reg: Tensor
+    regularizer: AttentiveQuadratic
+    bounds: Bounds | None = None
+    options: SolverOptions = SolverOptions()
+
+    @property
+    def anderson(self) -> int:
+        """Depth of Anderson acceleration that suits it."""
+        return 5 if self.bounds is None else 0
+
+    def force(
+        self,
+        x: Tensor,
+        squared_mask: Tensor,
+        regularizer: AttentiveQuadratic | None = None,
+    ) -> Tensor:
+        r"""
+        Returns :math:`\lambda W^{\top} (m^2 \odot W x)`, shape of ``x``; with the given
+        filters instead of the equation's.
+        """
+        regularizer = regularizer or self.regularizer
+        return expand(self.lambda_reg, x) * regularizer.normal(x, squared_mask)
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """
+        Returns F(x), shape of ``x``; with the given mask instead of that of ``x``.
+        """
+        squares = self.regularizer.squared_mask(x) if mask is None else mask.square()
+        return self.bounded(x, self.data.force(x) - self.force(x, squares))
+
+    def bounded(self, x: Tensor, descent: Tensor) -> Tensor:
+        """Returns the residual for a direction of descent: itself without bounds."""
+        if self.bounds is None:
+            return descent
+        t = expand(self.data.step, x)
+        return (clamp(x + t * descent, self.bounds) - x) / t
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Returns the masks of an iterate, to be given to a call."""
+        return self.regularizer.mask(x)
+
+    def start(self, x: Tensor | None) -> Tensor:
+        """Returns the first iterate: the given image, zero if ``None``."""
+        return clamp(torch.zeros_like(self.data.b) if x is None else x, self.bounds)
+
+    def image(self, x: Tensor) -> Tensor:
+        """Returns the image of an iterate: itself."""
+        return x
+
+    def freeze(self, x: Tensor) -> FrozenSystem | BoundedSystem:
+        """Returns the problem with the mask frozen at ``x``."""
+        system = FrozenSystem(self, x)
+        return system if self.bounds is None else BoundedSystem(system)
+
+    def adjoint_solver(self, x: Tensor) -> LinearSolve:
+        """Returns a solver for the transposed Jacobian with the mask frozen."""
+        # Not in the inner precision: nobody would correct what is lost there.
+        with torch.no_grad():
+            system = FrozenSystem(self, x, inner=False)
+            if self.bounds is None:
+                return system.correction
+            return BoundedSystem(system).adjoint_correction
+
+    @cached_property
+    def inner_regularizer(self) -> AttentiveQuadratic:
+        """The regularizer in the precision of the inner solves."""
+        if self.options.inner_dtype is None:
+            return self.regularizer
+        return self.regularizer.to(self.options.inner_dtype)
+
+    @property
+    def precise(self) -> AttentiveEquation:
+        """The same equation, with inner solves in full precision."""
+        return replace(self, options=replace(self.options, inner_dtype=None))
+
+    @cached_property
+    def preconditioning(self) -> Preconditioning:
+        """What is known about preconditioners of this equation's systems."""
+        choice, W = self.options.preconditioner, self.regularizer.W
+        return Preconditioning(choice, self.data, self.lambda_reg, W)
+
+
+class FrozenSystem(LinearProblem):
+    """
+    The linear system of one update, posed as a correction of the current image.
+
+    :param AttentiveEquation equation: the equation.
+    :param torch.Tensor x: image at which the mask is frozen.
+    :param bool inner: apply :meth:`A` in the inner precision.
+    """
+
+    def __init__(self, equation: AttentiveEquation, x: Tensor, *, inner: bool = True):
+        self.equation, self.x, self.inner = equation, x, inner
+        self.squared_mask = equation.regularizer.squared_mask(x)
+
+    def A(self, v: Tensor) -> Tensor:
+        r"""Applies :math:`H + \lambda W^{\top} m^2 W`, in the inner precision."""
+        regularizer, squared_mask = self.applied
+        force = self.equation.force(v, squared_mask, regularizer)
+        return self.equation.preconditioning.H(v) + force
+
+    @cached_property
+    def applied(self) -> tuple[AttentiveQuadratic, Tensor]:
+        """Regularizer and squared mask in the precision in which they are applied."""
+        equation, mask = self.equation, self.squared_mask
+        regularizer = equation.inner_regularizer if self.inner else equation.regularizer
+        return regularizer, mask.to(regularizer.dtype or mask.dtype)
+
+    @cached_property
+    def force(self) -> Tensor:
+        """The force of the regularizer on the image where it was frozen."""
+        return self.equation.force(self.x, self.squared_mask)
+
+    @cached_property
+    def r(self) -> Tensor:  # type: ignore[override]  # only where it is asked for
+        """The residual of the system at the image where it was frozen."""
+        return self.equation.data.force(self.x) - self.force
+
+    @cached_property
+    def residual(self) -> Tensor:  # type: ignore[override]  # likewise
+        """Norm of the residual relative to the right-hand side, shape ``(B,)``."""
+        return norm(self.r) / self.equation.data.b_norm
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """Residual that counts as 1, shape ``(B,)``: the norm of the force."""
+        return self.force_norm
+
+    @cached_property
+    def force_norm(self) -> Tensor:
+        """Norm of the force relative to the right-hand side, shape ``(B,)``."""
+        return (norm(self.force) / self.equation.data.b_norm).clamp_min(LEAST_FORCE)
+
+    @property
+    def near(self) -> Tensor:
+        """
+        Samples whose iteration may be accelerated, ``(B,)``: in denoising all, else
+        those whose imbalance is at most ``NEAR``.
+        """
+        # The systems of denoising are well conditioned, so a combination with a small
+        # residual is near the solution. Elsewhere it may be far.
+        if self.equation.data.identity:
+            return super().near
+        return self.residual <= NEAR * self.force_norm
+
+    def correction(
+        self, r: Tensor, rtol: Tensor, active: Tensor | None = None
+    ) -> SolverResult:
+        """
+        Solves ``A d = r`` to the relative tolerance ``rtol (B,)``; where ``active``,
+        the solve may try out a preconditioner.
+        """
+        limit = self.equation.options.inner_max_iter
+        return self.equation.preconditioning.solve(
+            self.A, r, rtol, limit, self.squared_mask, active
+        )
+
+
+class BoundedSystem:
+    r"""
+    The quadratic problem of one update with bounds on the image.
+
+    ADMM splits :math:`s = x`; its linear systems are those of :class:`FrozenSystem`
+    plus a multiple of the identity.
+
+    :param FrozenSystem system: the same without bounds.
+    """
+
+    def __init__(self, system: FrozenSystem):
+        self.system, self.equation, self.x = system, system.equation, system.x
+        self.squared_mask = system.squared_mask
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """Norm of the residual relative to the right-hand side, shape ``(B,)``."""
+        return self._measure(self.x, self.system.r)
+
+    @property
+    def weight(self) -> Tensor:
+        """Residual that counts as 1, shape ``(B,)``: the norm of the force."""
+        return self.system.force_norm
+
+    def _measure(self, x: Tensor, descent: Tensor) -> Tensor:
+        return norm(self.equation.bounded(x, descent)) / self.equation.data.b_norm
+
+    def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
+        """Reduces the residual of the active samples by the factor ``rtol (B,)``."""
+        equation, system = self.equation, self.system
+        rho = BOUNDS_PENALTY / equation.data.step
+        shift = expand(rho, self.x)
+        n_inner = torch.zeros(len(rho), dtype=torch.int64, device=rho.device)
+
+        def A(v: Tensor) -> Tensor:
+            return system.A(v) + shift * v
+
+        def solve_x(
+            targets: tuple[Tensor, ...], x: Tensor, _: tuple[Tensor, ...]
+        ) -> tuple[Tensor, tuple[Tensor, ...]]:
+            nonlocal n_inner
+            r = equation.data.b + shift * targets[0] - A(x)
+            step = equation.preconditioning.solve(
+                A,
+                r,
+                torch.full_like(rho, LINEAR_FORCING),
+                equation.options.inner_max_iter,
+                self.squared_mask,
+            )
+            n_inner = n_inner + step.n_iter
+            return x + step.x, (x + step.x,)
+
+        def prox(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (clamp(v[0], equation.bounds),)
+
+        def measure(new: ADMMState, _old: ADMMState) -> Tensor:
+            z = new.z[0]
+            force = equation.force(z, self.squared_mask)
+            return self._measure(z, equation.data.force(z) - force)
+
+        # At a solution the multiplier is the force that the bounds bear.
+        d = self.x + system.r / shift
+        z = prox((d,))
+        result = admm(
+            solve_x,
+            prox,
+            ADMMState(self.x, z, (d - z[0],), (self.x,)),
+            rho=(rho,),
+            rtol=(rtol * self.residual).where(active, torch.inf),
+            max_iter=equation.options.inner_max_iter,
+            measure=measure,
+            check_every=CHECK_EVERY,
+        )
+        relative = result.residual / self.residual.where(self.residual != 0, 1)
+        image = select(active, result.state.z[0], self.x)
+        return replace(result, x=image, residual=relative, n_iter=n_inner)
+
+    def adjoint_correction(self, v: Tensor, rtol: Tensor) -> SolverResult:
+        r"""
+        Solves :math:`-F_x^{\top} w = v` with the mask frozen.
+
+        With :math:`D` the pixels inside the bounds, :math:`-F_x^{\top} = A D +
+        \tfrac1t (I - D)`: conjugate gradients on :math:`D A D` find :math:`w` on
+        :math:`D`, and the rest of it is :math:`t (v - A D w)`.
+
+        :param torch.Tensor v: cotangent, shape of the image.
+        :param torch.Tensor rtol: tolerance on the relative residual, ``(B,)``.
+        """
+        equation, system = self.equation, self.system
+        t = expand(equation.data.step, v)
+        target = self.x + t * system.r
+        free = target == clamp(target, equation.bounds)
+        result = equation.preconditioning.solve(
+            lambda w: free * system.A(free * w),
+            free * v,
+            rtol,
+            equation.options.inner_max_iter,
+            self.squared_mask,
+        )
+        w = free * result.x
+        return replace(result, x=torch.where(free, w, t * (v - system.A(w))))
