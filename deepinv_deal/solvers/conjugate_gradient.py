@@ -99,12 +99,11 @@ def conjugate_gradient(
     if init is not None:
         x = select(nonzero, init / scale, x)
         r = b - A(x)
-    counted = not isinstance(max_iter, Tensor)  # the same for all, so the host counts
     system = _System(
         A,
         preconditioner,
         nonzero.to(b_norm.dtype) * rtol,
-        None if counted else max_iter,
+        max_iter if isinstance(max_iter, Tensor) else None,
         b_norm.new_zeros(()),
     )
     result = _solve(system, x, r, b, rtol, max_iter, check_every, verify)
