@@ -68,6 +68,21 @@ def select(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return a.where(expand(condition, a), b)
 
 
+def read_counts(flags: Iterable[Tensor]) -> list[int]:
+    """
+    Returns for how many samples each of several flags ``(B,)`` holds.
+
+    The host waits for the device once, however many flags there are.
+    """
+    counts: list[int] = torch.stack(list(flags)).sum(1).tolist()
+    return counts
+
+
+def read_any(flags: Iterable[Tensor]) -> list[bool]:
+    """Returns whether each of several flags ``(B,)`` holds anywhere, as above."""
+    return [count > 0 for count in read_counts(flags)]
+
+
 def central(x: Tensor, side: int) -> Tensor:
     """Crops images to their central square; smaller ones stay as they are."""
     height, width = x.shape[-2:]

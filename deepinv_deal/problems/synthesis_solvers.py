@@ -146,6 +146,7 @@ def eliminated_fista(
         max_iter=max_iter,
         measure=lambda new, old: relative_change(new[2:], old[2:]),
         callback=_watched(callback, 2),
+        look_every=1,  # an iteration, with its linear system, costs more than a look
     )
     a, _, x = result.state
     return replace(result, x=x, state=(a, x))
@@ -434,6 +435,7 @@ def coordinate_descent(
         max_iter=max_iter,
         measure=relative_change,
         callback=_watched(callback, 1),
+        look_every=1,  # an iteration, with its solves, costs more than a look
     )
     status = result.status
     if not rtol:  # a fixed number of passes is what was asked for

@@ -21,7 +21,6 @@ from deepinv_deal.solvers.precision import full_precision
 from deepinv_deal.solvers.proximal import (
     ADMMState,
     admm,
-    group_soft_threshold,
     project_linf,
     proximal_gradient,
     relative_change,
@@ -51,7 +50,6 @@ __all__ = [
     "conjugate_gradient",
     "fixed_point",
     "full_precision",
-    "group_soft_threshold",
     "implicit_solution",
     "project_linf",
     "proximal_gradient",

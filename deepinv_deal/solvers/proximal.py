@@ -8,12 +8,12 @@ gradients enabled (for unrolling; the models use implicit gradients).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import expand, inner, joint_norm, norm, select
+from deepinv_deal._batch import expand, inner, joint_norm, norm, read_counts, select
 from deepinv_deal.solvers.result import SolverResult, Status
 
 #: Several unknowns of one batch, each ``(B, ...)``.
@@ -23,7 +23,10 @@ Blocks = tuple[Tensor, ...]
 #: current value of all blocks.
 BlockStep = Callable[[Tensor, Blocks], Tensor]
 
-Inertia = Literal["none", "fista", "chambolle-dossal", "palm"]
+#: ``callback(k, before, after)`` after iteration ``k = 0, 1, ...``
+StateCallback = Callable[[int, Any, Any], None]
+
+Inertia = Literal["none", "fista", "palm"]
 
 
 # -- proximal maps -------------------------------------------------------------
@@ -51,25 +54,37 @@ def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
     return x - project_linf(x, threshold)  # Moreau's identity
 
 
-def group_soft_threshold(x: Tensor, threshold: float | Tensor, dim: int) -> Tensor:
-    r"""
-    Returns :math:`x_g \max(1 - t_g / \|x_g\|_2, 0)` for every group :math:`g`.
-
-    The proximal map of :math:`\sum_g t_g \|x_g\|_2`; the members of a group lie along
-    one dimension. Groups of norm at most :math:`t_g` become zero, with zero gradient.
-
-    :param torch.Tensor x: any shape.
-    :param float, torch.Tensor threshold: :math:`t \geq 0`, broadcastable to ``x`` with
-        size 1 in ``dim``.
-    :param int dim: dimension along which the groups lie.
-    """
-    size = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    kept = size > threshold
-    shrink = 1 - threshold / size.where(kept, 1)
-    return x * shrink.where(kept, 0)
-
-
 # -- the loop of both solvers --------------------------------------------------
+
+
+class _Judged(NamedTuple):
+    """
+    What is known of every sample, ``(B,)``, since the last evaluation of the measure.
+    """
+
+    residual: Tensor
+    active: Tensor
+    status: Tensor
+    n_iter: Tensor
+
+    @classmethod
+    def init(cls, like: Tensor) -> _Judged:
+        """Returns what is known at the start."""
+        active = torch.ones_like(like, dtype=torch.bool)
+        status = torch.full_like(active, Status.MAX_ITER, dtype=torch.int8)
+        n_iter = torch.zeros_like(status, dtype=torch.int64)
+        return cls(torch.full_like(like, torch.inf), active, status, n_iter)
+
+    def update(self, n: int, measured: Tensor, rtol: Tensor) -> tuple[_Judged, Tensor]:
+        """Judges iterate ``n``; returns also whose measure is finite."""
+        active = self.active
+        residual = measured.where(active, self.residual)
+        finite = residual.isfinite()
+        status = self.status.where(~active | finite, Status.NON_FINITE)
+        status = status.where(~active | ~(residual <= rtol), Status.CONVERGED)
+        n_iter = torch.where(active, n, self.n_iter)
+        active = active & finite & (residual > rtol)
+        return _Judged(residual, active, status, n_iter), finite
 
 
 def _iterate(
@@ -80,43 +95,74 @@ def _iterate(
     rtol: float | Tensor,
     max_iter: int,
     check_every: int,
+    look_every: int | None,
+    observe: Callable[[int, Blocks, Blocks], None] | None,
 ) -> tuple[Blocks, Tensor, Tensor, Tensor]:
     """Repeats a step until ``measure <= rtol``; freezes samples that are done."""
-    if max_iter < 0 or check_every < 1:
-        raise ValueError(
-            "max_iter must not be negative and check_every must be positive, got "
-            f"{max_iter}, {check_every}."
-        )
     like = norm(state[0].detach())
-    rtol = torch.as_tensor(rtol, dtype=like.dtype, device=like.device)
-    if not bool((rtol >= 0).all()):
-        raise ValueError(f"rtol must not be negative, got {rtol.tolist()}.")
-    residual = torch.full_like(like, torch.inf)
-    active = torch.ones_like(like, dtype=torch.bool)
-    status = torch.full_like(active, Status.MAX_ITER, dtype=torch.int8)
-    n_iter = torch.zeros_like(status, dtype=torch.int64)
-    everyone, good = True, state
+    rtol, look_every = _checked(rtol, max_iter, check_every, look_every, like)
+    judged, good, looked = _Judged.init(like), state, 0
+    go_on = everyone = True
     for n in range(1, max_iter + 1):
         old, state = state, step(state)
-        # Samples stop at checks only, so nothing is asked of the device in between.
+        # Samples that have stopped stay. Without a look it is unknown if there are any.
         if not everyone:
-            state = _select(active, state, old)
-        if n % check_every and n < max_iter:
-            continue
-        with torch.no_grad():
-            residual = measure(state, old).where(active, residual)
-        n_iter = torch.where(active, n, n_iter)
-        finite = residual.isfinite()
-        status = status.where(~active | finite, Status.NON_FINITE)
-        status = status.where(~active | ~(residual <= rtol), Status.CONVERGED)
-        active = active & finite & (residual > rtol)
-        if not finite.all():
-            state = _select(finite, state, good)
-        good = state
-        everyone = bool(active.all())
-        if not active.any():
+            state = _select(judged.active, state, old)
+        if n % check_every == 0 or n == max_iter:
+            with torch.no_grad():
+                judged, finite = judged.update(n, measure(state, old), rtol)
+            everyone = all_finite = False
+            if n - looked >= look_every or n == max_iter:
+                go_on, everyone, all_finite = _look(judged, finite, rtol)
+                looked = n
+            if not all_finite:
+                state = _select(finite, state, good)
+            good = state
+        if observe is not None:
+            observe(n - 1, old, state)
+        if not go_on:
             break
-    return state, status, n_iter, residual
+    return state, judged.status, judged.n_iter, judged.residual
+
+
+def _look(judged: _Judged, finite: Tensor, rtol: Tensor) -> tuple[bool, bool, bool]:
+    """
+    Returns whether any sample goes on, whether all do, and whether all are ``finite``.
+
+    :raises ValueError: if a tolerance is negative. All is asked together, since every
+        answer makes the host wait for the device.
+    """
+    size = len(finite)
+    flags = [judged.active, finite, (rtol >= 0).expand_as(finite)]
+    n_active, n_finite, n_valid = read_counts(flags)
+    if n_valid < size:
+        raise ValueError(f"rtol must not be negative, got {rtol.tolist()}.")
+    return n_active > 0, n_active == size, n_finite == size
+
+
+def _checked(
+    rtol: float | Tensor,
+    max_iter: int,
+    check_every: int,
+    look_every: int | None,
+    like: Tensor,
+) -> tuple[Tensor, int]:
+    """
+    Returns the tolerance as a tensor and when to look, or raises. The values of a
+    tensor are looked at later, with the first look at the samples.
+    """
+    if look_every is None:
+        look_every = 1 if like.device.type == "cpu" else 8
+    if max_iter < 0 or check_every < 1 or look_every < 1:
+        raise ValueError(
+            "max_iter must not be negative, check_every and look_every must be "
+            f"positive, got {max_iter}, {check_every}, {look_every}."
+        )
+    if isinstance(rtol, Tensor):
+        return rtol.to(like), look_every
+    if not rtol >= 0:
+        raise ValueError(f"rtol must not be negative, got {rtol}.")
+    return torch.full_like(like, rtol), look_every
 
 
 def _select(condition: Tensor, a: Blocks, b: Blocks) -> Blocks:
@@ -146,15 +192,14 @@ def _fista(t: Tensor) -> tuple[Tensor, Tensor]:
     return (t - 1) / t_next, t_next
 
 
-def _harmonic(a: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    return lambda k: ((k - 1) / (k + a), k + 1)
+def _palm(k: Tensor) -> tuple[Tensor, Tensor]:
+    return (k - 1) / (k + 2), k + 1
 
 
 #: From the counter of a sample, 1 at the start, its inertia and the next counter.
 _INERTIA = {
     "fista": _fista,
-    "chambolle-dossal": _harmonic(3),
-    "palm": _harmonic(2),
+    "palm": _palm,
     "none": lambda k: (torch.zeros_like(k), k),
 }
 
@@ -171,6 +216,8 @@ def proximal_gradient(
     max_iter: int = 1000,
     measure: Callable[[Blocks, Blocks], Tensor] | None = None,
     check_every: int = 1,
+    look_every: int | None = None,
+    callback: StateCallback | None = None,
 ) -> SolverResult:
     r"""
     Runs accelerated proximal gradients over one or several blocks of unknowns.
@@ -187,9 +234,6 @@ def proximal_gradient(
     * ISTA: one block, ``inertia="none"``;
     * FISTA (:footcite:t:`beck2009fast`): one block, ``inertia="fista"``, that is
       :math:`w_k = (t_k - 1) / t_{k+1}`, :math:`t_{k+1} = (1 + \sqrt{1 + 4 t_k^2}) / 2`;
-    * its variant with convergent iterates (:footcite:t:`chambolle2015convergence`,
-      :math:`a = 3`): ``inertia="chambolle-dossal"``,
-      :math:`w_k = (k - 1) / (k + 3)`;
     * PALM and iPALM (:footcite:t:`pock2016inertial`): several blocks, ``"none"`` or
       ``"palm"``, :math:`w_k = (k - 1) / (k + 2)`.
 
@@ -219,7 +263,7 @@ def proximal_gradient(
         extrapolated block and the tuple of all current blocks, and returns the new
         block.
     :param list init: initial blocks, shapes ``(B, ...)``. Not modified.
-    :param str inertia: ``"fista"``, ``"chambolle-dossal"``, ``"palm"`` or ``"none"``.
+    :param str inertia: ``"fista"``, ``"palm"`` or ``"none"``.
     :param bool together: see above.
     :param bool, list restart: forget the inertia of a sample whose step turns against
         its momentum, :math:`\sum_b \langle v_b - x_b^{k+1}, x_b^{k+1} - x_b^k \rangle >
@@ -234,8 +278,13 @@ def proximal_gradient(
     :param Callable measure: maps the blocks after and before a step to one number per
         sample, ``(B,)``, for example a relative duality gap; :func:`relative_change` if
         ``None``.
-    :param int check_every: number of iterations between evaluations of the measure,
-        each of which waits for the device.
+    :param int check_every: number of iterations between evaluations of the measure.
+        Samples stop at these only.
+    :param int look_every: least number of iterations between two looks at whether all
+        samples have stopped. Each waits for the device; results do not depend on it.
+        ``None``: 1 on the CPU, 8 elsewhere.
+    :param Callable callback: called as ``callback(k, before, after)`` after every
+        iteration, with the blocks as ``measure`` gets them.
     :return: (:class:`SolverResult`) all blocks in ``state``, the first one in ``x``,
         the measure in ``residual``. A sample whose measure became NaN or infinite gets
         back its iterate of the last evaluation before that.
@@ -252,7 +301,7 @@ def proximal_gradient(
     weights, stop = _INERTIA[inertia], measure or relative_change
     judged = restart if isinstance(restart, Sequence) else range(m * restart)
     counter = torch.ones_like(norm(init[0].detach()))
-    tolerance = torch.as_tensor(rtol).to(counter)
+    tolerance = rtol.to(counter) if isinstance(rtol, Tensor) else rtol
 
     def iteration(state: Blocks) -> Blocks:
         blocks, previous, (k, waits) = state[:m], state[m:-2], state[-2:]
@@ -281,6 +330,10 @@ def proximal_gradient(
         measured = stop(new[:m], old[:m])
         return torch.where(new[-1] > 0, measured.clamp_min(2 * tolerance), measured)
 
+    def observe(k: int, old: Blocks, new: Blocks) -> None:
+        assert callback is not None
+        callback(k, old[:m], new[:m])
+
     state, status, n_iter, residual = _iterate(
         iteration,
         judge,
@@ -288,6 +341,8 @@ def proximal_gradient(
         rtol=rtol,
         max_iter=max_iter,
         check_every=check_every,
+        look_every=look_every,
+        observe=observe if callback is not None else None,
     )
     return SolverResult(state[0], status, n_iter, residual, state=state[:m])
 
@@ -322,6 +377,8 @@ def admm(
     max_iter: int = 1000,
     measure: Callable[[ADMMState, ADMMState], Tensor] | None = None,
     check_every: int = 1,
+    look_every: int | None = None,
+    callback: StateCallback | None = None,
 ) -> SolverResult:
     r"""
     Minimises :math:`f(x) + \sum_i g_i(K_i x)` by the alternating direction method of
@@ -381,8 +438,13 @@ def admm(
     :param int max_iter: largest number of iterations.
     :param Callable measure: another stopping rule: maps the states after and before an
         iteration to one number per sample, ``(B,)``, compared with ``rtol``.
-    :param int check_every: number of iterations between evaluations of the rule, each
-        of which waits for the device.
+    :param int check_every: number of iterations between evaluations of the rule.
+        Samples stop at these only.
+    :param int look_every: least number of iterations between two looks at whether all
+        samples have stopped. Each waits for the device; results do not depend on it.
+        ``None``: 1 on the CPU, 8 elsewhere.
+    :param Callable callback: called as ``callback(k, before, after)`` after every
+        iteration, with the states as ``measure`` gets them.
     :return: (:class:`SolverResult`) with the :class:`ADMMState` in ``state``.
     :raises ValueError: if ``relaxation`` is not in (0, 2), the numbers of splits
         differ, or a tolerance or limit is negative.
@@ -425,6 +487,10 @@ def admm(
             joint_norm(gap, rho) / size, moved / force.where(force != 0, 1)
         )
 
+    def observe(k: int, old: Blocks, new: Blocks) -> None:
+        assert callback is not None
+        callback(k, unpack(old), unpack(new))
+
     stop = measure or residuals
     state, status, n_iter, residual = _iterate(
         iteration,
@@ -433,6 +499,8 @@ def admm(
         rtol=rtol,
         max_iter=max_iter,
         check_every=check_every,
+        look_every=look_every,
+        observe=observe if callback is not None else None,
     )
     final = unpack(state)
     return SolverResult(final.x, status, n_iter, residual, state=final)

@@ -8,6 +8,7 @@ import torch
 from helpers import Counted, batched_map, random, spd_matrix, spd_system
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepinv_deal.solvers import ConvergenceWarning, SolverResult, Status
 from deepinv_deal.solvers import conjugate_gradient as cg
@@ -469,3 +470,62 @@ def test_a_warning_takes_nan_for_the_worst_and_abbreviates_long_lists():
 
 def test_a_converged_result_does_not_warn():
     cg(lambda v: v, torch.ones(2, 3)).report("It", 1e-5, "")
+
+
+# -- cost on an accelerator ----------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that are launches on an accelerator, and waits for results."""
+
+    views = ("view", "expand", "_unsafe_view", "alias", "detach", "select", "slice")
+
+    def __init__(self):
+        super().__init__()
+        self.launches, self.waits, self.paused = 0, 0, False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not self.paused and name not in self.views:
+            self.waits += name == "_local_scalar_dense"
+            self.launches += name != "_local_scalar_dense"
+        return function(*args, **(kwargs or {}))
+
+    def without(self, A):
+        """The operator ``A``, whose own operations do not count."""
+
+        def uncounted(v):
+            self.paused = True
+            q = A(v)
+            self.paused = False
+            return q
+
+        return uncounted
+
+
+def operations(matrices, b, **options) -> Operations:
+    with Operations() as counted:
+        cg(counted.without(batched_map(matrices)), b, **options)
+    return counted
+
+
+def test_the_vector_work_of_a_step_is_few_operations(rng):
+    matrices, b = spd_system(rng, 20, CONDS)
+    few, many = (
+        operations(matrices, b, rtol=0, max_iter=n, verify=False) for n in (4, 9)
+    )
+    assert (many.launches - few.launches) / 5 <= 20
+
+
+@pytest.mark.parametrize("verify", [True, False], ids=["verify", "trust"])
+def test_a_fixed_number_of_iterations_waits_for_nothing(verify, rng):
+    matrices, b = spd_system(rng, 20, CONDS)
+    counted = operations(matrices, b, rtol=0, max_iter=9, verify=verify)
+    assert counted.waits == 0
+
+
+def test_the_host_waits_once_per_check(rng):
+    matrices, b = spd_system(rng, 20, CONDS)
+    n = int(cg(batched_map(matrices), b).n_iter.max())
+    counted = operations(matrices, b, check_every=8, verify=False)
+    assert n > 16 and counted.waits == -(-n // 8)

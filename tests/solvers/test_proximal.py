@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -14,8 +16,8 @@ from deepinv_deal.solvers import (
     SolverResult,
     Status,
     admm,
-    group_soft_threshold,
     project_linf,
+    proximal,
     proximal_gradient,
     relative_change,
     soft_threshold,
@@ -37,35 +39,11 @@ def test_soft_threshold_is_the_proximal_map_of_the_weighted_l1_norm(rng):
     )
 
 
-def test_group_soft_threshold_is_the_proximal_map_of_the_l21_norm(rng):
-    x = 2 * random(rng, 3, 2, 5)
-    t = random(rng, 3, 1, 5).abs()
-    z = group_soft_threshold(x, t, dim=1)
-    zero = (z == 0).all(1, keepdim=True)
-    assert 0 < int(zero.sum()) < zero.numel()
-    # Optimality: x - z in t d||z||.
-    direction = z / torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    torch.testing.assert_close(
-        (x - z)[~zero.expand_as(x)], (t * direction)[~zero.expand_as(x)]
-    )
-    size = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    assert (size <= t)[zero].all()
-
-
-def test_groups_of_one_are_soft_thresholded(rng):
-    x = random(rng, 4, 6)
-    groups = group_soft_threshold(x[:, None], 0.5, dim=1)[:, 0]
-    torch.testing.assert_close(groups, soft_threshold(x, 0.5))
-
-
-def test_proximal_maps_are_differentiable_also_where_groups_vanish(rng):
+def test_proximal_maps_are_differentiable(rng):
     x = (3 * random(rng, 4, 3, 5)).requires_grad_()
     t = random(rng, 4, 1, 5).abs().requires_grad_()
-    for f in (soft_threshold, project_linf, lambda a, b: group_soft_threshold(a, b, 1)):
+    for f in (soft_threshold, project_linf):
         assert torch.autograd.gradcheck(f, (x, t))
-    zero = torch.zeros(2, 3, requires_grad=True)
-    group_soft_threshold(zero, 0.0, 1).sum().backward()
-    assert zero.grad is not None and zero.grad.isfinite().all()
 
 
 def test_projection_is_what_soft_thresholding_removes(rng):
@@ -141,7 +119,6 @@ class Lasso:
 SETTINGS = [
     pytest.param({"inertia": "none"}, id="ista"),
     pytest.param({"inertia": "fista"}, id="fista"),
-    pytest.param({"inertia": "chambolle-dossal"}, id="chambolle-dossal"),
     pytest.param({"inertia": "palm"}, id="palm"),
     pytest.param({"inertia": "fista", "restart": True}, id="restart"),
 ]
@@ -187,14 +164,13 @@ def fista_by_hand(step, x, n, weights):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
-@pytest.mark.parametrize("inertia", ["fista", "chambolle-dossal", "palm"])
+@pytest.mark.parametrize("inertia", ["fista", "palm"])
 def test_iterates_are_those_of_the_papers(n, inertia, rng):
     t = [1.0]
     for _ in range(8):
         t.append((1 + (1 + 4 * t[-1] ** 2) ** 0.5) / 2)
     weights = {
         "fista": [(a - 1) / b for a, b in zip(t, t[1:], strict=False)],
-        "chambolle-dossal": [(k - 1) / (k + 3) for k in range(1, 9)],
         "palm": [(k - 1) / (k + 2) for k in range(1, 9)],
     }[inertia]
     problem = Lasso.draw(rng)
@@ -604,3 +580,88 @@ def test_admm_refuses_bad_settings(rng):
             problem.solve(relaxation=relaxation)
     with pytest.raises(ValueError, match="one entry per split"):
         problem.replace().solve(ADMMState(problem.y, *[(problem.y,)] * 3))
+
+
+# -- looks and callbacks -------------------------------------------------------
+
+
+def both_solvers(rng):
+    lasso, analysis = Lasso.draw(rng), Analysis.draw(rng)
+    settings = [setting.values[0] for setting in SETTINGS]
+    return [partial(lasso.solve, **s) for s in settings] + [analysis.solve]
+
+
+@pytest.mark.parametrize("check_every", [1, 3])
+def test_looking_rarely_changes_nothing_but_the_waits(check_every, rng):
+    for solve in both_solvers(rng):
+        options = {"rtol": 1e-5, "max_iter": 5000, "check_every": check_every}
+        often, rare = solve(**options), solve(**options, look_every=8)
+        assert len(often.n_iter.unique()) > 1
+        for name in ("x", "n_iter", "status", "residual"):
+            assert torch.equal(getattr(often, name), getattr(rare, name))
+
+
+def test_looking_rarely_finds_the_same_failures(rng):
+    problem = Lasso.draw(rng)
+
+    def solve(look_every):
+        calls = []
+
+        def step(v, _):
+            calls.append(1)
+            v = problem.step(v)
+            if len(calls) > 5:
+                v[1, 3] = torch.nan
+            return v
+
+        init = torch.zeros(3, 10, dtype=DOUBLE)
+        return proximal_gradient([step], [init], rtol=1e-6, look_every=look_every)
+
+    often, rare = solve(1), solve(8)
+    assert often.status.tolist() == [0, Status.NON_FINITE, 0]
+    for name in ("x", "n_iter", "status"):
+        assert torch.equal(getattr(often, name), getattr(rare, name))
+
+
+def test_the_host_waits_once_per_look(rng, monkeypatch):
+    reads, read = [], proximal.read_counts
+    monkeypatch.setattr(proximal, "read_counts", lambda f: reads.append(1) or read(f))
+    for solve in both_solvers(rng):
+        reads.clear()
+        n = int(solve(rtol=1e-5, max_iter=5000, look_every=8).n_iter.max())
+        assert len(reads) == -(-n // 8)
+
+
+def test_the_callback_sees_what_the_measure_sees(rng):
+    seen, measured = [], []
+    problem = Analysis.draw(rng)
+
+    def measure(new, old):
+        measured.append((new, old))
+        return relative_change((new.x,), (old.x,))
+
+    def callback(k, old, new):
+        assert isinstance(old, ADMMState) and isinstance(new, ADMMState)
+        seen.append((k, old, new))
+
+    start = problem.start()
+    result = problem.solve(start, rtol=1e-3, measure=measure, callback=callback)
+    assert [k for k, *_ in seen] == list(range(int(result.n_iter.max())))
+    assert torch.equal(seen[0][1].x, start.x)
+    assert torch.equal(seen[-1][2].x, result.x)
+    for (_, old, new), (measured_new, measured_old) in zip(seen, measured, strict=True):
+        assert torch.equal(new.x, measured_new.x)
+        assert torch.equal(old.x, measured_old.x)
+
+    blocks = []
+    lasso = Lasso.draw(rng)
+    result = lasso.solve(rtol=1e-3, callback=lambda *args: blocks.append(args))
+    assert [k for k, *_ in blocks] == list(range(int(result.n_iter.max())))
+    assert all(len(old) == len(new) == 1 for _, old, new in blocks)
+    for (_, _, (x,)), (_, (before,), _) in zip(blocks, blocks[1:], strict=False):
+        assert torch.equal(x, before)
+
+
+def test_a_tensor_of_tolerances_must_not_be_negative_either(rng):
+    with pytest.raises(ValueError, match="rtol must not be negative"):
+        Lasso.draw(rng).solve(rtol=torch.tensor([1e-3, -1.0, 1e-3]))

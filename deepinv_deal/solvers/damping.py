@@ -1,0 +1,44 @@
+"""Shorter steps where full ones overshoot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Steps are shortened by the first factor when the residual rises, lengthened by the
+#: second when it falls, and never shorter than the third.
+DAMPING, RECOVERY, SHORTEST_STEP = 0.7, 1.05, 0.2
+
+
+@dataclass(frozen=True)
+class Damping:
+    r"""
+    Fractions :math:`\omega` of full steps, one per sample.
+
+    :param bool enabled: whether steps are shortened at all.
+    """
+
+    enabled: bool
+
+    def init(self, residual: Tensor) -> Tensor:
+        """Returns the fraction of the first step, 1, shape of ``residual``."""
+        return torch.ones_like(residual)
+
+    def update(
+        self, omega: Tensor, before: Tensor, after: Tensor, plain: Tensor
+    ) -> Tensor:
+        """
+        Returns the fraction of the next step.
+
+        :param torch.Tensor omega: fraction of the last step, ``(B,)``.
+        :param torch.Tensor before: residual before that step.
+        :param torch.Tensor after: residual after it.
+        :param torch.Tensor plain: samples that made it, without acceleration; a
+            combination that raises the residual says nothing about steps.
+        """
+        # Overshooting shows as a residual that rises.
+        rose = self.enabled & plain & (after > before)
+        omega = torch.where(rose, DAMPING * omega, RECOVERY * omega)
+        return omega.clamp(SHORTEST_STEP, 1.0)
