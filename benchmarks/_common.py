@@ -39,7 +39,7 @@ from deepinv_deal.weights.deal import to_authors_state_dict
 
 def _inpainting(x: Tensor) -> LinearPhysics:
     rng = torch.Generator().manual_seed(0)
-    mask = (torch.rand(x.shape[1:], generator=rng) < 0.5).to(x)
+    mask = (torch.rand(x.shape[1:], generator=rng, device="cpu") < 0.5).to(x)
     return Inpainting(tuple(x.shape[1:]), mask=mask)
 
 
@@ -214,7 +214,8 @@ def application_times(
     prior = model.prior[0]
     weight = next(prior.parameters())
     rng = torch.Generator().manual_seed(0)
-    x = torch.rand(1, prior.in_channels, size, size, generator=rng).to(weight)
+    shape = (1, prior.in_channels, size, size)
+    x = torch.rand(shape, generator=rng, device="cpu").to(weight)
     with torch.no_grad():
         equation = prior.equation(lambda v: v, x, 25 / 255, 1.0)
         system = equation.freeze(x)

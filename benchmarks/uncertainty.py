@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from deepinv_deal import DEAL
 from deepinv_deal._batch import central
+from deepinv_deal.files import load_image_folder
 from deepinv_deal.interpret import (
     calibrate,
     linearize,
     posterior_variance,
 )
-from deepinv_deal.training import load_image_folder
 
 
 def best_correlation(variance: torch.Tensor, factor: float) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from deepinv.loss.metric import PSNR
 from torch import Tensor
 
 from deepinv_deal.interpret._figures import TITLE, finish, new_figure, show
@@ -145,9 +146,8 @@ def plot_path(
     if x_gt is None:
         values, title = path.mask[:, 0].mean((1, 2, 3)), "mean of the mask"
     else:
-        error = (path.x[:, 0] - x_gt[0]).square().flatten(1).mean(1)
-        error[0] = torch.nan  # often zero, which would set the scale
-        values, title = -10 * error.log10(), "PSNR in dB"
+        values, title = PSNR()(path.x[:, 0], x_gt.expand_as(path.x[:, 0])), "PSNR in dB"
+        values[0] = torch.nan  # that of an image that is often zero sets the scale
     bottom.plot(values.cpu(), "o-", markersize=3)
     finish(bottom, title, "iteration k")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
