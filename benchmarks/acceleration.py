@@ -19,7 +19,7 @@ from operators import noisy, problems
 
 from deepinv_deal import DEAL
 from deepinv_deal._batch import central
-from deepinv_deal.training import load_images
+from deepinv_deal.files import load_images
 
 #: Accuracy of the inner solves, depth.
 STRATEGIES = ((0.5, 0), (0.3, 5), (0.5, 5), (0.7, 5))

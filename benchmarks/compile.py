@@ -13,9 +13,9 @@ import argparse
 from functools import partial
 
 import torch
+from _common import clock, median_seconds
 
 from deepinv_deal import DEAL
-from deepinv_deal.evaluation.timing import clock, median_seconds
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from _common import SPEED_TASKS
 from deepinv.optim import DEQConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +31,6 @@ from tqdm import tqdm
 from deepinv_deal import DEAL
 from deepinv_deal._batch import central
 from deepinv_deal.evaluation import quality
-from deepinv_deal.evaluation.speed import SPEED_TASKS
 from deepinv_deal.training import DenoisingSampler, load_images
 from deepinv_deal.tuning import tune
 from deepinv_deal.weights import save_prior

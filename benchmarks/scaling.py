@@ -15,11 +15,11 @@ import time
 
 import numpy as np
 import torch
+from _common import PeakMemory, application_times, median_seconds
 from skimage.data import camera
 
 from deepinv_deal import DEAL
-from deepinv_deal.evaluation import application_times, quality
-from deepinv_deal.evaluation.timing import PeakMemory, median_seconds
+from deepinv_deal.evaluation import quality
 
 
 def per_pixel(model: DEAL, batch: int, size: int, repeats: int = 5) -> float:

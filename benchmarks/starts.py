@@ -19,7 +19,7 @@ from operators import psnr
 
 from deepinv_deal import DEAL, MMR, SAFI
 from deepinv_deal._batch import central
-from deepinv_deal.training import load_images
+from deepinv_deal.files import load_images
 
 MODELS = {"DEAL": DEAL, "SAFI": SAFI, "MMR": MMR}
 

@@ -8,7 +8,6 @@ the correlation of predicted standard deviation and absolute error, and the shar
 pixels whose error lies in the interval of nominally 90 %.
 
     python benchmarks/uncertainty.py --data IMAGES [--sigma 25] [--size 96]
-        [--figure calibration.png]
 
 Errors of single pixels are random: even exact standard deviations would correlate with
 them far below 1. The column "if exact" is the correlation of errors drawn at random
@@ -24,13 +23,12 @@ from tqdm import tqdm
 
 from deepinv_deal import DEAL
 from deepinv_deal._batch import central
+from deepinv_deal.files import load_image_folder
 from deepinv_deal.interpret import (
     calibrate,
     linearize,
-    plot_calibration,
     posterior_variance,
 )
-from deepinv_deal.training import load_image_folder
 
 
 def best_correlation(variance: torch.Tensor, factor: float) -> float:
@@ -48,7 +46,6 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, default=25.0, help="gray levels")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--spacing", type=int, default=6)
-    parser.add_argument("--figure", help="file for the calibration curve")
     args = parser.parse_args()
     sigma = args.sigma / 255
     model = DEAL(pretrained=args.pretrained)
@@ -87,8 +84,6 @@ def main() -> None:
     print("predicted and observed error of bins, gray levels:")
     for predicted, observed in zip(total.predicted, total.observed, strict=True):
         print(f"  {255 * float(predicted):6.2f} {255 * float(observed):6.2f}")
-    if args.figure:
-        plot_calibration({"": total}).savefig(args.figure, dpi=150)
 
 
 if __name__ == "__main__":

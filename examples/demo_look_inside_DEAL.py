@@ -65,7 +65,7 @@ interpret.plot_masked_responses(responses, filters, best, at.image)
 # The first image is what the model does without knowing any structure. Its mask already
 # shows the edges, and both sharpen from one iteration to the next.
 
-path = interpret.solution_path(model, y, sigma=sigma, num_iter=12)
+path = interpret.solution_path(model, y, sigma=sigma, inner_rtol=1e-4)
 interpret.plot_path(path, x)
 
 # %%
@@ -92,7 +92,7 @@ interpret.plot_averaging_kernels(kernels, pixels, y, at.image, radius=8)
 # although the iteration converges.
 
 radius = interpret.spectral_radius(at)
-residuals = interpret.iteration_residuals(at, 30)
+residuals = path.residual[:, 0]
 rate = interpret.asymptotic_rate(residuals)
 norm = interpret.jacobian_norm(at)
 print(f"predicted rate {radius:.3f}, observed {rate:.3f}; norm of J {norm:.2f}")

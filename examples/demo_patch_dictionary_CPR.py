@@ -68,10 +68,9 @@ interpret.plot_atoms(usage, num_atoms=36)
 # atoms in use in the patches around each pixel; a convex penalty needs many.
 
 parts = interpret.decompose(model, x_hat, info)
-sparsity = interpret.sparsity_map(model, x_hat, info)
 share = (info.coefficients != 0).float().mean().item()
 print(f"{100 * share:.1f} % of the coefficients are not zero")
-interpret.plot_decomposition(parts, sparsity)
+interpret.plot_decomposition(parts)
 
 # %%
 # One minimum

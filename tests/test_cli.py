@@ -15,7 +15,6 @@ from problems import generator, random_prior
 from deepinv_deal import DEAL
 from deepinv_deal.cli import main
 from deepinv_deal.evaluation import make_kernel
-from deepinv_deal.evaluation.speed import SOLVERS
 from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask
 from deepinv_deal.priors import (
     MMRPrior,
@@ -560,30 +559,3 @@ def test_the_package_is_a_command(monkeypatch, capsys):
         runpy.run_module("deepinv_deal", run_name="__main__")
     assert end.value.code == 0
     assert "demo" in capsys.readouterr().out
-
-
-# -- bench -----------------------------------------------------------------------
-
-
-def test_bench_prints_and_writes_what_each_solver_needed(tmp_path, capsys):
-    weights, table = tmp_path / "w.safetensors", tmp_path / "runs.csv"
-    save_prior(random_prior(dtype=torch.float32), weights)
-    picture = save(tmp_path / "in.png", photograph(size=(24, 20)))
-    figure = tmp_path / "runs.png"
-    args = ["--size", "20", "--task", "denoising", "--target", "1e-3", "--no-reference"]
-    args += ["--image", picture, "--csv", str(table), "--figure", str(figure)]
-    args += ["--bfloat16"]
-    assert main(["bench", "--pretrained", str(weights), *args]) == 0
-    out = capsys.readouterr().out
-    assert "One application of W^T M^2 W at 20 x 20" in out
-    for solver in (*SOLVERS, "deepinv TV"):
-        assert f"\n{solver} " in out
-    with table.open() as file:
-        assert [row["task"] for row in csv.DictReader(file)] == ["denoising"] * 5
-    assert figure.stat().st_size > 5000
-
-
-def test_bench_names_a_picture_that_is_too_small(tmp_path, capsys):
-    picture = save(tmp_path / "in.png", photograph(size=(24, 20)))
-    assert main(["bench", "--image", picture, "--size", "22"]) == 2
-    assert "at least 22 x 22 pixels" in capsys.readouterr().err

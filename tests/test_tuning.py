@@ -21,7 +21,8 @@ from skimage.transform import resize
 
 from deepinv_deal import DEAL, MMR, SmoothPlusSparse
 from deepinv_deal.priors import SmoothPlusSparsePrior
-from deepinv_deal.tuning import _search, _vertex, tune
+from deepinv_deal.tuning import tune
+from deepinv_deal.tuning.search import minimise, vertex
 
 SHAPE = (1, 9, 8)
 
@@ -63,7 +64,7 @@ def test_the_search_comes_within_three_per_cent_of_a_smooth_minimum(best, skew):
         return [s**2 + skew * abs(s) * s for s in t]
 
     steps = np.array([np.log(4.0)])
-    assert _search(evaluate, np.zeros(1), steps, np.log(1.2), 20)
+    assert minimise(evaluate, np.zeros(1), steps, np.log(1.2), 20)
     closest = min(abs(float(p[0]) - best) for p in calls)
     assert closest < (0.03 if skew else 1e-9)
     assert len(calls) == len({round(float(p[0]), 6) for p in calls}) <= 18
@@ -78,7 +79,7 @@ def test_the_search_in_two_variables_follows_a_tilted_valley():
                 for p in points]  # fmt: skip
 
     steps = np.array([1.4, 0.7])
-    assert _search(evaluate, np.zeros(2), steps, 0.4, 60)
+    assert minimise(evaluate, np.zeros(2), steps, 0.4, 60)
     assert min(np.abs(p - [2, -1]).max() for p in tried) < 1e-9
 
 
@@ -89,14 +90,14 @@ def test_a_search_that_has_no_end_stops_at_its_budget():
         calls.extend(points)
         return [-float(p[0]) for p in points]
 
-    assert not _search(evaluate, np.zeros(1), np.ones(1), 0.4, 6)
+    assert not minimise(evaluate, np.zeros(1), np.ones(1), 0.4, 6)
     assert len(calls) == 6
 
 
-def test_a_fit_that_is_not_convex_has_no_vertex():
+def test_a_fit_that_is_not_convex_has_novertex():
     points = np.array([[0.0], [-1], [1]])
-    assert _vertex(points, np.array([1.0, 0, 0])) is None
-    np.testing.assert_allclose(_vertex(points, np.array([1.0, 3, 1])), [0.5])
+    assert vertex(points, np.array([1.0, 0, 0])) is None
+    np.testing.assert_allclose(vertex(points, np.array([1.0, 3, 1])), [0.5])
 
 
 # -- real problems ---------------------------------------------------------------
@@ -390,6 +391,13 @@ def test_an_error_carries_what_was_tried(model, x, tmp_path):
             ValueError,
             "sigma can be .* not for SmoothPlusSparse",
         ),
+        (
+            {"model": MMR(num_filters=2), "tune_sigma": True},
+            ValueError,
+            "sigma can be .* not for MMR, on which it has no effect",
+        ),
+        ({"model": MMR(num_filters=2), "sigma": 0.1}, ValueError, "no effect"),
+        ({"patience": 3}, TypeError, "patience"),
         ({"sigma": torch.ones(2)}, ValueError, "sigma must be one number"),
         ({"spread": 1.0}, ValueError, "spread"),
         ({"precision": 5.0}, ValueError, "precision"),

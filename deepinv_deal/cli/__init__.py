@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 
 from deepinv_deal import __version__
-from deepinv_deal.cli.bench import add_bench
 from deepinv_deal.cli.demo import add_demo
 from deepinv_deal.cli.denoise import add_denoise
 from deepinv_deal.cli.evaluate import add_evaluate
@@ -62,7 +61,6 @@ def _parser() -> argparse.ArgumentParser:
         add_reconstruct,
         add_evaluate,
         add_train,
-        add_bench,
     ):
         add(commands)
     return parser

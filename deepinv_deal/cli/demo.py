@@ -38,8 +38,8 @@ def _demo(args: argparse.Namespace) -> int:
     import torch
     from deepinv.physics import Denoising, GaussianNoise, Inpainting
 
+    from deepinv_deal.cli._figures import Panel, plot_reconstructions
     from deepinv_deal.evaluation import quality
-    from deepinv_deal.interpret import Panel, plot_reconstructions
 
     if not 16 <= args.size <= 512:
         raise ValueError(f"--size must lie between 16 and 512, got {args.size}.")

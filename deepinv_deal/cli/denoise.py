@@ -142,7 +142,7 @@ def _one(
     write_picture(target, x_hat, picture)
     converged = report(f"{source} -> {target}", info, seconds)
     if args.figure:
-        from deepinv_deal.interpret import Panel, plot_reconstructions
+        from deepinv_deal.cli._figures import Panel, plot_reconstructions
 
         panel = Panel(f"sigma {args.sigma}", None, picture.x, x_hat, info)
         plot_reconstructions([panel]).savefig(args.figure, dpi=110)

@@ -100,7 +100,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         tune_task,
         write_csv,
     )
-    from deepinv_deal.training import load_image_folder
+    from deepinv_deal.files import load_image_folder
 
     if args.kernel and args.task != "deblurring":
         raise ValueError(f"--kernel is for --task deblurring, not {args.task}.")

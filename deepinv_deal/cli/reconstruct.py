@@ -203,7 +203,7 @@ def _draw(
     truth: Any,
     info: Any,
 ) -> None:
-    from deepinv_deal.interpret import Panel, plot_reconstructions
+    from deepinv_deal.cli._figures import Panel, plot_reconstructions
 
     if is_mri:
         first, x_hat = _magnitude(first), _magnitude(x_hat)

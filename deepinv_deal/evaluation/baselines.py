@@ -9,7 +9,7 @@ from deepinv.models import Reconstructor
 from deepinv.optim import FISTA, L2, TVPrior
 from torch import Tensor
 
-from deepinv_deal.tuning import own_randomness
+from deepinv_deal.tuning.validate import own_randomness
 
 
 class Adjoint(Reconstructor):

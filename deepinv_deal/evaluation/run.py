@@ -23,7 +23,8 @@ from deepinv_deal.evaluation.published import PUBLISHED, SOURCE
 from deepinv_deal.evaluation.tasks import Task
 from deepinv_deal.models import DEAL
 from deepinv_deal.models.patches import SynthesisInfo, SynthesisModel
-from deepinv_deal.tuning import REPORTING, tune
+from deepinv_deal.tuning import tune
+from deepinv_deal.tuning.run import REPORTING
 
 
 @dataclass
@@ -357,17 +358,14 @@ def _beside(
     return lines
 
 
-def write_csv(rows: Sequence[Any], path: str | os.PathLike[str]) -> None:
+def write_csv(scores: Sequence[Score], path: str | os.PathLike[str]) -> None:
     """
-    Writes one line per image and condition, or per run.
+    Writes one line per image and condition.
 
-    :param list rows: from :func:`evaluate` or :func:`compare_speed`.
+    :param list scores: from :func:`evaluate`.
     :param str path: file to write.
     """
-    kind = type(rows[0]) if rows else Score
-    # Not the paths of SpeedRun, which are long lists.
-    names = [f.name for f in fields(kind) if f.repr]
     with open(Path(path), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer = csv.DictWriter(file, [field.name for field in fields(Score)])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(asdict(score) for score in scores)

@@ -15,14 +15,12 @@ matplotlib figure of its own: ``plot_...(...).savefig(path)``.
 from deepinv_deal.interpret.ablation import with_filters, without_mask
 from deepinv_deal.interpret.averaging import (
     averaging_kernels,
-    effective_pixels,
     plot_averaging_kernels,
 )
 from deepinv_deal.interpret.curves import (
     Curve,
     learned_splines,
     mask_curves,
-    plot_splines,
 )
 from deepinv_deal.interpret.dictionaries import (
     AtomUsage,
@@ -31,7 +29,6 @@ from deepinv_deal.interpret.dictionaries import (
     decompose,
     plot_atoms,
     plot_decomposition,
-    sparsity_map,
 )
 from deepinv_deal.interpret.filters import (
     effective_filters,
@@ -41,15 +38,10 @@ from deepinv_deal.interpret.filters import (
 )
 from deepinv_deal.interpret.linearization import Linearization, linearize
 from deepinv_deal.interpret.local import (
-    ConservativeBounds,
     asymptotic_rate,
-    conservative_bounds,
     divergence,
-    iteration_residuals,
-    jacobian_eigenvalues,
     jacobian_norm,
     plot_convergence,
-    plot_eigenvalues,
     spectral_radius,
     stability_constant,
 )
@@ -60,17 +52,12 @@ from deepinv_deal.interpret.masks import (
 )
 from deepinv_deal.interpret.paths import (
     SolutionPath,
-    initialization_paths,
-    plot_initializations,
     plot_path,
     solution_path,
-    spread,
 )
-from deepinv_deal.interpret.reconstructions import Panel, plot_reconstructions
 from deepinv_deal.interpret.uncertainty import (
     Calibration,
     calibrate,
-    plot_calibration,
     plot_uncertainty,
     posterior_samples,
     posterior_variance,
@@ -79,25 +66,18 @@ from deepinv_deal.interpret.uncertainty import (
 __all__ = [
     "AtomUsage",
     "Calibration",
-    "ConservativeBounds",
     "Curve",
     "Decomposition",
     "Linearization",
     "MaskedResponses",
-    "Panel",
     "SolutionPath",
     "asymptotic_rate",
     "atom_usage",
     "averaging_kernels",
     "calibrate",
-    "conservative_bounds",
     "decompose",
     "divergence",
     "effective_filters",
-    "effective_pixels",
-    "initialization_paths",
-    "iteration_residuals",
-    "jacobian_eigenvalues",
     "jacobian_norm",
     "learned_splines",
     "linearize",
@@ -106,24 +86,17 @@ __all__ = [
     "normal_response",
     "plot_atoms",
     "plot_averaging_kernels",
-    "plot_calibration",
     "plot_convergence",
     "plot_decomposition",
-    "plot_eigenvalues",
     "plot_filters",
-    "plot_initializations",
     "plot_masked_responses",
     "plot_normal_response",
     "plot_path",
-    "plot_reconstructions",
-    "plot_splines",
     "plot_uncertainty",
     "posterior_samples",
     "posterior_variance",
     "solution_path",
-    "sparsity_map",
     "spectral_radius",
-    "spread",
     "stability_constant",
     "with_filters",
     "without_mask",

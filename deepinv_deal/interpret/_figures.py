@@ -1,4 +1,4 @@
-"""What all figures of this room share."""
+"""Parts of figures: images without ticks, tiles of filters or atoms, line plots."""
 
 from __future__ import annotations
 
@@ -70,12 +70,18 @@ def show(
         axis.figure.colorbar(shown, cax=axis.inset_axes((1.04, 0.0, 0.05, 1.0)))
 
 
-def count_axis(axis: Axes, label: str) -> None:
-    """Labels a horizontal axis that counts, with whole numbers as ticks."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel(label)
+def finish(
+    axis: Axes, title: str, xlabel: str = "", ylabel: str = "", *, legend: bool = False
+) -> None:
+    """
+    Puts title, labels, a grid and on request a legend on a line plot.
+    """
+    axis.set_title(title, fontsize=TITLE)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.grid(alpha=0.3)
+    if legend:
+        axis.legend(fontsize=SMALL)
 
 
 def largest(image: Tensor) -> float:

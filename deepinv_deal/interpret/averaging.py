@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from deepinv_deal._batch import norm
 from deepinv_deal.interpret._figures import TITLE, new_figure, show
 from deepinv_deal.interpret.linearization import Linearization
 
@@ -131,23 +130,11 @@ def plot_averaging_kernels(
         )
         for axis in axes[1:3]:
             axis.plot(column - left, row - top, "+", color="tab:red", markersize=9)
-        number = float(effective_pixels(kernel[None]))
+        # White noise falls by the norm of the weights, as in a flat average of so many.
+        number = 1 / float(kernel.square().sum())
         axes[0].set_ylabel(f"pixel ({row}, {column})", fontsize=TITLE)
         axes[3].set_xlabel(
             f"sum {float(kernel.sum()):.3f}, centre {peak:.2f}\n"
             f"averages {number:.0f} pixels"
         )
     return figure
-
-
-def effective_pixels(kernels: Tensor) -> Tensor:
-    r"""
-    Returns how many pixels each kernel averages over.
-
-    The variance of white noise is divided by :math:`1 / \|B^{-1} e_n\|^2`, as a flat
-    average of that many pixels would.
-
-    :param torch.Tensor kernels: ``(K, C, H, W)``, from :func:`averaging_kernels`.
-    :return: shape ``(K,)``.
-    """
-    return 1 / norm(kernels).square()

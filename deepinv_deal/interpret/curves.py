@@ -3,25 +3,19 @@ r"""The learned one-dimensional functions."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepinv_deal.interpret._figures import GRAY, SMALL, TITLE, new_figure
 from deepinv_deal.interpret._models import attentive_prior
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.priors.attentive_quadratic import GRAY_LEVELS
 from deepinv_deal.priors.deal import MASK_MAX, MASK_MIN
 from deepinv_deal.splines import LinearSpline
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """
     One learned spline, or a family of them.
 
@@ -135,47 +129,3 @@ def mask_curves(
         values = bound.phi[2]((alpha * t)[None]).clamp(MASK_MIN, MASK_MAX)[0]
         curves.append(Curve(rf"$\sigma$ = {GRAY_LEVELS * sigma:.3g}/255", t, values))
     return curves
-
-
-def plot_splines(curves: Sequence[Curve], mask: Sequence[Curve] = ()) -> Figure:
-    """
-    Draws learned splines, families as thin lines with their median.
-
-    :param list curves: from :func:`learned_splines`, one panel each.
-    :param list mask: from :func:`mask_curves`, together in one more panel: median over
-        the filters and the middle 80 %.
-    :return: the figure.
-    """
-    number = len(curves) + bool(mask)
-    columns = min(3, number)
-    rows = -(-number // columns)
-    figure = new_figure(4.0 * columns, 3.1 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[number:]:
-        axis.set_axis_off()
-    for axis, curve in zip(axes, curves, strict=False):
-        t, values = curve.t.cpu(), curve.values.cpu()
-        if len(values) > 1:
-            axis.plot(t, values.T, color=GRAY, linewidth=0.4, alpha=0.5)
-            axis.plot(t, values.median(0).values, linewidth=2, label="median")
-            axis.legend(fontsize=SMALL)
-        else:
-            axis.plot(t, values[0], "o-", markersize=2.5, linewidth=1.6)
-        axis.set_title(curve.name, fontsize=TITLE)
-        axis.grid(alpha=0.3)
-    if mask:
-        axis = axes[number - 1]
-        for curve in mask:
-            t, values = curve.t.cpu(), curve.values.cpu()
-            low, middle, high = values.quantile(torch.tensor([0.1, 0.5, 0.9]).to(t), 0)
-            (line,) = axis.plot(t, middle, linewidth=1.8, label=curve.name)
-            axis.fill_between(t, low, high, color=line.get_color(), alpha=0.15)
-        axis.set_title(
-            "mask $\\phi_{\\sigma,c}(t)$\nmedian and 80 % of the filters",
-            fontsize=TITLE,
-        )
-        axis.set_ylim(-0.03, 1.05)
-        axis.set_xlabel("t, strength of the signal")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=SMALL)
-    return figure

@@ -11,7 +11,7 @@ from torch import Tensor
 from deepinv_deal._batch import expand
 from deepinv_deal.interpret._figures import (
     BLUE,
-    TITLE,
+    finish,
     largest,
     new_figure,
     show,
@@ -20,7 +20,8 @@ from deepinv_deal.interpret._figures import (
 from deepinv_deal.interpret._models import dictionary_prior
 from deepinv_deal.models import SynthesisInfo
 from deepinv_deal.operators import PatchConv
-from deepinv_deal.priors.synthesis import ImageSystem, SynthesisProblem, patch_count
+from deepinv_deal.operators.patches import PatchFrame
+from deepinv_deal.priors.synthesis import ImageSystem, patch_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,16 +91,22 @@ def atom_usage(model: Any, info: SynthesisInfo) -> AtomUsage:
 @dataclass(frozen=True)
 class Decomposition:
     r"""
-    A reconstruction as a sum of three images, ``(B, C, H, W)`` each.
+    A reconstruction as a sum of three images, ``(B, C, H, W)`` as all that follow.
 
     :param torch.Tensor smooth: what the free atoms explain.
     :param torch.Tensor sparse: what the sparse combinations of atoms explain.
     :param torch.Tensor remainder: the rest, which the coupling :math:`\beta` allows.
+    :param torch.Tensor num_atoms: how many atoms the patches that cover a pixel use, on
+        average: few in flat regions, many where there is texture. The number for a
+        patch is :math:`(\sum_j |a_{k,j}|)^2 / \sum_j a_{k,j}^2`, which is :math:`r` for
+        :math:`r` coefficients of equal modulus and needs no threshold: the coefficients
+        of weakly convex models are small rather than zero.
     """
 
     smooth: Tensor
     sparse: Tensor
     remainder: Tensor
+    num_atoms: Tensor
 
     @property
     def image(self) -> Tensor:
@@ -146,7 +153,17 @@ def decompose(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Decomposition:
     :return: (:class:`Decomposition`)
     :raises TypeError: for another model or a complex image.
     """
-    problem = _problem(model, x_hat, info)
+    if x_hat.is_complex():
+        raise TypeError(
+            "x_hat must be real: give complex images as two channels, "
+            "torch.cat([x_hat.real, x_hat.imag], 1)."
+        )
+    prior = dictionary_prior(model)
+    problem = prior.problem(
+        ImageSystem.identity(x_hat),
+        beta=_checked(info).beta,
+        lambda_reg=info.lambda_reg,
+    )
     free = problem.frame.free_features
     n = free.patch_size
     count: Tensor | float = n * n if free.circular else patch_count(x_hat, n)
@@ -155,73 +172,33 @@ def decompose(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Decomposition:
     penalised = problem.features_adjoint(problem.features(x_hat)) / scale
     synthesis = problem.synthesis(info.coefficients)
     sparse = problem.features_adjoint(synthesis) / scale
-    return Decomposition(smooth, sparse, penalised - sparse)
+    return Decomposition(
+        smooth, sparse, penalised - sparse, _sparsity(problem.frame, info)
+    )
 
 
-@torch.no_grad()
-def sparsity_map(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Tensor:
-    r"""
-    Returns how many atoms the patches that cover a pixel use, on average.
-
-    .. math::
-        \frac{\big( \sum_j |a_{k,j}| \big)^2}{\sum_j a_{k,j}^2},
-
-    which is :math:`r` for :math:`r` coefficients of equal modulus and needs no
-    threshold: the coefficients of weakly convex models are small rather than zero. Few
-    in flat regions, many where there is texture.
-
-    |sep|
-
-    :Example:
-
-    >>> import torch
-    >>> from deepinv_deal import PatchSynthesis
-    >>> from deepinv_deal.interpret import sparsity_map
-    >>> model = PatchSynthesis(num_atoms=20, patch_size=4)
-    >>> x_hat, info = model(torch.rand(1, 1, 16, 17), sigma=0.1, return_info=True)
-    >>> sparsity_map(model, x_hat, info).shape
-    torch.Size([1, 1, 16, 17])
-
-    :param object model: :class:`deepinv_deal.PatchSynthesis` or
-        :class:`deepinv_deal.SmoothPlusSparse`.
-    :param torch.Tensor x_hat: reconstruction ``(B, C, H, W)``, for the shape.
-    :param SynthesisInfo info: what the model returned with it.
-    :return: between 0 and the number of atoms, ``(B, C, H, W)``.
-    :raises TypeError: for another model or a complex image.
-    """
-    frame = _problem(model, x_hat, info).frame
+def _sparsity(frame: PatchFrame, info: SynthesisInfo) -> Tensor:
+    """Averages the numbers of atoms over the patches that cover each pixel."""
     a = _by_atom(info, len(frame.C))
     size = a.square().sum(2)
     number = a.abs().sum(2).square() / size.where(size > 0, 1)
     n = frame.features.patch_size
-    cover = PatchConv(x_hat.new_ones(1, n, n), frame.features.boundary)
+    cover = PatchConv(number.new_ones(1, n, n), frame.features.boundary)
     return cover.adjoint(number) / cover.adjoint(torch.ones_like(number))
 
 
-def _coefficients(info: SynthesisInfo) -> Tensor:
+def _checked(info: SynthesisInfo) -> SynthesisInfo:
     if not isinstance(info, SynthesisInfo):
         raise TypeError(
             "info must be what a dictionary model returns with return_info=True, got "
             f"{type(info).__name__}."
         )
-    return info.coefficients
+    return info
 
 
 def _by_atom(info: SynthesisInfo, num_atoms: int) -> Tensor:
     """The coefficients as ``(B, C, p, H', W')``."""
-    return _coefficients(info).unflatten(1, (-1, num_atoms))
-
-
-def _problem(model: Any, x_hat: Tensor, info: SynthesisInfo) -> SynthesisProblem:
-    if x_hat.is_complex():
-        raise TypeError(
-            "x_hat must be real: give complex images as two channels, "
-            "torch.cat([x_hat.real, x_hat.imag], 1)."
-        )
-    _coefficients(info)
-    return dictionary_prior(model).problem(
-        ImageSystem.identity(x_hat), beta=info.beta, lambda_reg=info.lambda_reg
-    )
+    return _checked(info).coefficients.unflatten(1, (-1, num_atoms))
 
 
 def plot_atoms(
@@ -259,30 +236,24 @@ def plot_atoms(
     rank = range(1, len(usage.use) + 1)
     axis.plot(rank, 100 * usage.use.cpu(), linewidth=1.8, color=BLUE)
     axis.fill_between(rank, 100 * usage.use.cpu(), alpha=0.15, color=BLUE)
-    axis.set_xlabel("rank of the atom")
-    axis.set_ylabel("share in all coefficients, in %")
     half = int((usage.use.cumsum(0) < 0.5).sum()) + 1
-    axis.set_title(
-        f"{half} of {len(usage.use)} atoms carry half of all", fontsize=TITLE
-    )
+    title = f"{half} of {len(usage.use)} atoms carry half of all"
+    finish(axis, title, "rank of the atom", "share in all coefficients, in %")
     axis.set_ylim(0, None)
-    axis.grid(alpha=0.3)
     return figure
 
 
-def plot_decomposition(parts: Decomposition, sparsity: Tensor | None = None) -> Figure:
+def plot_decomposition(parts: Decomposition) -> Figure:
     """
-    Draws reconstruction, smooth part, sparse part, remainder and sparsity map.
+    Draws reconstruction, smooth part, sparse part, remainder and numbers of atoms.
 
     Gray is zero in sparse part and remainder, each on its own scale.
 
     :param Decomposition parts: from :func:`decompose`; the first sample is drawn.
-    :param torch.Tensor sparsity: from :func:`sparsity_map`.
     :return: the figure.
     """
-    columns = 4 + (sparsity is not None)
-    figure = new_figure(3.1 * columns, 3.5)
-    axes = figure.subplots(1, columns)
+    figure = new_figure(15.5, 3.5)
+    axes = figure.subplots(1, 5)
     show(axes[0], parts.image[0], "reconstruction  =")
     show(axes[1], parts.smooth[0], "smooth part  +")
     signed = (parts.sparse, "sparse part  +"), (parts.remainder, "remainder")
@@ -291,13 +262,12 @@ def plot_decomposition(parts: Decomposition, sparsity: Tensor | None = None) -> 
         peak = 0.7 * largest(picture)
         show(axis, picture, title, limits=(-peak, peak))
         axis.set_xlabel(f"gray: 0, white: {peak:.1g}")
-    if sparsity is not None:
-        show(
-            axes[4],
-            sparsity[0].mean(0),
-            "atoms per patch",
-            cmap="magma",
-            limits=(0, float(sparsity.max()) or 1.0),
-            colorbar=True,
-        )
+    show(
+        axes[4],
+        parts.num_atoms[0].mean(0),
+        "atoms per patch",
+        cmap="magma",
+        limits=(0, float(parts.num_atoms.max()) or 1.0),
+        colorbar=True,
+    )
     return figure

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deal.interpret._figures import (
-    SMALL,
-    TITLE,
+    finish,
     largest,
     new_figure,
     show,
@@ -176,11 +175,7 @@ def plot_normal_response(impulse: Tensor, spectrum: Tensor) -> Figure:
     right.plot(frequency, spectrum[half:, half].cpu(), label="vertical")
     diagonal = spectrum.diagonal()[half:].cpu()
     right.plot(2**0.5 * frequency, diagonal, label="diagonal")
-    right.set_xlabel("cycles per pixel")
-    right.set_title(
-        "sections of the spectrum\n0: free, 1: penalised most", fontsize=TITLE
-    )
+    title = "sections of the spectrum\n0: free, 1: penalised most"
+    finish(right, title, "cycles per pixel", legend=True)
     right.set_ylim(0, None)
-    right.grid(alpha=0.3)
-    right.legend(fontsize=SMALL)
     return figure

@@ -2,25 +2,16 @@ r"""How image and mask find each other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from deepinv.loss.metric import PSNR
 from torch import Tensor
 
-from deepinv_deal._batch import norm
-from deepinv_deal.interpret._figures import (
-    GRAY,
-    SMALL,
-    TITLE,
-    count_axis,
-    new_figure,
-    show,
-)
+from deepinv_deal.interpret._figures import TITLE, finish, new_figure, show
 from deepinv_deal.interpret._models import attentive
-from deepinv_deal.solvers import Equation, SolverResult, fixed_point
-from deepinv_deal.solvers.fixed_point import Callback
+from deepinv_deal.solvers import fixed_point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +70,9 @@ def solution_path(
     :param deepinv.physics.LinearPhysics physics: forward operator; ``None`` to denoise.
     :param float, torch.Tensor, str sigma: noise level, as for the model.
     :param float, torch.Tensor lambda_reg: weight, as for the model.
-    :param object init: first image, as for the model.
+    :param object init: first image, as for the model. If :math:`T` is a contraction,
+        the paths from all of them end in the same image
+        (:footcite:t:`pourya2025dealing`, Thm. 4.4 and Fig. 5).
     :param int num_iter: number :math:`K` of iterations.
     :param float inner_rtol: factor by which each inner solve reduces its residual.
     :return: (:class:`SolutionPath`); fewer iterates if the residual vanishes before.
@@ -99,89 +92,17 @@ def solution_path(
         masks.append(mask.reshape(len(image), -1, *mask.shape[2:]).mean(1, True))
 
     record(x)
-    result = plain_iteration(
-        equation, x, num_iter, inner_rtol, lambda _k, _previous, z: record(z)
-    )
-    return SolutionPath(torch.stack(images), torch.stack(masks), result.history)
-
-
-def plain_iteration(
-    equation: Equation,
-    x: Tensor,
-    num_iter: int,
-    inner_rtol: float,
-    callback: Callback | None = None,
-) -> SolverResult:
-    r"""
-    Runs :math:`x_{k+1} = T(x_k)` without damping, extrapolation or tolerance.
-
-    :param object equation: the equation whose frozen problems make up :math:`T`.
-    :param torch.Tensor x: first unknown.
-    :param int num_iter: number of iterations.
-    :param float inner_rtol: factor by which each inner solve reduces its residual.
-    :param Callable callback: called as ``callback(k, x_previous, x)``.
-    :return: (:class:`SolverResult`) with the residuals of all iterates in ``history``.
-    """
-    return fixed_point(
+    # The iterates of T itself: no damping, no extrapolation, no tolerance.
+    result = fixed_point(
         equation.freeze,
         x,
         rtol=0.0,
         max_iter=num_iter,
         forcing=inner_rtol,
         damped=False,
-        callback=callback,
+        callback=lambda _k, _previous, z: record(z),
     )
-
-
-def initialization_paths(
-    model: Any,
-    y: Tensor,
-    physics: Any,
-    inits: Mapping[str, Any],
-    **settings: Any,
-) -> dict[str, SolutionPath]:
-    r"""
-    Returns the path from each of several first images.
-
-    If :math:`T` is a contraction, all end in the same image
-    (:footcite:t:`pourya2025dealing`, Thm. 4.4 and Fig. 5); :func:`spread` tells whether
-    they do.
-
-    :param object model: as for :func:`solution_path`.
-    :param torch.Tensor y: measurements.
-    :param deepinv.physics.LinearPhysics physics: forward operator; ``None`` to denoise.
-    :param dict inits: names and first images, each as ``init`` of the model.
-    :param object settings: further arguments of :func:`solution_path`.
-    :return: names and paths.
-    """
-    if not inits:
-        raise ValueError("inits must hold at least one first image, got none.")
-    return {
-        name: solution_path(model, y, physics, init=init, **settings)
-        for name, init in inits.items()
-    }
-
-
-def spread(paths: Mapping[str, SolutionPath]) -> Tensor:
-    r"""
-    Returns how far apart the paths are at every iteration.
-
-    .. math::
-        \max_{i, j} \; \|x_k^{(i)} - x_k^{(j)}\| \, / \, \|x_K^{(1)}\|
-
-    :param dict paths: from :func:`initialization_paths`.
-    :return: ``(n, B)``, n as long as the shortest path.
-    """
-    length = min(len(path.x) for path in paths.values())
-    images = [path.x[:length] for path in paths.values()]
-    size = norm(images[0][-1])
-    apart = [
-        norm((a - b).flatten(0, 1)).view(length, -1)
-        for i, a in enumerate(images)
-        for b in images[:i]
-    ]
-    apart = apart or [torch.zeros_like(paths[next(iter(paths))].residual[:length])]
-    return torch.stack(apart).amax(0) / size.where(size > 0, 1)
+    return SolutionPath(torch.stack(images), torch.stack(masks), result.history)
 
 
 def plot_path(
@@ -195,6 +116,8 @@ def plot_path(
     :param int num_columns: number of iterates, early ones closer than late ones.
     :return: the figure.
     """
+    from matplotlib.ticker import MaxNLocator
+
     last = len(path.x) - 1
     # The first image is often zero, and most happens in the first iterations.
     steps = torch.linspace(0, 1, num_columns).square() * (last - 1) + 1
@@ -218,51 +141,15 @@ def plot_path(
     grid[1, 0].set_ylabel("mean mask of $x_k$", fontsize=TITLE)
     grid[1, 0].set_xlabel("1: smoothed, 0: left alone")
     top, bottom = grid[:, -1]
-    iterations = torch.arange(last + 1)
-    top.semilogy(iterations, path.residual[:, 0].cpu(), "o-", markersize=3)
-    top.set_title("relative nonlinear residual", fontsize=TITLE)
-    top.grid(alpha=0.3)
+    top.semilogy(path.residual[:, 0].cpu(), "o-", markersize=3)
+    finish(top, "relative nonlinear residual")
     if x_gt is None:
-        bottom.plot(
-            iterations, path.mask[:, 0].mean((1, 2, 3)).cpu(), "o-", markersize=3
-        )
-        bottom.set_title("mean of the mask", fontsize=TITLE)
+        values, title = path.mask[:, 0].mean((1, 2, 3)), "mean of the mask"
     else:
-        error = (path.x[:, 0] - x_gt[0]).square().flatten(1).mean(1)
-        bottom.plot(iterations[1:], -10 * error.log10().cpu()[1:], "o-", markersize=3)
-        bottom.set_title("PSNR in dB", fontsize=TITLE)
-    count_axis(bottom, "iteration k")
+        values, title = PSNR()(path.x[:, 0], x_gt.expand_as(path.x[:, 0])), "PSNR in dB"
+        values[0] = torch.nan  # that of an image that is often zero sets the scale
+    bottom.plot(values.cpu(), "o-", markersize=3)
+    finish(bottom, title, "iteration k")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.set_xlim(top.get_xlim())
-    bottom.grid(alpha=0.3)
-    return figure
-
-
-def plot_initializations(paths: Mapping[str, SolutionPath]) -> Figure:
-    """
-    Draws first and last images of several paths, and how far apart the paths are.
-
-    :param dict paths: from :func:`initialization_paths`; the first sample is drawn.
-    :return: the figure.
-    """
-    figure = new_figure(2.4 * len(paths) + 4.4, 4.9)
-    grid = figure.subplots(
-        2, len(paths) + 1, squeeze=False, width_ratios=[1] * len(paths) + [1.7]
-    )
-    for axes, (name, path) in zip(grid.T, paths.items(), strict=False):
-        show(axes[0], path.x[0, 0], name)
-        show(axes[1], path.x[-1, 0])
-        axes[1].set_xlabel(f"k = {len(path.x) - 1}")
-    grid[0, 0].set_ylabel("first image $x_0$", fontsize=TITLE)
-    grid[1, 0].set_ylabel("last image", fontsize=TITLE)
-    top, bottom = grid[:, -1]
-    for name, path in paths.items():
-        top.semilogy(path.residual[:, 0].cpu(), "o-", markersize=3, label=name)
-    top.set_title("relative nonlinear residual", fontsize=TITLE)
-    top.legend(fontsize=SMALL)
-    distance = spread(paths)[:, 0].cpu()
-    bottom.semilogy(distance.clamp_min(1e-16), "o-", markersize=3, color=GRAY)
-    bottom.set_title("largest relative distance of two paths", fontsize=TITLE)
-    for axis in (top, bottom):
-        count_axis(axis, "iteration k" if axis is bottom else "")
-        axis.grid(alpha=0.3)
     return figure

@@ -10,19 +10,12 @@ from deepinv.utils import TensorList
 from torch import Tensor
 
 from deepinv_deal._batch import expand
-from deepinv_deal.interpret._figures import (
-    BLUE,
-    GRAY,
-    ORANGE,
-    SMALL,
-    TITLE,
-    new_figure,
-    show,
-)
+from deepinv_deal.interpret._figures import BLUE, GRAY, finish, new_figure, show
 from deepinv_deal.interpret.linearization import Linearization
 from deepinv_deal.interpret.local import random_signs
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: Nominal probability of the interval whose coverage is reported, and its half width.
@@ -157,7 +150,8 @@ def posterior_samples(
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)
+    device = generator.device
+    return torch.randn(like.shape, generator=generator, device=device).to(like)
 
 
 def _back_projected_noise(at: Linearization, generator: torch.Generator) -> Tensor:
@@ -302,42 +296,24 @@ def plot_uncertainty(
     )
     for axis, (image, title) in zip(axes[1:3], maps, strict=True):
         show(axis, image, title, cmap="magma", limits=(0, top), colorbar=True)
-    _draw_calibration(axes[3], {"": calibration})
+    _draw_calibration(axes[3], calibration)
     return figure
 
 
-def plot_calibration(calibrations: dict[str, Calibration]) -> Figure:
-    """
-    Draws observed errors over predicted ones: on the diagonal, predictions are right.
-
-    :param dict calibrations: names and results of :func:`calibrate`.
-    :return: the figure.
-    """
-    figure = new_figure(5.2, 4.6)
-    _draw_calibration(figure.subplots(), calibrations)
-    return figure
-
-
-def _draw_calibration(axis: Any, calibrations: dict[str, Calibration]) -> None:
-    top = 0.0
-    colors = [BLUE, ORANGE, "tab:green", "tab:red", "tab:purple"]
-    for i, (name, found) in enumerate(calibrations.items()):
-        label = f"{name}{', ' if name else ''}90 % interval holds {found.coverage:.0%}"
-        axis.plot(
-            found.predicted.cpu(),
-            found.observed.cpu(),
-            "o-",
-            markersize=4,
-            color=colors[i % len(colors)],
-            label=label,
-        )
-        top = max(top, float(found.predicted.max()), float(found.observed.max()))
-    axis.plot([0, 1.05 * top], [0, 1.05 * top], "--", color=GRAY, linewidth=1)
-    axis.set_xlim(0, 1.05 * top)
-    axis.set_ylim(0, 1.05 * top)
+def _draw_calibration(axis: Axes, found: Calibration) -> None:
+    """Draws observed errors over predicted ones: on the diagonal, they are right."""
+    predicted, observed = found.predicted.cpu(), found.observed.cpu()
+    label = f"90 % interval holds {found.coverage:.0%}"
+    axis.plot(predicted, observed, "o-", markersize=4, color=BLUE, label=label)
+    top = 1.05 * max(float(predicted.max()), float(observed.max()))
+    axis.plot([0, top], [0, top], "--", color=GRAY, linewidth=1)
+    axis.set_xlim(0, top)
+    axis.set_ylim(0, top)
     axis.set_aspect("equal")
-    axis.set_xlabel("predicted standard deviation")
-    axis.set_ylabel("observed root mean square error")
-    axis.set_title("calibration\npixels sorted by prediction", fontsize=TITLE)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=SMALL)
+    finish(
+        axis,
+        "calibration\npixels sorted by prediction",
+        "predicted standard deviation",
+        "observed root mean square error",
+        legend=True,
+    )

@@ -1,13 +1,11 @@
 """Training: data, loss and the recipes that reproduce the bundled weights."""
 
+from deepinv_deal.files import load_image, load_image_folder, load_images
 from deepinv_deal.training.attentive_l1 import AttentiveL1Recipe, AttentiveL1Trainer
 from deepinv_deal.training.curve import plot_learning_curve
 from deepinv_deal.training.data import (
     DenoisingSampler,
     Problems,
-    load_image,
-    load_image_folder,
-    load_images,
 )
 from deepinv_deal.training.deal import (
     AttentiveQuadraticTrainer,

@@ -2,81 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from deepinv_deal._batch import central
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-
-#: MATLAB's rgb2gray, by which the gray BSD68 was made.
-_RGB_TO_GRAY = np.array([0.298936021, 0.587043074, 0.114020904])
-
-
-def load_image(path: str | os.PathLike[str], channels: int) -> Tensor:
-    """
-    Reads an image file as ``(channels, H, W)``, 8 bit.
-
-    Colour turns gray by the weights of MATLAB's ``rgb2gray``, gray turns colour by
-    repetition.
-
-    :param str path: image file.
-    :param int channels: 1 (gray) or 3 (colour).
-    :raises ValueError: if the file is not a readable image.
-    """
-    try:
-        with Image.open(path) as image:
-            if channels == 1 and image.mode in ("L", "1", "P", "LA"):
-                gray = np.asarray(image.convert("L"))
-            else:
-                rgb = np.asarray(image.convert("RGB"))
-                if channels == 3:
-                    return torch.from_numpy(rgb.copy()).permute(2, 0, 1).contiguous()
-                gray = np.rint(rgb.astype(np.float64) @ _RGB_TO_GRAY).astype(np.uint8)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return torch.from_numpy(gray.copy())[None]
-
-
-def load_image_folder(
-    folder: str | os.PathLike[str], channels: int, *, progress: bool | None = None
-) -> list[tuple[str, Tensor]]:
-    """
-    Reads all images of a folder and its subfolders, in the order of their paths.
-
-    :param str folder: folder with image files.
-    :param int channels: 1 (gray) or 3 (colour).
-    :param bool progress: show a progress bar; on terminals if ``None``.
-    :return: pairs of path below ``folder`` and image ``(channels, H, W)``, 8 bit.
-    :raises FileNotFoundError: if the folder does not exist or holds no image.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"The data folder {str(root)!r} does not exist. Give a folder of images."
-        )
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise FileNotFoundError(
-            f"No image found in {str(root)!r} (looked for {', '.join(IMAGE_SUFFIXES)})."
-        )
-    bar = tqdm(
-        paths, "Reading images", disable=None if progress is None else not progress
-    )
-    return [(str(path.relative_to(root)), load_image(path, channels)) for path in bar]
-
-
-def load_images(folder: str | os.PathLike[str], channels: int) -> list[Tensor]:
-    """Reads the images of :func:`load_image_folder` without their names."""
-    return [image for _, image in load_image_folder(folder, channels)]
 
 
 def noisy_crops(

@@ -18,12 +18,12 @@ from deepinv.models import Reconstructor
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from deepinv_deal.files import load_images
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.training.curve import LOG, plot_learning_curve
 from deepinv_deal.training.data import (
     DenoisingSampler,
     Problems,
-    load_images,
     noisy_crops,
 )
 from deepinv_deal.training.processes import Processes

@@ -11,14 +11,11 @@ from problems import DOUBLE, generator, images, random_l1_prior, relative_error
 from deepinv_deal import DEAL, MMR, SAFI, MMRPrior, PatchSynthesis, SAFIPrior
 from deepinv_deal.interpret import (
     asymptotic_rate,
-    conservative_bounds,
     divergence,
-    iteration_residuals,
-    jacobian_eigenvalues,
     jacobian_norm,
     linearize,
     plot_convergence,
-    plot_eigenvalues,
+    solution_path,
     spectral_radius,
     stability_constant,
 )
@@ -59,13 +56,6 @@ def test_products_are_those_of_the_matrices(problem):
 def test_the_spectral_radius_is_that_of_the_matrix(problem):
     expected = torch.linalg.eigvals(problem.J).abs().max()
     assert spectral_radius(problem.at) == pytest.approx(float(expected), rel=1e-3)
-
-
-def test_several_eigenvalues_are_those_of_the_matrix():
-    problem = small_problem("denoising")
-    expected = torch.linalg.eigvals(problem.J).abs().sort(descending=True).values[:4]
-    found = jacobian_eigenvalues(problem.at, 4).abs()
-    torch.testing.assert_close(found, expected, rtol=5e-3, atol=0)
 
 
 def test_the_norm_of_the_jacobian_is_that_of_the_matrix(problem):
@@ -115,48 +105,26 @@ def test_the_stability_constant_is_reached_by_finite_perturbations(name):
     assert ratios[1] < constant
 
 
+def path_residuals(problem, num_iter):
+    path = solution_path(
+        problem.model,
+        problem.y,
+        problem.physics,
+        num_iter=num_iter,
+        inner_rtol=1e-4,
+        **problem.settings,
+    )
+    return path.residual[:, 0]
+
+
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in PROBLEMS],
 )
 def test_the_spectral_radius_predicts_the_observed_rate(name):
-    at = small_problem(name).at
-    residuals = iteration_residuals(at, 40)
-    assert asymptotic_rate(residuals) == pytest.approx(spectral_radius(at), rel=0.05)
-
-
-@pytest.mark.slow
-def test_the_bounds_of_the_paper_hold(problem):
-    at = problem.at
-    bounds = conservative_bounds(at)
-    equation = at.problem.equation
-    W = equation.regularizer.W
-    eye = torch.eye(SIZE**2, dtype=DOUBLE).view(-1, 1, SIZE, SIZE)
-    WW = W.normal(eye).flatten(1)
-    least = problem.H + 1e-4 * float(equation.lambda_reg) * WW
-    smallest = float(torch.linalg.eigvalsh(least)[0])
-    assert bounds.smallest_eigenvalue == pytest.approx(smallest, rel=1e-2)
-    assert bounds.contraction > jacobian_norm(at)
-    assert bounds.stability > stability_constant(at)
-    frozen = torch.linalg.solve(problem.B, problem.A.T)
-    assert bounds.lipschitz_update > float(torch.linalg.matrix_norm(frozen, 2))
-    # How much the squared mask changes is below its Lipschitz bound.
-    z = at.x + 0.01 * torch.randn(at.x.shape, generator=generator(2), dtype=DOUBLE)
-    with torch.no_grad():
-        difference = equation.mask(z).square() - at.mask.square()
-    change = torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(z - at.x)
-    assert float(change) < bounds.lipschitz_mask
-
-
-def test_the_bound_of_stability_is_finite_for_a_small_weight():
-    model = small_problem("denoising").model
-    y = images(1, 1, SIZE, SIZE)
-    at = linearize(model, y, sigma=0.05, lambda_reg=1e-6)
-    bounds = conservative_bounds(at)
-    assert bounds.contraction < 1
-    assert bounds.stability == pytest.approx(
-        bounds.lipschitz_update / (1 - bounds.contraction)
-    )
+    problem = small_problem(name)
+    rate = asymptotic_rate(path_residuals(problem, 40))
+    assert rate == pytest.approx(spectral_radius(problem.at), rel=0.05)
 
 
 def test_the_rate_of_a_geometric_sequence_is_found_above_rounding():
@@ -174,15 +142,15 @@ def test_the_rate_of_a_geometric_sequence_is_found_above_rounding():
 )
 def test_the_rate_of_attentive_l1_models_is_predicted_too(form, kind):
     model = form(prior=random_l1_prior(kind), max_iter=300, inner_max_iter=5000)
-    at = linearize(model, images(1, 1, SIZE, SIZE), rtol=1e-5)
+    y = images(1, 1, SIZE, SIZE)
+    at = linearize(model, y, rtol=1e-5)
     radius = spectral_radius(at)
     assert 0 < radius < 1
-    rate = asymptotic_rate(iteration_residuals(at, 12), last=4)
+    path = solution_path(model, y, num_iter=12, inner_rtol=1e-4)
+    rate = asymptotic_rate(path.residual[:, 0], last=4)
     assert rate == pytest.approx(radius, abs=0.15)
     with pytest.raises(TypeError, match="linear systems of DEAL"):
         at.jacobian(at.x)
-    with pytest.raises(TypeError, match="DEAL"):
-        conservative_bounds(at)
 
 
 def test_real_and_imaginary_part_are_linearised_together():
@@ -207,16 +175,12 @@ def test_bad_arguments_are_named():
     at = linearize(model, y[:1], sigma=0.05)
     with pytest.raises(ValueError, match="v must be a batch"):
         at.solve(y[..., 1:])
-    with pytest.raises(ValueError, match="num_eigenvalues"):
-        jacobian_eigenvalues(at, SIZE**2)
     assert isinstance(model, DEAL)
 
 
-def test_figures_of_eigenvalues_and_convergence():
+def test_the_figure_of_convergence_shows_the_prediction():
     problem = small_problem("denoising")
-    figure = plot_eigenvalues(torch.linalg.eigvals(problem.J))
+    figure = plot_convergence(path_residuals(problem, 20), 0.5)
     assert isinstance(figure, Figure)
-    assert "spectral radius" in figure.axes[0].get_title()
-    figure = plot_convergence(iteration_residuals(problem.at, 20), 0.5)
     assert "0.500" in figure.axes[0].get_legend().get_texts()[1].get_text()
     assert len(figure.axes) == 1

@@ -29,11 +29,9 @@ from deepinv_deal import (
     SmoothPlusSparsePrior,
 )
 from deepinv_deal.interpret import (
-    Panel,
     atom_usage,
     decompose,
     effective_filters,
-    initialization_paths,
     learned_splines,
     mask_curves,
     masked_responses,
@@ -41,15 +39,10 @@ from deepinv_deal.interpret import (
     plot_atoms,
     plot_decomposition,
     plot_filters,
-    plot_initializations,
     plot_masked_responses,
     plot_normal_response,
     plot_path,
-    plot_reconstructions,
-    plot_splines,
     solution_path,
-    sparsity_map,
-    spread,
     with_filters,
     without_mask,
 )
@@ -185,22 +178,16 @@ def test_a_path_applies_the_map_again_and_again():
 
 
 def test_paths_from_all_starts_meet():
-    model = random_model()
-    y = images(1, 1, 12, 13)
+    model, y = random_model(), images(1, 1, 12, 13)
     noise = torch.rand(y.shape, generator=generator(4), dtype=DOUBLE)
-    inits = {"zero": None, "data": "adjoint", "noise": noise}
-    paths = initialization_paths(
-        model, y, None, inits, sigma=0.05, num_iter=25, inner_rtol=1e-6
+    zero, data, random = (
+        solution_path(model, y, sigma=0.05, init=init, num_iter=25, inner_rtol=1e-6)
+        for init in (None, "adjoint", noise)
     )
-    apart = spread(paths)
-    assert apart.shape == (26, 1)
-    assert float(apart[0]) > 0.5
-    assert float(apart[-1]) < 1e-6
-    assert relative_error(paths["noise"].x[0], noise) == 0
-    alone = spread({"zero": paths["zero"]})
-    assert float(alone.abs().max()) == 0
-    with pytest.raises(ValueError, match="at least one"):
-        initialization_paths(model, y, None, {})
+    assert relative_error(random.x[0], noise) == 0
+    for path in (data, random):
+        assert relative_error(path.x[0], zero.x[0] + 1e-9) > 0.5
+        assert relative_error(path.x[-1], zero.x[-1]) < 1e-6
 
 
 def test_paths_of_attentive_l1_models_end_at_the_solution():
@@ -289,15 +276,15 @@ def test_atoms_are_sorted_by_their_share():
     assert float(usage.free_atoms[0].std()) < 1e-10
 
 
-def test_the_sparsity_map_counts_equal_coefficients():
+def test_the_numbers_of_atoms_count_equal_coefficients():
     model = dictionary("group")
     x = images(1, 1, 10, 12)
     with torch.no_grad():
         x_hat, info = model(x, return_info=True)
     info.coefficients = torch.zeros_like(info.coefficients)
-    assert float(sparsity_map(model, x_hat, info).max()) == 0
+    assert float(decompose(model, x_hat, info).num_atoms.max()) == 0
     info.coefficients[:, :3] = 0.7
-    found = sparsity_map(model, x_hat, info)
+    found = decompose(model, x_hat, info).num_atoms
     torch.testing.assert_close(found, torch.full_like(x, 3.0))
 
 
@@ -361,17 +348,11 @@ def test_every_figure_has_the_expected_axes():
         x_hat, info = model(x, sigma=0.05, return_info=True)
     filters = effective_filters(model)
     responses = masked_responses(model, x_hat, 0.05)
-    paths = initialization_paths(
-        model, x, None, {"zero": None, "data": "adjoint"}, sigma=0.05, num_iter=4
-    )
-    panel = Panel("a", x, x, x_hat, info)
-    splines = learned_splines(model)
+    path = solution_path(model, x, sigma=0.05, num_iter=4)
     patch_model = dictionary("group")
     with torch.no_grad():
         patched, patch_info = patch_model(x, return_info=True)
-    patch_panel = Panel("b", x, x, patched, patch_info)
     parts = decompose(patch_model, patched, patch_info)
-    sparsity = sparsity_map(patch_model, patched, patch_info)
     usage = atom_usage(patch_model, patch_info)
     synthesis = dictionary(PatchSynthesis)
     only_constants = atom_usage(synthesis, synthesis(x, return_info=True)[1])
@@ -381,17 +362,11 @@ def test_every_figure_has_the_expected_axes():
         (plot_masked_responses, (responses, filters, [0, 1], x), 10),
         (plot_masked_responses, (responses, filters, [0, 1]), 8),
         (plot_masked_responses, (responses, filters), 16),
-        (plot_splines, (splines, mask_curves(model, [0.05, 0.1])), 6),
-        (plot_splines, (splines,), 6),
-        (partial(plot_path, num_columns=3), (paths["zero"], x), 8),
-        (partial(plot_path, num_columns=2), (paths["zero"],), 6),
-        (plot_initializations, (paths,), 6),
-        (plot_reconstructions, ([panel, patch_panel],), 10),
-        (plot_reconstructions, ([patch_panel],), 4),
+        (partial(plot_path, num_columns=3), (path, x), 8),
+        (partial(plot_path, num_columns=2), (path,), 6),
         (partial(plot_atoms, columns=3), (usage, 6, 4), 3),
         (partial(plot_atoms, columns=3), (only_constants,), 2),
-        (plot_decomposition, (parts, sparsity), 5),
-        (plot_decomposition, (parts,), 4),
+        (plot_decomposition, (parts,), 5),
     ]
     for plot, arguments, number in figures:
         figure = plot(*arguments)

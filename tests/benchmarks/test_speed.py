@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import deepinv as dinv
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from problems import images
 
-from deepinv_deal import DEAL
-from deepinv_deal.evaluation import (
+pytest.importorskip("speed", reason="the scripts are not part of this distribution")
+
+from _common import (
     SPEED_TASKS,
+    PeakMemory,
     application_times,
-    compare_speed,
     deepinv_model,
-    plot_speed,
-    speed_table,
-    write_csv,
+    plain_normal,
 )
-from deepinv_deal.evaluation.speed import SOLVERS, _Case, _Watch
-from deepinv_deal.evaluation.timing import PeakMemory, plain_normal
+from speed import SOLVERS, _Case, _Watch, compare_speed, main, picture, speed_table
+
+from deepinv_deal import DEAL
 from deepinv_deal.priors import AttentiveQuadratic, DEALPrior
+from deepinv_deal.weights import save_prior
 
 IMAGE = (255 * images(1, 1, 16, 16)[0]).clamp(0, 255).round().byte()
 
@@ -37,11 +41,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def runs(model):
-    fast = ["deepinv_deal", "published iteration"]
-    options = {"time_limit": 20.0, "progress": False}
     return [
-        *compare_speed(model, IMAGE, ["denoising"], **options),
-        *compare_speed(model, IMAGE, ["inpainting"], solvers=fast, **options),
+        run
+        for task in ("denoising", "inpainting")
+        for run in compare_speed(model, IMAGE, task, time_limit=20.0)
     ]
 
 
@@ -137,7 +140,7 @@ def test_work_is_counted_and_judging_is_not(model, monkeypatch, solver):
 
 def test_a_run_that_takes_too_long_is_stopped(model):
     runs = compare_speed(
-        model, IMAGE, ["denoising"], targets=[1e-7], time_limit=0.0, reference=False
+        model, IMAGE, "denoising", targets=[1e-7], time_limit=0.0, reference=False
     )
     for run in runs:
         if run.solver != "deepinv TV":
@@ -148,7 +151,7 @@ def test_a_run_that_takes_too_long_is_stopped(model):
 
 def test_mri_is_not_asked_of_deepinv(model):
     runs = compare_speed(
-        model, IMAGE, ["mri"], targets=[1e-2], reference=False, time_limit=1.0
+        model, IMAGE, "mri", targets=[1e-2], reference=False, time_limit=1.0
     )
     assert {run.solver for run in runs} == {
         "deepinv_deal",
@@ -157,22 +160,26 @@ def test_mri_is_not_asked_of_deepinv(model):
     }
 
 
-def test_table_file_and_figure(runs, tmp_path):
-    table = speed_table(runs)
-    assert table.count("deepinv.models.DEAL") == 2 and "inpainting" in table
-    write_csv(runs, tmp_path / "runs.csv")
-    lines = (tmp_path / "runs.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(runs) and "path" not in lines[0]
-    figure = plot_speed(runs)
-    assert [axis.get_title() for axis in figure.axes] == ["denoising", "inpainting"]
-    assert len(figure.axes[0].lines) == 3
+def test_table_file_and_figure(model, tmp_path, capsys):
+    weights, table = tmp_path / "w.safetensors", tmp_path / "runs.csv"
+    save_prior(model.prior[0], weights)
+    args = ["--size", "20", "--task", "denoising", "--target", "1e-3", "--no-reference"]
+    args += ["--csv", str(table), "--figure", str(tmp_path / "runs.png"), "--bfloat16"]
+    assert main(["--pretrained", str(weights), *args]) == 0
+    out = capsys.readouterr().out
+    assert "One application of W^T M^2 W at 20 x 20" in out
+    for solver in (*SOLVERS, "deepinv TV"):
+        assert f"\n{solver} " in out
+    with table.open() as file:
+        assert [row["task"] for row in csv.DictReader(file)] == ["denoising"] * 5
+    assert (tmp_path / "runs.png").stat().st_size > 5000
 
 
-def test_unknown_names_are_named(model):
-    with pytest.raises(ValueError, match="tasks must be among denoising.*'blur'"):
-        compare_speed(model, IMAGE, ["blur"])
-    with pytest.raises(ValueError, match="solvers must be among.*'fast'"):
-        compare_speed(model, IMAGE, solvers=["fast"])
+def test_a_picture_that_is_too_small_is_named(tmp_path):
+    path = tmp_path / "in.png"
+    Image.fromarray(np.zeros((24, 20), np.uint8)).save(path)
+    with pytest.raises(ValueError, match="at least 22 x 22 pixels"):
+        picture(str(path), 22, 1)
 
 
 def test_plain_convolutions_are_the_same_operator(model):

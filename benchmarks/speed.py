@@ -1,54 +1,50 @@
 r"""
 How much work and time solvers of the same equation need, until the same accuracy.
 
-What is counted is applications of :math:`W^{\top} M^2 W`, which take nearly all the
-time, until the *nonlinear* residual
+What is counted is applications of W^T M^2 W, which take nearly all the time, until the
+*nonlinear* residual ||b - H x - lambda G(x)|| / ||b|| of an iterate is first below a
+target. The residual is evaluated by this package for all solvers, while their clocks
+are stopped. The solvers are
 
-.. math::
-    \frac{\|b - H x - \lambda G(x)\|}{\|b\|}
+* ``deepinv_deal``: this package, once for every target, with the settings of the
+  model but stopped by the residual; checking the physics is included
+* ``deepinv_deal, bfloat16``: the same with ``inner_dtype=torch.bfloat16``, only on
+  request: it is slow on hardware without such units
+* ``published iteration``: fixed-point iteration and conjugate gradients of the paper
+  with the published tolerances, on the operators of this package
+* ``deepinv.models.DEAL``: deepinv's implementation with the same weights; left out for
+  MRI, which it does not take, and for weights of another norm rule than "published"
+* ``deepinv TV``: total variation, whose time and quality can be compared
 
-of an iterate is first below a target. The residual is evaluated by this package for all
-solvers, while their clocks are stopped.
+    python benchmarks/speed.py [--size 128] [--threads 1] [--figure speed.png]
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
+import csv
 import math
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import deepinv as dinv
 import torch
-from deepinv.physics import (
-    MRI,
-    Blur,
-    Denoising,
-    Downsampling,
-    GaussianNoise,
-    Inpainting,
-    LinearPhysics,
-)
-from deepinv.physics.functional import gaussian_blur
+from _common import SPEED_TASKS, PeakMemory, application_times, clock, deepinv_model
+from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
-from deepinv_deal._batch import norm
-from deepinv_deal.evaluation.baselines import TotalVariation
-from deepinv_deal.evaluation.run import quality
-from deepinv_deal.evaluation.tasks import MRI_NOISE, Condition, Task, line_mask
-from deepinv_deal.evaluation.timing import PeakMemory, clock
-from deepinv_deal.models import DEAL
+from deepinv_deal import DEAL
+from deepinv_deal._batch import central, norm
+from deepinv_deal.cli._options import photograph
+from deepinv_deal.evaluation import Task, TotalVariation, quality
+from deepinv_deal.files import read_picture
 from deepinv_deal.models.problem import Problem
-from deepinv_deal.priors import AttentiveEquation, AttentiveQuadratic, DEALPrior
+from deepinv_deal.priors import AttentiveEquation, AttentiveQuadratic
 from deepinv_deal.solvers import anderson_depth, fixed_point
-from deepinv_deal.weights.deal import to_authors_state_dict
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 #: Accuracies that runs are compared at.
 TARGETS = (1e-3, 1e-5)
@@ -56,49 +52,7 @@ TARGETS = (1e-3, 1e-5)
 #: Accuracy of the reference solution, in double precision.
 REFERENCE_RTOL = 1e-10
 
-
-# -- tasks -----------------------------------------------------------------------------
-
-
-def _inpainting(x: Tensor) -> LinearPhysics:
-    rng = torch.Generator().manual_seed(0)
-    mask = (torch.rand(x.shape[1:], generator=rng) < 0.5).to(x)
-    return Inpainting(tuple(x.shape[1:]), mask=mask)
-
-
-def _super_resolution(x: Tensor) -> LinearPhysics:
-    kernel = gaussian_blur(sigma=(1.2, 1.2))
-    return Downsampling(tuple(x.shape[1:]), filter=kernel, factor=2, padding="circular")
-
-
-def _mri(x: Tensor) -> LinearPhysics:
-    size = (int(x.shape[-2]), int(x.shape[-1]))
-    return MRI(mask=line_mask(size, 4, 0.08), img_size=size)
-
-
-def _speed_task(name: str, *condition: Any, mri: bool = False) -> Task:
-    sigma = None if name == "denoising" else 15.0
-    return Task(name, (Condition("", *condition),), sigma=sigma, mri=mri)
-
-
-#: Noise (gray levels), physics and weight of the problems, by name.
-SPEED_TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        _speed_task("denoising", 25.0, lambda _: Denoising(GaussianNoise(25 / 255))),
-        _speed_task("inpainting", 0.0, _inpainting, 1.0),
-        _speed_task(
-            "deblurring",
-            2.55,
-            lambda _: Blur(gaussian_blur(sigma=(1.6, 1.6)), padding="circular"),
-            0.5,
-        ),
-        _speed_task("super-resolution", 2.55, _super_resolution, 0.28),
-        _speed_task("mri", round(255 * MRI_NOISE, 2), _mri, 0.05, mri=True),
-    )
-}
-
-#: Weights of total variation for these tasks, chosen by hand.
+#: Weights of total variation for the tasks, chosen by hand.
 TV_WEIGHTS = {
     "denoising": 0.08,
     "inpainting": 0.02,
@@ -107,8 +61,7 @@ TV_WEIGHTS = {
     "mri": 0.005,
 }
 
-
-# -- results ---------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------
 
 
 @dataclass
@@ -135,7 +88,7 @@ class SpeedRun:
 
     task: str
     solver: str
-    target: float
+    target: float = math.nan
     reached: bool = False
     applications: int = 0
     masks: int = 0
@@ -145,32 +98,24 @@ class SpeedRun:
     residual: float = math.nan
     distance: float = math.nan
     psnr: float = math.nan
-    path: list[tuple[int, float, float]] = field(default_factory=list, repr=False)
+    path: list[tuple[int, float, float]] = field(default_factory=list)
 
 
 class _Enough(Exception):  # noqa: N818 - control flow, not an error
     """All targets are reached, or the time is used up."""
 
 
-@dataclass
 class _Watch:
     """Counts the work of a run, and stops clock and memory while it is judged."""
 
-    case: _Case
-    solver: str
-    targets: Sequence[float]
-    time_limit: float
-    applications: int = 0
-    masks: int = 0
-    n_iter: int = 0
-    seconds: float = 0.0
-    path: list[tuple[int, float, float]] = field(default_factory=list)
-    runs: dict[float, SpeedRun] = field(default_factory=dict)
-    x: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.memory = PeakMemory(self.case.x.device)
-        self._started = self.case.clock()
+    def __init__(
+        self, case: _Case, solver: str, targets: Sequence[float], time_limit: float
+    ):
+        self.case, self.targets, self.time_limit = case, targets, time_limit
+        #: The run up to now; the solver counts its work here.
+        self.now = SpeedRun(case.task.name, solver)
+        self.runs: dict[float, SpeedRun] = {}
+        self.memory = PeakMemory(case.x.device)
 
     def start(self) -> None:
         """Starts clock and memory, or goes on."""
@@ -179,39 +124,32 @@ class _Watch:
 
     def stop(self) -> None:
         """Stops them."""
-        self.seconds += self.case.clock() - self._started
+        self.now.seconds += self.case.clock() - self._started
         self.memory.stop()
+        self.now.memory = self.memory.peak
 
     def look(self, x: Tensor) -> None:
         """Judges the iterate after an outer iteration."""
         self.stop()
-        self.x = x
-        residual = self.case.residual(x)
-        self.path.append((self.applications, self.seconds, residual))
+        now, self.x = self.now, x
+        now.n_iter += 1
+        now.residual = self.case.residual(x)
+        now.path.append((now.applications, now.seconds, now.residual))
         for target in self.targets:
-            if target not in self.runs and residual <= target:
+            if target not in self.runs and now.residual <= target:
                 self._note(target, reached=True)
-        if len(self.runs) == len(self.targets) or self.seconds > self.time_limit:
+        if len(self.runs) == len(self.targets) or now.seconds > self.time_limit:
             raise _Enough
         self.start()
 
     def _note(self, target: float, reached: bool) -> None:
-        assert self.x is not None
-        applications, seconds, residual = self.path[-1]
-        self.runs[target] = SpeedRun(
-            self.case.task.name,
-            self.solver,
-            target,
-            reached,
-            applications,
-            self.masks,
-            self.n_iter,
-            seconds,
-            self.memory.peak,
-            residual,
-            self.case.distance(self.x),
-            self.case.psnr(self.x),
-            list(self.path),
+        self.runs[target] = replace(
+            self.now,
+            target=target,
+            reached=reached,
+            distance=self.case.distance(self.x),
+            psnr=self.case.psnr(self.x),
+            path=list(self.now.path),
         )
 
     def watch(self, solve: Callable[[_Watch], None]) -> list[SpeedRun]:
@@ -219,7 +157,7 @@ class _Watch:
         with torch.no_grad(), contextlib.suppress(_Enough):
             solve(self)
         for target in self.targets:
-            if target not in self.runs and self.path:
+            if target not in self.runs and self.now.path:
                 self._note(target, reached=False)
         return list(self.runs.values())
 
@@ -279,7 +217,7 @@ class _Case:
         return result.x if float(result.residual) <= REFERENCE_RTOL else None
 
 
-# -- solvers ---------------------------------------------------------------------------
+# -- solvers -------------------------------------------------------------------
 
 
 def _solve(
@@ -312,11 +250,11 @@ def _counting(equation: AttentiveEquation, watch: _Watch) -> AttentiveEquation:
 
     class Counting(AttentiveQuadratic):
         def normal(self, x: Tensor, squared_mask: Tensor) -> Tensor:
-            watch.applications += 1
+            watch.now.applications += 1
             return super().normal(x, squared_mask)
 
         def squared_mask(self, x: Tensor) -> Tensor:
-            watch.masks += 1
+            watch.now.masks += 1
             return super().squared_mask(x)
 
     counting = Counting(regularizer.W, regularizer.attention, regularizer.reach)
@@ -330,8 +268,7 @@ def _run_ours(
     equation = replace(case.pose().equation, inner_dtype=inner_dtype)
     equation = _counting(equation, watch)
 
-    def callback(k: int, _: Tensor, x: Tensor) -> None:
-        watch.n_iter = k + 1
+    def callback(_k: int, _: Tensor, x: Tensor) -> None:
         watch.look(x)
 
     _solve(equation, min(watch.targets), case.model, callback)
@@ -368,43 +305,9 @@ def _run_published(case: _Case, watch: _Watch) -> None:
             x, r = x + alpha * p, r - alpha * q
             rr, old = r.square().sum(), rr
             p = r + rr / old * p
-        watch.n_iter += 1
         watch.look(x)
         if norm(x - previous) <= 1e-5 * norm(previous):
             return
-
-
-def deepinv_model(prior: DEALPrior) -> dinv.models.DEAL:
-    """
-    Returns ``deepinv.models.DEAL`` with the weights of a prior.
-
-    :param DEALPrior prior: with the norm rule ``"published"``; any number of filters.
-    :raises ValueError: for another norm rule, which deepinv's model does not have.
-    """
-    if prior.normalization != "published":
-        raise ValueError(
-            f"deepinv.models.DEAL has the norm rule 'published' only, the weights have "
-            f"{prior.normalization!r}."
-        )
-    color, n = prior.in_channels == 3, prior.num_filters
-    model = dinv.models.DEAL(
-        pretrained=None, color=color, clamp_output=False, device="cpu"
-    )
-    inner = model.model
-    inner.last_c, channels = n, [*inner.W1.num_channels[:-1], n]
-    for name in ("W1", "M1"):
-        setattr(inner, name, type(inner.W1)(channels, [9] * 3, color=color))
-    for name in ("M2", "M3"):
-        setattr(inner, name, torch.nn.Conv2d(n, n, 3, padding=1, bias=False))
-    inner.spline_scaling = type(inner.spline_scaling)(
-        num_activations=n, num_knots=14, x_min=-1, x_max=51, init=3.0, clamp=False
-    )
-    missing, unexpected = inner.load_state_dict(
-        to_authors_state_dict(prior.state_dict()), strict=False
-    )
-    parameters = {name for name, _ in inner.named_parameters()}
-    assert not unexpected and not parameters & set(missing)
-    return model.to(next(prior.parameters())).eval()
 
 
 def _run_deepinv(case: _Case, watch: _Watch) -> None:
@@ -415,14 +318,13 @@ def _run_deepinv(case: _Case, watch: _Watch) -> None:
     normal, cal_mask = inner.BtB, inner.cal_mask
 
     def counting_normal(*args: Any) -> Tensor:
-        watch.applications += 1
+        watch.now.applications += 1
         return normal(*args)
 
     def watched_mask(x: Tensor) -> Tensor:
-        if watch.masks:
-            watch.n_iter += 1
+        if watch.now.masks:
             watch.look(x)
-        watch.masks += 1
+        watch.now.masks += 1
         return cal_mask(x)
 
     inner.BtB, inner.cal_mask = counting_normal, watched_mask
@@ -431,7 +333,6 @@ def _run_deepinv(case: _Case, watch: _Watch) -> None:
         x = model(case.y, sigma=case.settings["sigma"])
     else:
         x = model(case.y, case.physics)
-    watch.n_iter += 1
     watch.look(x)
 
 
@@ -443,10 +344,8 @@ def _run_tv(case: _Case) -> SpeedRun:
         watch.start()
         x = model(case.y, case.physics, lambda_reg=TV_WEIGHTS[case.task.name])
         watch.stop()
-    run = SpeedRun(case.task.name, TV, math.nan, True, seconds=watch.seconds)
-    run.memory = watch.memory.peak
-    run.psnr = case.psnr(case.judge.unknown("x", x))
-    return run
+    psnr = case.psnr(case.judge.unknown("x", x))
+    return replace(watch.now, reached=True, psnr=psnr)
 
 
 #: This package, deepinv's model, and the rival that solves another problem.
@@ -463,83 +362,35 @@ SOLVERS: dict[str, Callable[[_Case, _Watch], None]] = {
     DEEPINV: _run_deepinv,
 }
 
-#: Those that are always compared. bfloat16 is slow on hardware without such units.
-DEFAULT_SOLVERS = (*(name for name in SOLVERS if name != BFLOAT16), TV)
-
 
 def compare_speed(
     model: DEAL,
     image: Tensor,
-    tasks: Sequence[str] = tuple(SPEED_TASKS),
+    name: str,
     *,
     targets: Sequence[float] = TARGETS,
-    solvers: Sequence[str] = DEFAULT_SOLVERS,
+    bfloat16: bool = False,
     time_limit: float = 120.0,
     reference: bool = True,
-    progress: bool | None = None,
 ) -> list[SpeedRun]:
-    r"""
-    Solves the same problems by several solvers until the same accuracy.
-
-    * ``deepinv_deal``: this package, once for every target, with the settings of the
-      model but stopped by the residual; checking the physics is included.
-    * ``deepinv_deal, bfloat16``: the same with ``inner_dtype=torch.bfloat16``, only if
-      asked for.
-    * ``published iteration``: fixed-point iteration and conjugate gradients of
-      :footcite:t:`pourya2025dealing` with the published tolerances, on the operators
-      of this package.
-    * ``deepinv.models.DEAL``: deepinv's implementation with the same weights; left out
-      for MRI, which it does not take, and for weights of another norm rule than
-      ``"published"``, which it does not have.
-    * ``deepinv TV``: total variation, whose time and quality can be compared.
-
-    |sep|
-
-    :Example:
-
-    >>> import torch
-    >>> from deepinv_deal import DEAL
-    >>> from deepinv_deal.evaluation import compare_speed
-    >>> model = DEAL(pretrained=None, num_filters=8)
-    >>> image = (255 * torch.rand(1, 24, 24)).byte()
-    >>> runs = compare_speed(
-    ...     model,
-    ...     image,
-    ...     ["denoising"],
-    ...     targets=[1e-3],
-    ...     reference=False,
-    ...     solvers=["deepinv_deal", "published iteration"],
-    ... )
-    >>> [run.solver for run in runs]
-    ['deepinv_deal', 'published iteration']
+    """
+    Solves one problem by all solvers until the same accuracy.
 
     :param DEAL model: gray or colour, for MRI gray.
     :param torch.Tensor image: 8-bit image ``(C, H, W)``.
-    :param tuple tasks: names in ``SPEED_TASKS``.
+    :param str name: of the task in ``SPEED_TASKS``.
     :param tuple targets: nonlinear residuals to reach.
-    :param tuple solvers: which of the above.
+    :param bool bfloat16: this package also with inner solves in 16 bits.
     :param float time_limit: seconds after which a run is stopped, at the end of its
         outer iteration.
     :param bool reference: compute the solution to 1e-10 in double precision, from which
         distances are measured.
-    :param bool progress: show a progress bar; on terminals if ``None``.
-    :return: list of :class:`SpeedRun`.
-    :raises ValueError: for unknown tasks or solvers.
     """
-    known = (*SOLVERS, TV)
-    for what, names, choices in (
-        ("tasks", tasks, SPEED_TASKS),
-        ("solvers", solvers, known),
-    ):
-        unknown = [name for name in names if name not in choices]
-        if unknown:
-            raise ValueError(
-                f"{what} must be among {', '.join(choices)}; got {unknown[0]!r}."
-            )
     iterator = model.fixed_point.iterator
     real = DEAL(
         prior=model.prior[0],
         pretrained=None,
+        device=next(model.parameters()).device,
         scale=None,
         complex_mode="real",
         inner_max_iter=iterator.inner_max_iter,
@@ -548,32 +399,24 @@ def compare_speed(
         anderson=model.anderson,
         warn=False,
     )
-    published_norm = model.prior[0].normalization == "published"
-    bar = tqdm(
-        total=len(tasks) * len(solvers),
-        disable=None if progress is None else not progress,
-    )
-    runs: list[SpeedRun] = []
+    takes = model.prior[0].normalization == "published" and name != "mri"
+    left_out = {BFLOAT16: not bfloat16, DEEPINV: not takes}
     # Convolutions in TF32 would be judged by their own rounding.
-    with bar, torch.backends.cudnn.flags(allow_tf32=False):
-        for name in tasks:
-            bar.set_description(name)
-            case = _Case(real, SPEED_TASKS[name], image, reference)
-            for solver in solvers:
-                bar.set_description(f"{name}, {solver}")
-                if solver == TV:
-                    runs.append(_run_tv(case))
-                elif solver != DEEPINV or (published_norm and not case.task.mri):
-                    # What this package does depends on the accuracy asked for.
-                    own = solver in (OWN, BFLOAT16)
-                    for group in [(t,) for t in targets] if own else [targets]:
-                        watch = _Watch(case, solver, group, time_limit)
-                        runs += watch.watch(partial(SOLVERS[solver], case))
-                bar.update()
-    return runs
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        case = _Case(real, SPEED_TASKS[name], image, reference)
+        runs: list[SpeedRun] = []
+        for solver, run in SOLVERS.items():
+            if left_out.get(solver):
+                continue
+            # What this package does depends on the accuracy asked for.
+            own = solver in (OWN, BFLOAT16)
+            for group in [(t,) for t in targets] if own else [targets]:
+                watch = _Watch(case, solver, group, time_limit)
+                runs += watch.watch(partial(run, case))
+        return [*runs, _run_tv(case)]
 
 
-# -- output ----------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------
 
 
 def speed_table(runs: Sequence[SpeedRun]) -> str:
@@ -624,8 +467,6 @@ def plot_speed(runs: Sequence[SpeedRun]) -> Figure:
 
     :param list runs: from :func:`compare_speed`.
     """
-    from matplotlib.figure import Figure
-
     tasks = list(dict.fromkeys(run.task for run in runs))
     # A Figure of its own needs no display and leaves pyplot alone.
     figure = Figure(figsize=(3.2 * len(tasks) + 0.6, 3.2), layout="constrained")
@@ -645,3 +486,93 @@ def plot_speed(runs: Sequence[SpeedRun]) -> Figure:
     handles = {line.get_label(): line for axis in axes for line in axis.lines}
     figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=3)
     return figure
+
+
+# -- the script ------------------------------------------------------------------
+
+
+def picture(path: str | None, size: int, channels: int) -> Tensor:
+    """Returns the 8-bit image ``(C, size, size)`` to compare on."""
+    if path is None:
+        x = photograph(size, channels)
+    else:
+        x = central(read_picture(path).x[0], size)
+        if x.shape != (channels, size, size):
+            raise ValueError(
+                f"--image {path!r} must have {channels} channel(s) and at least "
+                f"{size} x {size} pixels for these weights; it gives "
+                f"{tuple(x.shape)}."
+            )
+    return (255 * x).round().clamp(0, 255).byte()
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add, tasks = parser.add_argument, list(SPEED_TASKS)
+    add("--pretrained", default="deal_gray", help="weights of a DEAL")
+    add("--task", nargs="+", choices=tasks, default=tasks, help="problems to solve")
+    add("--image", help="image file, of which the centre is used; else a photograph")
+    add("--size", type=int, default=128, help="side of the image in pixels")
+    add("--target", type=float, nargs="+", default=TARGETS, help="residuals to reach")
+    add("--time-limit", type=float, default=120.0, help="seconds of one run")
+    add(
+        "--reference",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure distances from the solution in double precision",
+    )
+    add("--bfloat16", action="store_true", help="also with inner solves in bfloat16")
+    add("--device", default="cpu", help="where to compute")
+    add("--threads", type=int, help="number of CPU threads")
+    add("--csv", help="file for one line per run")
+    add("--figure", help="file for a picture of residual against time")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = DEAL(pretrained=args.pretrained, warn=False, device=args.device)
+    image = picture(args.image, args.size, model.prior[0].in_channels)
+    times = application_times(model, args.size)
+    print(
+        f"One application of W^T M^2 W at {args.size} x {args.size}: "
+        f"{1e3 * times.normal:.2f} ms, with plain convolutions "
+        f"{1e3 * times.plain:.2f} ms ({times.plain / times.normal:.1f} times as long). "
+        f"One conjugate gradient step {1e3 * times.step:.2f} ms "
+        f"({times.step / times.normal:.2f}), one mask {1e3 * times.mask:.2f} ms.\n",
+        flush=True,
+    )
+    runs = []
+    for task in args.task:
+        new = compare_speed(
+            model,
+            image,
+            task,
+            targets=args.target,
+            bfloat16=args.bfloat16,
+            time_limit=args.time_limit,
+            reference=args.reference,
+        )
+        print(speed_table(new) + "\n", flush=True)
+        runs += new
+    if args.csv:
+        rows = [asdict(replace(run, path=len(run.path))) for run in runs]
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    if args.figure:
+        plot_speed(runs).savefig(args.figure, dpi=150)
+    missed = [r for r in runs if r.solver == OWN and not r.reached]
+    for run in missed:
+        print(f"{run.task}: {run.target:g} was not reached", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,9 @@
 """
 Times of single operations and whole reconstructions, with the bundled weights.
 
-    python -m pytest tests/benchmarks --benchmark-only
+    python -m pytest tests/benchmarks/times.py --benchmark-only
 
-Not part of the tests: ``deepinv-deal bench`` compares solvers until the same accuracy.
+Not part of the tests. ``benchmarks/speed.py`` compares solvers until the same accuracy.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark")
+pytest.importorskip("_common", reason="the scripts are not part of this distribution")
+
+from _common import SPEED_TASKS, deepinv_model
 
 from deepinv_deal import DEAL
-from deepinv_deal.evaluation import SPEED_TASKS, deepinv_model
 
 SIZE = 128
 

@@ -1,4 +1,4 @@
-"""Clocks, memory, and the time of one application of the operator."""
+"""What several of these scripts share: clocks, memory, problems, deepinv's model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,103 @@ import ctypes
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import deepinv as dinv
 import numpy as np
 import torch
+from deepinv.physics import (
+    MRI,
+    Blur,
+    Denoising,
+    Downsampling,
+    GaussianNoise,
+    Inpainting,
+    LinearPhysics,
+)
+from deepinv.physics.functional import gaussian_blur
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepinv_deal.models import DEAL
+from deepinv_deal import DEAL
+from deepinv_deal.evaluation import Condition, Task
+from deepinv_deal.evaluation.tasks import MRI_NOISE, line_mask
 from deepinv_deal.operators import MultiConv
+from deepinv_deal.priors import DEALPrior
+from deepinv_deal.weights.deal import to_authors_state_dict
+
+# -- problems --------------------------------------------------------------------
+
+
+def _inpainting(x: Tensor) -> LinearPhysics:
+    rng = torch.Generator().manual_seed(0)
+    mask = (torch.rand(x.shape[1:], generator=rng, device="cpu") < 0.5).to(x)
+    return Inpainting(tuple(x.shape[1:]), mask=mask)
+
+
+def _deblurring(_: Tensor) -> LinearPhysics:
+    return Blur(gaussian_blur(sigma=(1.6, 1.6)), padding="circular")
+
+
+def _super_resolution(x: Tensor) -> LinearPhysics:
+    kernel = gaussian_blur(sigma=(1.2, 1.2))
+    return Downsampling(tuple(x.shape[1:]), filter=kernel, factor=2, padding="circular")
+
+
+def _mri(x: Tensor) -> LinearPhysics:
+    size = (int(x.shape[-2]), int(x.shape[-1]))
+    return MRI(mask=line_mask(size, 4, 0.08), img_size=size)
+
+
+#: One condition each: noise in gray levels, physics and weight.
+SPEED_TASKS = {
+    name: Task(name, (Condition("", *condition),), sigma=sigma, mri=name == "mri")
+    for name, sigma, *condition in (
+        ("denoising", None, 25.0, lambda _: Denoising(GaussianNoise(25 / 255))),
+        ("inpainting", 15.0, 0.0, _inpainting, 1.0),
+        ("deblurring", 15.0, 2.55, _deblurring, 0.5),
+        ("super-resolution", 15.0, 2.55, _super_resolution, 0.28),
+        ("mri", 15.0, round(255 * MRI_NOISE, 2), _mri, 0.05),
+    )
+}
+
+
+def deepinv_model(prior: DEALPrior) -> dinv.models.DEAL:
+    """
+    Returns ``deepinv.models.DEAL`` with the weights of a prior.
+
+    :param DEALPrior prior: with the norm rule ``"published"``; any number of filters.
+    :raises ValueError: for another norm rule, which deepinv's model does not have.
+    """
+    if prior.normalization != "published":
+        raise ValueError(
+            f"deepinv.models.DEAL has the norm rule 'published' only, the weights have "
+            f"{prior.normalization!r}."
+        )
+    color, n = prior.in_channels == 3, prior.num_filters
+    model = dinv.models.DEAL(
+        pretrained=None, color=color, clamp_output=False, device="cpu"
+    )
+    inner = model.model
+    inner.last_c, channels = n, [*inner.W1.num_channels[:-1], n]
+    for name in ("W1", "M1"):
+        setattr(inner, name, type(inner.W1)(channels, [9] * 3, color=color))
+    for name in ("M2", "M3"):
+        setattr(inner, name, torch.nn.Conv2d(n, n, 3, padding=1, bias=False))
+    inner.spline_scaling = type(inner.spline_scaling)(
+        num_activations=n, num_knots=14, x_min=-1, x_max=51, init=3.0, clamp=False
+    )
+    missing, unexpected = inner.load_state_dict(
+        to_authors_state_dict(prior.state_dict()), strict=False
+    )
+    parameters = {name for name, _ in inner.named_parameters()}
+    assert not unexpected and not parameters & set(missing)
+    return model.to(next(prior.parameters())).eval()
+
+
+# -- clocks and memory -------------------------------------------------------------
 
 
 def clock(device: torch.device) -> float:
@@ -94,8 +180,10 @@ def _resident(name: str) -> float:
     return math.nan
 
 
-@dataclass(frozen=True)
-class ApplicationTimes:
+# -- one application of the operator -------------------------------------------------
+
+
+class ApplicationTimes(NamedTuple):
     r"""
     Seconds for one application, medians.
 
@@ -126,7 +214,8 @@ def application_times(
     prior = model.prior[0]
     weight = next(prior.parameters())
     rng = torch.Generator().manual_seed(0)
-    x = torch.rand(1, prior.in_channels, size, size, generator=rng).to(weight)
+    shape = (1, prior.in_channels, size, size)
+    x = torch.rand(shape, generator=rng, device="cpu").to(weight)
     with torch.no_grad():
         equation = prior.equation(lambda v: v, x, 25 / 255, 1.0)
         system = equation.freeze(x)
