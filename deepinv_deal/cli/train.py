@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 #: Settings that the command takes in gray levels, as all commands do, and their help.
 NOISE_LEVELS = {
     "sigma": "noise level, gray levels (of 255 for white)",
-    "init_sigma": "noise level of the weights of --init, gray levels, which are then "
-    "rescaled; the same as that of the training if unset",
+    "init_sigma": "noise level of the weights of --init, gray levels, which are "
+    "rescaled to that of the training; the one that they know if unset",
     "sigma_max": "largest noise level, gray levels (of 255 for white)",
 }
 

@@ -45,7 +45,7 @@ from deepinv_deal.models import DEAL
 from deepinv_deal.models.problem import Problem
 from deepinv_deal.priors import AttentiveEquation, AttentiveQuadratic, DEALPrior
 from deepinv_deal.solvers import anderson_depth, fixed_point
-from deepinv_deal.weights.deal import to_authors_state_dict
+from deepinv_deal.weights import to_authors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -399,9 +399,7 @@ def deepinv_model(prior: DEALPrior) -> dinv.models.DEAL:
     inner.spline_scaling = type(inner.spline_scaling)(
         num_activations=n, num_knots=14, x_min=-1, x_max=51, init=3.0, clamp=False
     )
-    missing, unexpected = inner.load_state_dict(
-        to_authors_state_dict(prior.state_dict()), strict=False
-    )
+    missing, unexpected = inner.load_state_dict(to_authors(prior), strict=False)
     parameters = {name for name, _ in inner.named_parameters()}
     assert not unexpected and not parameters & set(missing)
     return model.to(next(prior.parameters())).eval()

@@ -34,7 +34,7 @@ from deepinv_deal.priors import AttentiveQuadraticPrior, DEALPrior
 from deepinv_deal.priors.attentive_quadratic import AttentiveEquation
 from deepinv_deal.priors.preconditioning import Preconditioner
 from deepinv_deal.solvers import full_precision
-from deepinv_deal.weights import load_prior
+from deepinv_deal.weights import load
 
 #: Noise level of the model for inverse problems, as published.
 DEFAULT_SIGMA = 15 / 255
@@ -198,7 +198,7 @@ class DEAL(FixedPointOptim, Denoiser):
                 in_channels or 1, num_filters or 128, normalization or "published"
             )
         elif prior is None and pretrained is not None:
-            prior = load_prior(pretrained, in_channels or 1)
+            prior = load(pretrained, DEALPrior, in_channels=in_channels or 1)
         assert prior is not None
         for name, asked in (
             ("in_channels", in_channels),

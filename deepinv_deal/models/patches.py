@@ -40,7 +40,7 @@ from deepinv_deal.priors.synthesis_solvers import (
 )
 from deepinv_deal.solvers import AdjointOptions, SolverResult, full_precision
 from deepinv_deal.solvers.preconditioner import transfer_function
-from deepinv_deal.weights.patches import load_patch_prior
+from deepinv_deal.weights import load
 
 Solver = Literal["admm", "fista", "ipalm", "two-step", "coordinate-descent"]
 SOLVERS: tuple[str, ...] = ("admm", "fista", "ipalm", "two-step", "coordinate-descent")
@@ -451,7 +451,7 @@ class SmoothPlusSparse(SynthesisModel):
                 penalty, num_atoms, patch_size, num_free_atoms, order=order
             )
         elif prior is None and pretrained is not None:
-            prior = load_patch_prior(pretrained, SmoothPlusSparsePrior)
+            prior = load(pretrained, SmoothPlusSparsePrior)
         assert prior is not None
         super().__init__(
             prior,
@@ -562,7 +562,7 @@ class PatchSynthesis(SynthesisModel):
         if prior is None and pretrained is None:
             prior = PatchSynthesisPrior(num_atoms, patch_size, boundary=boundary)
         elif prior is None and pretrained is not None:
-            prior = load_patch_prior(pretrained, PatchSynthesisPrior)
+            prior = load(pretrained, PatchSynthesisPrior)
         assert prior is not None
         if mean is not None:
             check_mean(mean, prior.dictionary.boundary)

@@ -32,7 +32,7 @@ from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ, DEFAULT_RTOL
 from deepinv_deal.priors.attentive_l1 import AttentiveL1Equation, InnerSolver
 from deepinv_deal.priors.safi import AttentiveL1Prior, MMRPrior, SAFIPrior
 from deepinv_deal.solvers import ConvergenceWarning, full_precision
-from deepinv_deal.weights.safi import load_l1_prior
+from deepinv_deal.weights import load
 
 
 @dataclass(kw_only=True)
@@ -84,7 +84,7 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         pretrained: str | os.PathLike[str] | None = None,
     ):
         if prior is None and pretrained is not None:
-            prior = load_l1_prior(pretrained, self.prior_type)
+            prior = load(pretrained, self.prior_type)
         elif prior is None:
             prior = self.prior_type(64 if num_filters is None else num_filters)
         if num_filters not in (None, prior.num_filters):

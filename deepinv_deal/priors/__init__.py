@@ -6,6 +6,7 @@ from deepinv_deal.priors.attentive_quadratic import (
     AttentiveQuadratic,
     AttentiveQuadraticPrior,
 )
+from deepinv_deal.priors.config import Configurable
 from deepinv_deal.priors.deal import DEALPrior
 from deepinv_deal.priors.patches import (
     PatchPrior,
@@ -34,6 +35,7 @@ __all__ = [
     "AttentiveQuadratic",
     "AttentiveQuadraticPrior",
     "ConcavePotential",
+    "Configurable",
     "DEALPrior",
     "GroupPenalty",
     "L1Penalty",

@@ -14,6 +14,7 @@ from torch import Tensor
 from deepinv_deal._batch import as_batch, expand, inner, norm
 from deepinv_deal.operators import MultiConvOperator
 from deepinv_deal.operators.row_blocks import in_row_blocks
+from deepinv_deal.priors.config import Configurable
 from deepinv_deal.priors.preconditioning import Preconditioner, Preconditioning
 from deepinv_deal.solvers import (
     SolverResult,
@@ -303,7 +304,7 @@ class FrozenSystem(LinearProblem):
         )
 
 
-class AttentiveQuadraticPrior(Prior):
+class AttentiveQuadraticPrior(Prior, Configurable):
     r"""
     Base class of quadratic regularizers whose weights follow the image.
 
