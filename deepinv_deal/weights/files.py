@@ -41,7 +41,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_weights(
-    module: nn.Module, config: Mapping[str, Any], path: Path, metadata: Mapping[str, str]
+    module: nn.Module,
+    config: Mapping[str, Any],
+    path: Path,
+    metadata: Mapping[str, str],
 ) -> None:
     """
     Writes the weights of a module as ``.safetensors``, atomically.
@@ -68,11 +71,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     :param pathlib.Path path: the file.
     :return: the state dict and the header.
-    :raises ValueError: if it is damaged.
+    :raises ValueError: if it is damaged or has no such header.
     """
     with _opened(path) as file:
         names = file.keys()  # the only way to iterate over such a file
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        return {name: file.get_tensor(name) for name in names}, _header(file, path)
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -83,11 +86,17 @@ def read_header(path: Path) -> dict[str, str]:
     :raises ValueError: if it is damaged or has no such header.
     """
     with _opened(path) as file:
-        header = file.metadata() or {}
-    if header.get("format") != FORMAT:
+        return _header(file, path)
+
+
+def _header(file: Any, path: Path) -> dict[str, str]:
+    """Returns the header of an open file, whose entries ``load`` needs."""
+    header = file.metadata() or {}
+    if header.get("format") != FORMAT or not {"prior", "config"} <= set(header):
         raise ValueError(
             f"{path} is not a weights file of this package: its format is "
-            f"{header.get('format')!r}, expected {FORMAT!r}."
+            f"{header.get('format')!r}, expected {FORMAT!r} with the entries 'prior' "
+            "and 'config'."
         )
     return header
 

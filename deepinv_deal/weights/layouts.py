@@ -318,4 +318,6 @@ def to_authors(prior: Prior) -> dict[str, Tensor]:
             f"normalization={prior.normalization!r}."
         )
     state = prior.state_dict()
-    return {entry.name: entry.theirs(state[key], prior) for key, entry in layout.items()}
+    return {
+        entry.name: entry.theirs(state[key], prior) for key, entry in layout.items()
+    }

@@ -11,7 +11,6 @@ import torch
 
 from deepinv_deal.priors.attentive_quadratic import GRAY_LEVELS
 from deepinv_deal.weights.files import (
-    FORMAT,
     filled,
     read_checkpoint,
     read_weights,
@@ -72,11 +71,10 @@ def load(
         )
     name = prior_type.__name__
     state, header = read_weights(path)
-    if (header.get("format"), header.get("prior")) != (FORMAT, name):
+    if header["prior"] != name:
         raise ValueError(
-            f"{path} is not a weights file of {name}: it holds weights of "
-            f"{header.get('prior')}, in the format {header.get('format')!r}; expected "
-            f"{FORMAT!r}."
+            f"{path} is not a weights file of {name}: it holds weights of a "
+            f"{header['prior']}."
         )
     try:
         config = json.loads(header["config"])
@@ -86,7 +84,7 @@ def load(
     except Exception as error:
         raise ValueError(
             f"{path} cannot be loaded: {name} was not built with the settings "
-            f"{header.get('config')!r} of the file: {error}"
+            f"{header['config']} of the file: {error}"
         ) from error
     return filled(prior, state, str(path))
 

@@ -23,17 +23,16 @@ BY_CHANNELS = ("bundled", "download")
 
 
 @dataclass(frozen=True)
-class Bundled:
+class Named:
     """
-    Weights in this package, in the file ``NAME.safetensors``.
+    Weights that have a name; those in this package are the file ``NAME.safetensors``.
 
     :param str name: the name.
     :param str prior: name of the class of their prior.
     :param int level: noise level of the training in gray levels (of 255 for white);
         ``None``: the model takes a noise level.
-    :param int in_channels: image channels.
-    :param str alias: another name, which several files share and the number of channels
-        decides.
+    :param int in_channels: image channels, which decide where several have the name.
+    :param str alias: another name, which several may have.
     """
 
     name: str
@@ -43,31 +42,28 @@ class Bundled:
     alias: str | None = None
 
 
-@dataclass(frozen=True)
-class Official:
+@dataclass(frozen=True, kw_only=True)
+class Official(Named):
     """
     A file of the authors, pinned by commit and content.
 
-    :param str name: the name.
-    :param str prior: name of the class of the prior that its weights are for.
+    :param str name: as for :class:`Named`.
+    :param str prior: as for :class:`Named`.
+    :param int level: as for :class:`Named`.
+    :param int in_channels: as for :class:`Named`.
+    :param str alias: as for :class:`Named`.
     :param str repository: repository on GitHub.
     :param str commit: commit.
     :param str path: the file in the repository.
     :param str blob: git's id of the content.
     :param str licence: licence of the repository; ``None``: it states none.
-    :param int level: as for :class:`Bundled`.
-    :param int in_channels: image channels, which decide if several have the name.
     """
 
-    name: str
-    prior: str
     repository: str
     commit: str
     path: str
     blob: str
     licence: str | None
-    level: int | None = None
-    in_channels: int = 1
 
     @property
     def url(self) -> str:
@@ -84,94 +80,100 @@ class Official:
 
 
 BUNDLED = (
-    Bundled("deal_gray", "DEALPrior", alias="bundled"),
-    Bundled("deal_gray_64", "DEALPrior"),
-    Bundled("deal_color", "DEALPrior", in_channels=3, alias="bundled"),
-    *(Bundled(f"mmr_{n}", "MMRPrior", n) for n in (5, 15, 25)),
-    *(Bundled(f"safi_{n}", "SAFIPrior", n) for n in (5, 15, 25)),
-    *(Bundled(f"cpr_{n}", "SmoothPlusSparsePrior", n) for n in (5, 25)),
-    *(Bundled(f"ncpr_{n}", "SmoothPlusSparsePrior", n) for n in (5, 25)),
-    Bundled("patch_25", "PatchSynthesisPrior", 25),
+    Named("deal_gray", "DEALPrior", alias="bundled"),
+    Named("deal_gray_64", "DEALPrior"),
+    Named("deal_color", "DEALPrior", in_channels=3, alias="bundled"),
+    *(Named(f"mmr_{n}", "MMRPrior", n) for n in (5, 15, 25)),
+    *(Named(f"safi_{n}", "SAFIPrior", n) for n in (5, 15, 25)),
+    *(Named(f"cpr_{n}", "SmoothPlusSparsePrior", n) for n in (5, 25)),
+    *(Named(f"ncpr_{n}", "SmoothPlusSparsePrior", n) for n in (5, 25)),
+    Named("patch_25", "PatchSynthesisPrior", 25),
 )
 
+_L1_PATHS = (
+    "exps/sigma{level}/64_2_7_1e-3_{variant}/checkpoints/checkpoint_best_epoch.pth"
+)
 
-def _deal(color: str, blob: str, in_channels: int) -> Official:
-    return Official(
-        "download",
+#: The authors' repositories: prior, repository, commit, licence, pattern of the paths,
+#: and the files: what follows "download" in the name, level, variant and blob id.
+_SOURCES = (
+    (
         "DEALPrior",
         "mehrsapo/DEAL",
         "4eec8298750ffebb3848e87e412c62aff6a9f411",
-        f"trained_models/deal_{color}.pth",
-        blob,
         "MIT",
-        in_channels=in_channels,
-    )
-
-
-def _attentive_l1(prior: str, level: int, variant: str, blob: str) -> Official:
-    return Official(
-        f"download_{level}",
-        prior,
+        "trained_models/deal_{variant}.pth",
+        (
+            ("", None, "gray", "a586e50fb384f9ff107a5593f91478bd840831cc"),
+            ("", None, "color", "ad07f22573e1852662e62ea239f2c30eec7c73ac"),
+        ),
+    ),
+    (
+        "SAFIPrior",
         "mehrsapo/MMR_SAFI",
         "578864543ea83e8f461127bbde69050a2cda3d0b",
-        f"exps/sigma{level}/64_2_7_1e-3_{variant}/checkpoints/checkpoint_best_epoch.pth",
-        blob,
         "MIT",
-        level,
-    )
-
-
-def _smooth_plus_sparse(model: str, level: int, blob: str) -> Official:
-    return Official(
-        f"download_{model.lower()}_{level}",
+        _L1_PATHS,
+        (
+            ("_5", 5, "relaxed", "dfc2971722d105a6de0bd2f6f6a5c4c07fbab44d"),
+            ("_15", 15, "relaxed", "15f59f8b1a8f9b69c50bbc92c7f1ac68c77676c9"),
+            ("_25", 25, "relaxed", "358108421f8808c9c72e36dcb954978274b3e33b"),
+        ),
+    ),
+    (
+        "MMRPrior",
+        "mehrsapo/MMR_SAFI",
+        "578864543ea83e8f461127bbde69050a2cda3d0b",
+        "MIT",
+        _L1_PATHS,
+        (
+            ("_5", 5, "mm", "46a5b8eb0f96cf4ca210e98d5c271a525ff50314"),
+            ("_15", 15, "mm", "726a59ff90b2750b079fc3f719303958fc20ccae"),
+            ("_25", 25, "majorized", "ba8efac2ba6fb0e725458c24d561922733aa93da"),
+        ),
+    ),
+    (
         "SmoothPlusSparsePrior",
         "StanislasDucotterd/Smooth_Plus_Sparse_Model",
         "967701097c569e9a0468b0cd90f800e21cdcc657",
-        f"trained_models/sigma_{level}/{model}/checkpoint.pth",
-        blob,
         None,
-        level,
-    )
-
-
-def _patch_synthesis(level: int, variant: str, blob: str) -> Official:
-    return Official(
-        f"download_{level}{variant}",
+        "trained_models/sigma_{level}/{variant}/checkpoint.pth",
+        (
+            ("_cpr_5", 5, "CPR", "1fb6bb8297a4a89058b6c57cb42be17934cc9ff8"),
+            ("_cpr_25", 25, "CPR", "bc87f047f294bc389569088dd7c2dfcea237529c"),
+            ("_ncpr_5", 5, "NCPR", "ec6377e48e2ce815aff93a1cbc1f02cd3feaf498"),
+            ("_ncpr_25", 25, "NCPR", "4ca7bdca25699c28fed2fe0b5c8ddcaf13d65ed2"),
+        ),
+    ),
+    (
         "PatchSynthesisPrior",
         "StanislasDucotterd/Dictionnary_Learning",
         "20bc5d4c31c2633bdcedcad4f693ebd0e3871464",
-        f"trained_models/sigma_{level}{variant}/checkpoints/best_checkpoint.pth",
-        blob,
         None,
-        level,
+        "trained_models/sigma_{level}{variant}/checkpoints/best_checkpoint.pth",
+        (
+            ("_5", 5, "", "4426cefb6e88c3a53e5e2f8594d5f166bd2966f4"),
+            ("_25", 25, "", "811cce7c753a810c22b4d92fb323f31ccd1e0812"),
+            ("_5++", 5, "++", "02ac3b83ccad355a688f88f893ad77d9427c4a24"),
+            ("_25++", 25, "++", "3cd0aef3be842a089067a692fe29430ad33ae133"),
+        ),
+    ),
+)
+
+OFFICIAL = tuple(
+    Official(
+        name=f"download{suffix}",
+        prior=prior,
+        level=level,
+        in_channels=3 if variant == "color" else 1,
+        repository=repository,
+        commit=commit,
+        path=pattern.format(level=level, variant=variant),
+        blob=blob,
+        licence=licence,
     )
-
-
-OFFICIAL = (
-    _deal("gray", "a586e50fb384f9ff107a5593f91478bd840831cc", 1),
-    _deal("color", "ad07f22573e1852662e62ea239f2c30eec7c73ac", 3),
-    _attentive_l1(
-        "SAFIPrior", 5, "relaxed", "dfc2971722d105a6de0bd2f6f6a5c4c07fbab44d"
-    ),
-    _attentive_l1(
-        "SAFIPrior", 15, "relaxed", "15f59f8b1a8f9b69c50bbc92c7f1ac68c77676c9"
-    ),
-    _attentive_l1(
-        "SAFIPrior", 25, "relaxed", "358108421f8808c9c72e36dcb954978274b3e33b"
-    ),
-    _attentive_l1("MMRPrior", 5, "mm", "46a5b8eb0f96cf4ca210e98d5c271a525ff50314"),
-    _attentive_l1("MMRPrior", 15, "mm", "726a59ff90b2750b079fc3f719303958fc20ccae"),
-    _attentive_l1(
-        "MMRPrior", 25, "majorized", "ba8efac2ba6fb0e725458c24d561922733aa93da"
-    ),
-    _smooth_plus_sparse("CPR", 5, "1fb6bb8297a4a89058b6c57cb42be17934cc9ff8"),
-    _smooth_plus_sparse("CPR", 25, "bc87f047f294bc389569088dd7c2dfcea237529c"),
-    _smooth_plus_sparse("NCPR", 5, "ec6377e48e2ce815aff93a1cbc1f02cd3feaf498"),
-    _smooth_plus_sparse("NCPR", 25, "4ca7bdca25699c28fed2fe0b5c8ddcaf13d65ed2"),
-    _patch_synthesis(5, "", "4426cefb6e88c3a53e5e2f8594d5f166bd2966f4"),
-    _patch_synthesis(25, "", "811cce7c753a810c22b4d92fb323f31ccd1e0812"),
-    _patch_synthesis(5, "++", "02ac3b83ccad355a688f88f893ad77d9427c4a24"),
-    _patch_synthesis(25, "++", "3cd0aef3be842a089067a692fe29430ad33ae133"),
+    for prior, repository, commit, licence, pattern, files in _SOURCES
+    for suffix, level, variant, blob in files
 )
 
 
@@ -189,16 +191,14 @@ def names(prior: str) -> list[str]:
 
     :param str prior: name of the class.
     """
-    own = [e for e in (*BUNDLED, *OFFICIAL) if e.prior == prior]
-    aliases = [e.alias for e in own if isinstance(e, Bundled) and e.alias]
-    bundled = [e.name for e in own if isinstance(e, Bundled)]
-    official = [e.name for e in own if isinstance(e, Official)]
-    return list(dict.fromkeys(bundled + aliases + official))
+    own = [entry for entry in (*BUNDLED, *OFFICIAL) if entry.prior == prior]
+    every = [entry.name for entry in own] + [e.alias for e in own if e.alias]
+    return list(dict.fromkeys(every))
 
 
-def _named(name: str) -> list[Bundled | Official]:
+def _named(name: str) -> list[Named]:
     """Returns all weights of a name."""
-    return [e for e in (*BUNDLED, *OFFICIAL) if name in (e.name, getattr(e, "alias", 0))]
+    return [e for e in (*BUNDLED, *OFFICIAL) if name in (e.name, e.alias)]
 
 
 def owner(pretrained: str | os.PathLike[str]) -> str:
@@ -303,9 +303,9 @@ def download(entry: Official) -> Path:
     except (OSError, HTTPException) as error:
         bundled = [e.name for e in BUNDLED if e.prior == entry.prior]
         raise OSError(
-            f"The authors' weights could not be downloaded from {url}: {error}. Without "
-            f"network, get that file elsewhere and place it at {target}, or take "
-            f"bundled weights: {', '.join(map(repr, bundled))}."
+            f"The authors' weights could not be downloaded from {url}: {error}. "
+            f"Without network, get that file elsewhere and place it at {target}, or "
+            f"take bundled weights: {', '.join(map(repr, bundled))}."
         ) from error
     if blob_id(content) != entry.blob:
         raise ValueError(
