@@ -13,6 +13,7 @@ from PIL import Image
 from problems import generator, random_prior
 
 from deepinv_deal import DEAL
+from deepinv_deal import weights as weights_of
 from deepinv_deal.cli import main
 from deepinv_deal.evaluation import make_kernel
 from deepinv_deal.evaluation.speed import SOLVERS
@@ -23,7 +24,6 @@ from deepinv_deal.priors import (
     SAFIPrior,
     SmoothPlusSparsePrior,
 )
-from deepinv_deal.weights import save_l1_prior, save_patch_prior, save_prior
 
 SIZE = (14, 12)
 FAST = ["--rtol", "1e-2"]
@@ -60,7 +60,7 @@ def load(path):
 @pytest.fixture
 def colour_weights(tmp_path):
     path = tmp_path / "colour.safetensors"
-    save_prior(random_prior(3, 4, dtype=torch.float32), path)
+    weights_of.save(random_prior(3, 4, dtype=torch.float32), path)
     return str(path)
 
 
@@ -454,8 +454,7 @@ def other_weights(tmp_path_factory):
         "safi": SAFIPrior(3),
     }
     for name, prior in priors.items():
-        save = save_l1_prior if name in ("mmr", "safi") else save_patch_prior
-        save(prior, path / f"{name}.safetensors")
+        weights_of.save(prior, path / f"{name}.safetensors")
     return path
 
 
@@ -567,7 +566,7 @@ def test_the_package_is_a_command(monkeypatch, capsys):
 
 def test_bench_prints_and_writes_what_each_solver_needed(tmp_path, capsys):
     weights, table = tmp_path / "w.safetensors", tmp_path / "runs.csv"
-    save_prior(random_prior(dtype=torch.float32), weights)
+    weights_of.save(random_prior(dtype=torch.float32), weights)
     picture = save(tmp_path / "in.png", photograph(size=(24, 20)))
     figure = tmp_path / "runs.png"
     args = ["--size", "20", "--task", "denoising", "--target", "1e-3", "--no-reference"]

@@ -142,8 +142,7 @@ def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> A
 
 def _own_prior(args: argparse.Namespace) -> tuple[str, Any]:
     """Returns the model that solves with a prior of the user, and the prior."""
-    from deepinv_deal.priors import AttentiveL1Prior, AttentiveQuadraticPrior
-    from deepinv_deal.priors import PatchPrior, PatchSynthesisPrior
+    from deepinv_deal import priors
     from deepinv_deal.weights import load
 
     if args.method is not None or args.pretrained is None:
@@ -152,15 +151,16 @@ def _own_prior(args: argparse.Namespace) -> tuple[str, Any]:
             "--method: the class says which model it is for."
         )
     kind = load_class(args.prior)
-    prior = load(args.pretrained, kind)
-    if issubclass(kind, AttentiveQuadraticPrior):
-        return "DEAL", prior
-    if issubclass(kind, AttentiveL1Prior):
-        return ("MMR" if prior.explicit_prior else "SAFI"), prior
-    if issubclass(kind, PatchSynthesisPrior):
-        return "PatchSynthesis", prior
-    if issubclass(kind, PatchPrior):
-        return "SmoothPlusSparse", prior
+    models = {
+        priors.AttentiveQuadraticPrior: "DEAL",
+        priors.MMRPrior: "MMR",
+        priors.AttentiveL1Prior: "SAFI",
+        priors.PatchSynthesisPrior: "PatchSynthesis",
+        priors.PatchPrior: "SmoothPlusSparse",
+    }
+    for base, model in models.items():
+        if issubclass(kind, base):
+            return model, load(args.pretrained, kind)
     raise ValueError(
         f"--prior {args.prior} must be a subclass of AttentiveQuadraticPrior, "
         "AttentiveL1Prior or PatchPrior of deepinv_deal.priors."
@@ -179,10 +179,10 @@ def load_class(text: str) -> type[Any]:
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise FileNotFoundError(f"The file {place!r} does not exist.")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        own = f"_user_{Path(place).stem}"  # no name of an installed module
+        spec = importlib.util.spec_from_file_location(own, place)
         assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(spec.name, module)  # dataclasses look there
+        module = sys.modules[own] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:
         try:
