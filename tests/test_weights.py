@@ -257,9 +257,8 @@ def test_noise_in_a_file_raises_nothing_but_value_errors(published, tmp_path, su
         damaged[start : start + 64] = bytes(noise.tolist())
         path.write_bytes(damaged)
         try:
-            load(
-                path, DEALPrior
-            )  # numbers may change unnoticed: a weights file has no hash
+            # Numbers may change unnoticed: a weights file has no hash.
+            load(path, DEALPrior)
         except ValueError:
             pass
 
@@ -323,13 +322,16 @@ def authors_file(prior):
     config = {"sigma": 25, "prox_params": {}, "dict_params": {}}
     if isinstance(prior, PatchSynthesisPrior):
         config["prox_params"] = {"threshold": float(prior.lambda_reg)}
-        config["dict_params"] = {"beta": float(prior.beta)}
+        config["dict_params"] = {"beta": prior.beta.item()}
     if isinstance(prior, SmoothPlusSparsePrior):
         kind = {"group": "l1norm", "weakly_convex": "l0norm"}[prior.penalty_name]
         config["prox_params"] = {"prox_type": kind, "groupsize": 2, "order": 1.8}
         config["prox_params"] |= {"lambda_init": float(prior.lambda_reg)}
+    state = to_authors(prior)
+    if getattr(prior, "mean", None) == "free":
+        state["A"] = torch.eye(4)
     content = BytesIO()
-    torch.save({"state_dict": to_authors(prior), "config": config}, content)
+    torch.save({"state_dict": state, "config": config}, content)
     return content.getvalue()
 
 
@@ -340,7 +342,9 @@ SMALL = {
     "SmoothPlusSparsePrior": lambda e: SmoothPlusSparsePrior(
         "weakly_convex" if "ncpr" in e.name else "group", 6, 4, 3, beta=0.7
     ),
-    "PatchSynthesisPrior": lambda e: PatchSynthesisPrior(6, 4, mean="fixed"),
+    "PatchSynthesisPrior": lambda e: PatchSynthesisPrior(
+        6, 4, mean="free" if "++" in e.name else "fixed"
+    ),
 }
 
 
@@ -370,6 +374,9 @@ def test_files_of_the_authors_are_fetched_once_and_checked(entry, server, monkey
     if entry.level is not None:
         state["sigma"] = torch.tensor(entry.level / 255)
     torch.testing.assert_close(dict(loaded.state_dict()), state)
+    if entry.level is not None:
+        prior.sigma.fill_(entry.level / 255)
+    assert loaded.config() == pytest.approx(prior.config())
     # A file that was damaged on the disk is fetched again, one placed by hand is not.
     known.cached.write_bytes(b"damaged")
     load(entry.name, kind, **options)
@@ -397,9 +404,8 @@ def test_every_name_stands_for_one_file_of_a_model():
     assert len({e.blob for e in OFFICIAL}) == len({e.url for e in OFFICIAL}) == 16
     for entry in OFFICIAL:
         assert len(entry.blob) == len(entry.commit) == 40
-        assert entry.level is None or f"sigma{entry.level}" in entry.path.replace(
-            "_", ""
-        )
+        level = "deal" if entry.level is None else f"sigma{entry.level}"
+        assert level in entry.path.replace("sigma_", "sigma")
     assert "download_25++" in names("PatchSynthesisPrior")
     assert names("SmoothPlusSparsePrior")[4:] == [
         f"download_{kind}_{level}" for kind in ("cpr", "ncpr") for level in (5, 25)
