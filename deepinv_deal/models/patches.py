@@ -416,9 +416,9 @@ class SmoothPlusSparse(SynthesisModel):
     :param SmoothPlusSparsePrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
     :param str pretrained: ``"cpr_5"``, ``"cpr_25"``, ``"ncpr_5"`` or ``"ncpr_25"``
-        (bundled, for as many gray levels of noise), path of a ``.safetensors`` file of
-        this package or of a ``.pth`` file of the authors, or ``None`` for random
-        weights.
+        (bundled, for as many gray levels of noise), the authors' own with
+        ``"download_"`` before (needs network), path of a ``.safetensors`` file of this
+        package or of a ``.pth`` file of the authors, or ``None`` for random weights.
     :raises ValueError: for bad settings or a checkpoint of another model.
     :raises FileNotFoundError: for a missing checkpoint.
     """
@@ -530,9 +530,10 @@ class PatchSynthesis(SynthesisModel):
         the backward pass.
     :param PatchSynthesisPrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
-    :param str pretrained: ``"patch_25"`` (bundled, for noise of 25 gray levels), path
-        of a ``.safetensors`` file of this package or of a ``.pth`` file of the authors,
-        or ``None`` for random weights.
+    :param str pretrained: ``"patch_25"`` (bundled, for noise of 25 gray levels),
+        ``"download_5"``, ``"download_25"``, ``"download_5++"`` or ``"download_25++"``
+        (the authors' own, needs network), path of a ``.safetensors`` file of this
+        package or of a ``.pth`` file of the authors, or ``None`` for random weights.
     :raises ValueError: for bad settings or a checkpoint of another model.
     :raises FileNotFoundError: for a missing checkpoint.
     """

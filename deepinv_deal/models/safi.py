@@ -355,8 +355,9 @@ class SAFI(AttentiveL1Model):
     :param SAFIPrior prior: use this prior instead of ``pretrained``.
     :param str, torch.device device: where the model lives.
     :param str pretrained: ``"safi_5"``, ``"safi_15"`` or ``"safi_25"`` (bundled, for
-        noise of so many gray levels; for MMR ``"mmr_5"`` and so on), path of a
-        ``.safetensors`` file of this package or of a ``.pth`` file in the authors'
+        noise of so many gray levels; for MMR ``"mmr_5"`` and so on), ``"download_5"``,
+        ``"download_15"`` or ``"download_25"`` (the authors' own, needs network), path
+        of a ``.safetensors`` file of this package or of a ``.pth`` file in the authors'
         layout, or ``None`` for random weights.
     :raises ValueError: for bad settings or damaged weights.
     :raises FileNotFoundError: for a missing weights file.
