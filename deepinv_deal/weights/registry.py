@@ -45,13 +45,8 @@ class Named:
 @dataclass(frozen=True, kw_only=True)
 class Official(Named):
     """
-    A file of the authors, pinned by commit and content.
+    A file of the authors, with a name and pinned by commit and content.
 
-    :param str name: as for :class:`Named`.
-    :param str prior: as for :class:`Named`.
-    :param int level: as for :class:`Named`.
-    :param int in_channels: as for :class:`Named`.
-    :param str alias: as for :class:`Named`.
     :param str repository: repository on GitHub.
     :param str commit: commit.
     :param str path: the file in the repository.
