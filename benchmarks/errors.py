@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from deepinv_deal import DEAL, SAFI, PatchSynthesis, SmoothPlusSparse
 from deepinv_deal.solvers import conjugate_gradient
-from deepinv_deal.weights import save_prior
+from deepinv_deal.weights import save
+from deepinv_deal.weights.files import read_header
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "user_guide" / "errors.rst"
 
@@ -139,14 +140,14 @@ class Malicious:
 
 def write_files(model: DEAL) -> None:
     """Writes weights files, damaged in every way, to the working directory."""
-    save_prior(model.prior[0], "good.safetensors")
+    save(model.prior[0], "good.safetensors")
     content = Path("good.safetensors").read_bytes()
     Path("truncated.safetensors").write_bytes(content[:-100])
     save_file({"weight": torch.ones(2)}, "other.safetensors")
     torch.save({"state_dict": {"weight": torch.ones(2)}}, "other.pth")
     with open("malicious.pth", "wb") as file:
         pickle.dump({"state_dict": Malicious()}, file)
-    header = {"format": "deepinv_deal.DEALPrior/1", "normalization": "published"}
+    header = read_header(Path("good.safetensors"))
     for name, change in {
         "key": lambda state: state.pop("kappa.coefficients"),
         "shape": lambda state: state.update({"mask_network.V.0": torch.ones(4, 3)}),

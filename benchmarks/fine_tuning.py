@@ -33,7 +33,7 @@ from deepinv_deal._batch import central
 from deepinv_deal.evaluation import quality
 from deepinv_deal.training import DenoisingSampler, load_images
 from deepinv_deal.tuning import tune
-from deepinv_deal.weights import save_prior
+from deepinv_deal.weights import save
 
 
 def main() -> None:
@@ -161,7 +161,7 @@ def main() -> None:
     score(f"weights and lambda_reg, {args.steps} steps, {seconds:.0f} s", **settings)
     print(f"settings now: {settings}")
     if args.out:
-        save_prior(model.prior[0], Path(args.out), {})
+        save(model.prior[0], args.out)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deepinv_deal import DEAL, MMR, SAFI, PatchSynthesis, SmoothPlusSparse
-from deepinv_deal.weights import load_prior, save_prior
+from deepinv_deal.priors import DEALPrior
+from deepinv_deal.weights import load, save
 
 #: How each model takes weights of a file.
 LOADERS = [
-    pytest.param(load_prior, id="load_prior"),
-    *(
-        pytest.param(lambda path, kind=kind: kind(pretrained=path), id=kind.__name__)
-        for kind in (DEAL, SAFI, MMR, PatchSynthesis, SmoothPlusSparse)
-    ),
+    pytest.param(lambda path, kind=kind: kind(pretrained=path), id=kind.__name__)
+    for kind in (DEAL, SAFI, MMR, PatchSynthesis, SmoothPlusSparse)
 ]
 
 
@@ -39,7 +37,7 @@ class Malicious:
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_prior(random_prior(dtype=torch.float32), path)
+    save(random_prior(dtype=torch.float32), path)
     return path
 
 
@@ -103,7 +101,7 @@ def test_a_model_in_use_survives_a_file_that_is_refused(damage, message, file):
         expected = model(y, sigma=0.1)
         damage(file)
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            model.prior[0] = load_prior(file)
+            model.prior[0] = load(file, DEALPrior)
         assert torch.equal(model(y, sigma=0.1), expected)
 
 
@@ -113,7 +111,6 @@ def test_constructors_and_calls_need_no_network(monkeypatch):
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     y = torch.rand(1, 1, 8, 9, generator=torch.Generator().manual_seed(0))
     models = (
         DEAL(),
@@ -137,6 +134,6 @@ def test_a_failed_write_leaves_the_old_file(file, monkeypatch, tmp_path):
 
     monkeypatch.setattr("pathlib.Path.write_bytes", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_prior(random_prior(seed=1, dtype=torch.float32), file)
+        save(random_prior(seed=1, dtype=torch.float32), file)
     assert file.read_bytes() == old
-    load_prior(file)
+    load(file, DEALPrior)

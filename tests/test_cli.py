@@ -13,7 +13,9 @@ from PIL import Image
 from problems import generator, random_prior
 
 from deepinv_deal import DEAL
+from deepinv_deal import weights as weights_of
 from deepinv_deal.cli import main
+from deepinv_deal.cli._options import load_class
 from deepinv_deal.evaluation import make_kernel
 from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask
 from deepinv_deal.priors import (
@@ -22,7 +24,6 @@ from deepinv_deal.priors import (
     SAFIPrior,
     SmoothPlusSparsePrior,
 )
-from deepinv_deal.weights import save_l1_prior, save_patch_prior, save_prior
 
 SIZE = (14, 12)
 FAST = ["--rtol", "1e-2"]
@@ -59,7 +60,7 @@ def load(path):
 @pytest.fixture
 def colour_weights(tmp_path):
     path = tmp_path / "colour.safetensors"
-    save_prior(random_prior(3, 4, dtype=torch.float32), path)
+    weights_of.save(random_prior(3, 4, dtype=torch.float32), path)
     return str(path)
 
 
@@ -453,8 +454,7 @@ def other_weights(tmp_path_factory):
         "safi": SAFIPrior(3),
     }
     for name, prior in priors.items():
-        save = save_l1_prior if name in ("mmr", "safi") else save_patch_prior
-        save(prior, path / f"{name}.safetensors")
+        weights_of.save(prior, path / f"{name}.safetensors")
     return path
 
 
@@ -512,6 +512,79 @@ def test_other_models_denoise_and_reconstruct(
     inpainting = ["reconstruct", "inpainting", source, out, "--mask", known, *weights]
     assert main([*inpainting, "--lambda-reg", "0.3"]) == 0
     assert not np.allclose(np.load(out), denoised)
+
+
+OWN = """
+import torch
+from deepinv_deal.operators import MultiConv
+from deepinv_deal.priors import AttentiveQuadratic, AttentiveQuadraticPrior
+
+
+class EdgeStopping(AttentiveQuadraticPrior):
+    def __init__(self, filters=2, contrast=0.3):
+        super().__init__()
+        self.filters = filters
+        self.W = MultiConv((1, filters), kernel_size=3)
+        self.contrast = torch.nn.Parameter(torch.tensor(contrast))
+
+    def regularizer(self, sigma):
+        W, c = self.W.operator(), self.contrast + sigma[:, None, None, None]
+        return AttentiveQuadratic(W, lambda x: 1 / (1 + (W(x) / c).square()))
+"""
+
+
+def test_a_regularizer_of_ones_own_is_trained_and_evaluated(folder, tmp_path, capsys):
+    source, run = tmp_path / "own.py", tmp_path / "run"
+    source.write_text(OWN)
+    prior = ["--prior", f"{source}:EdgeStopping"]
+    train = ["train", "deal", "--data", folder, "--out", str(run), *prior]
+    train += ["--steps", "2", "--val-every", "2", "--batch-size", "2", "--pool", "2"]
+    train += ["--patch-size", "10", "--val-size", "16", "--device", "cpu"]
+    assert main(train) == 0
+    kind = load_class(f"{source}:EdgeStopping")
+    weights = tmp_path / "own.safetensors"
+    own = weights_of.load(run / "best.safetensors", kind)
+    assert (own.filters, type(own).__name__) == (2, "EdgeStopping")
+    with torch.no_grad():
+        own.kappa.coefficients.fill_(2.0)
+    weights_of.save(own, weights)
+
+    def psnr(*options):
+        table = tmp_path / "scores.csv"
+        command = ["evaluate", "--data", folder, "--sigma", "25", "--rtol", "0.05"]
+        command += ["--pretrained", str(weights), *options, "--csv", str(table)]
+        assert main(command) == 0
+        with table.open() as file:
+            return [float(row["psnr"]) for row in csv.DictReader(file)]
+
+    first = psnr(*prior)
+    with torch.no_grad():
+        own.kappa.coefficients.fill_(0.1)
+    weights_of.save(own, weights)
+    assert psnr(*prior) != first
+    target = str(tmp_path / "out.npy")
+    picture = str(next(Path(folder).iterdir()))
+    command = ["denoise", picture, target, "--sigma", "25"]
+    assert main([*command, "--pretrained", str(weights), *prior]) == 0
+    # Nothing is imported on the word of a file, and misuse is named.
+    capsys.readouterr()
+    for options, message in (
+        (["--pretrained", str(weights)], "--prior FILE.py:EdgeStopping"),
+        (prior, "needs --pretrained"),
+        ([*prior, "--pretrained", "deal_gray"], "not of a EdgeStopping"),
+        (
+            ["--prior", f"{source}:Nothing", "--pretrained", str(weights)],
+            "has no class 'Nothing'",
+        ),
+        (["--prior", "no.py:X", "--pretrained", str(weights)], "does not exist"),
+        (["--prior", "no_module:X", "--pretrained", str(weights)], "FILE.py:CLASS"),
+        (["--prior", "pathlib:Path", "--pretrained", str(weights)], "a subclass of"),
+    ):
+        assert main(["evaluate", "--data", folder, *options]) == 2
+        assert message in capsys.readouterr().err
+    command = ["train", "deal", "--data", folder, "--out", str(run / "b")]
+    assert main([*command, "--prior", "pathlib:Path"]) == 2
+    assert "must be an AttentiveQuadraticPrior" in capsys.readouterr().err
 
 
 def test_a_method_without_weights_is_named(folder, capsys):

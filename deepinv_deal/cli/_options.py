@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,6 +75,12 @@ def add_model_options(
         choices=(*MODELS, *others),
         help=f"model; if unset, the one that the weights say they are for{text}",
     )
+    parser.add_argument(
+        "--prior",
+        metavar="FILE.py:CLASS",
+        help="your own regularizer, of which --pretrained are weights: a class in a "
+        "file or, as MODULE:CLASS, in a module, which is imported",
+    )
     parser.add_argument("--solver", help="solver of the dictionary models")
     parser.add_argument(
         "--inner-dtype",
@@ -94,18 +103,20 @@ def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> A
     import torch
 
     import deepinv_deal
-    from deepinv_deal import priors
     from deepinv_deal.models import SynthesisModel
-    from deepinv_deal.weights import bundled
-    from deepinv_deal.weights.deal import BY_CHANNELS
+    from deepinv_deal.weights import BUNDLED
+    from deepinv_deal.weights.registry import BY_CHANNELS
 
     weights = args.pretrained
-    if args.method is None:
+    if args.prior is not None:
+        name, options["prior"] = _own_prior(args)
+        weights = None
+    elif args.method is None:
         weights = weights or DEFAULT_WEIGHTS
         name = _model_of(weights)
     else:
         name = MODELS[args.method]
-        own = bundled(getattr(priors, f"{name}Prior"))
+        own = [entry.name for entry in BUNDLED if entry.prior == f"{name}Prior"]
         own = [DEFAULT_WEIGHTS] if name == "DEAL" else own
         if weights is None and len(own) != 1:
             raise ValueError(
@@ -129,23 +140,81 @@ def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> A
     return kind(pretrained=weights, warn=False, **options)
 
 
+def _own_prior(args: argparse.Namespace) -> tuple[str, Any]:
+    """Returns the model that solves with a prior of the user, and the prior."""
+    from deepinv_deal import priors
+    from deepinv_deal.weights import load
+
+    if args.method is not None or args.pretrained is None:
+        raise ValueError(
+            f"--prior {args.prior} needs --pretrained, a file of its weights, and no "
+            "--method: the class says which model it is for."
+        )
+    kind = load_class(args.prior)
+    models = {
+        priors.AttentiveQuadraticPrior: "DEAL",
+        priors.MMRPrior: "MMR",
+        priors.AttentiveL1Prior: "SAFI",
+        priors.PatchSynthesisPrior: "PatchSynthesis",
+        priors.PatchPrior: "SmoothPlusSparse",
+    }
+    for base, model in models.items():
+        if issubclass(kind, base):
+            return model, load(args.pretrained, kind)
+    raise ValueError(
+        f"--prior {args.prior} must be a subclass of AttentiveQuadraticPrior, "
+        "AttentiveL1Prior or PatchPrior of deepinv_deal.priors."
+    )
+
+
+def load_class(text: str) -> type[Any]:
+    """
+    Imports a class that the user names.
+
+    :param str text: ``FILE.py:CLASS`` or ``MODULE:CLASS``.
+    :raises ValueError: if there is no such class.
+    :raises FileNotFoundError: if there is no such file.
+    """
+    place, _, name = text.rpartition(":")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise FileNotFoundError(f"The file {place!r} does not exist.")
+        own = f"_user_{Path(place).stem}"  # no name of an installed module
+        spec = importlib.util.spec_from_file_location(own, place)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[own] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"{text!r} cannot be imported: {error}. Give FILE.py:CLASS or "
+                "MODULE:CLASS."
+            ) from error
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        raise ValueError(f"{place} has no class {name!r}.")
+    return found
+
+
 def _model_of(weights: str) -> str:
     """Returns the name of the model that weights are for."""
     from deepinv_deal.weights import owner
-    from deepinv_deal.weights.deal import BY_CHANNELS
 
-    if weights in BY_CHANNELS:
-        return "DEAL"
     try:
         prior = owner(weights)
     except ValueError as error:
         raise ValueError(
             f"{error} For others, as the authors' files, add --method "
-            f"{', '.join(MODELS)}."
+            f"{', '.join(MODELS)}, or --prior for a regularizer of your own."
         ) from error
     known = {f"{name}Prior": name for name in MODELS.values()}
     if prior not in known:
-        raise ValueError(f"{weights} holds weights of a {prior}, not of a model.")
+        raise ValueError(
+            f"{weights} holds weights of a {prior}, which is none of this package. If "
+            f"it is your own, name the class: --prior FILE.py:{prior}."
+        )
     return known[prior]
 
 

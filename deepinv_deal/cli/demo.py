@@ -29,7 +29,9 @@ def add_demo(commands: Commands[argparse.ArgumentParser]) -> None:
         "--size", type=int, default=256, help="side of the image in pixels"
     )
     add_solver_options(demo)
-    demo.set_defaults(run=_demo, method="deal", solver=None, inner_dtype=None)
+    demo.set_defaults(
+        run=_demo, method="deal", prior=None, solver=None, inner_dtype=None
+    )
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -182,7 +182,7 @@ def _method(args: argparse.Namespace, task: Task) -> tuple[Reconstructor, int]:
         options = {"complex_mode": "real"} if task.mri else {}
         model = make_model(args, 1, **options)
         return model, channels_of(model)
-    for name in ("pretrained", "solver", "inner_dtype", "rtol", "max_iter"):
+    for name in ("pretrained", "prior", "solver", "inner_dtype", "rtol", "max_iter"):
         if getattr(args, name) is not None:
             option = name.replace("_", "-")
             raise ValueError(

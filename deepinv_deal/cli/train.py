@@ -7,7 +7,7 @@ import re
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from deepinv_deal.cli._options import Commands
+from deepinv_deal.cli._options import Commands, load_class
 
 if TYPE_CHECKING:
     from deepinv_deal.training import Recipe, Trainer
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 #: Settings that the command takes in gray levels, as all commands do, and their help.
 NOISE_LEVELS = {
     "sigma": "noise level, gray levels (of 255 for white)",
-    "init_sigma": "noise level of the weights of --init, gray levels, which are then "
-    "rescaled; the same as that of the training if unset",
+    "init_sigma": "noise level of the weights of --init, gray levels, which are "
+    "rescaled to that of the training; the one that they know if unset",
     "sigma_max": "largest noise level, gray levels (of 255 for white)",
 }
 
@@ -34,7 +34,13 @@ def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
 
     train = commands.add_parser("train", help="train a model on a folder of images")
     models = train.add_subparsers(required=True, metavar="MODEL")
-    _add_model(models, DEALRecipe, DEALTrainer, "deal", "DEAL, on noisy patches")
+    deal = _add_model(models, DEALRecipe, DEALTrainer, "deal", "DEAL, on noisy patches")
+    deal.add_argument(
+        "--prior",
+        metavar="FILE.py:CLASS",
+        help="your own AttentiveQuadraticPrior instead, in a file or, as MODULE:CLASS, "
+        "in a module, which is imported; its constructor gets no arguments",
+    )
     for name, text in (
         ("safi", "SAFI, for one noise level"),
         ("mmr", "MMR, its special case with an energy, for one noise level"),
@@ -57,7 +63,7 @@ def _add_model(
     name: str,
     text: str,
     **fixed: str,
-) -> None:
+) -> argparse.ArgumentParser:
     """Adds a model: the settings of its recipe are the options."""
     command = models.add_parser(
         name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -100,7 +106,10 @@ def _add_model(
         action="store_true",
         help="start anew, do not resume from OUT/state.pt",
     )
-    command.set_defaults(run=_train, recipe=recipe, trainer=trainer, **fixed)
+    command.set_defaults(
+        run=_train, recipe=recipe, trainer=trainer, prior=None, **fixed
+    )
+    return command
 
 
 def _plain(text: str) -> str:
@@ -117,8 +126,28 @@ def _train(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {f.name: getattr(args, f.name) for f in fields(args.recipe)}
+    trainer = args.trainer if args.prior is None else _own_trainer(args.prior)
     with process_group(args.device) as settings["device"]:
-        return _run(args.trainer(args.recipe(**settings), resume=not args.restart))
+        return _run(trainer(args.recipe(**settings), resume=not args.restart))
+
+
+def _own_trainer(text: str) -> type[Trainer[Any, Any]]:
+    """Returns the trainer of a prior of the user."""
+    from deepinv_deal.priors import AttentiveQuadraticPrior
+    from deepinv_deal.training import AttentiveQuadraticTrainer
+
+    kind = load_class(text)
+    if not issubclass(kind, AttentiveQuadraticPrior):
+        raise ValueError(f"--prior {text} must be an AttentiveQuadraticPrior.")
+
+    class OwnTrainer(AttentiveQuadraticTrainer[Any]):
+        def new_prior(self) -> Any:
+            return kind()
+
+        def describe(self, prior: Any) -> dict[str, Any]:
+            return {"in_channels": prior.in_channels}
+
+    return OwnTrainer
 
 
 def _run(trainer: Trainer[Any, Any]) -> int:

@@ -12,7 +12,7 @@ from deepinv_deal.models.base import ReconstructionModel
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors import AttentiveQuadraticPrior, DEALPrior
 from deepinv_deal.problems import DataTerm
-from deepinv_deal.weights import load_prior
+from deepinv_deal.weights import load
 
 #: Noise level of the model for inverse problems, as published.
 DEFAULT_SIGMA = 15 / 255
@@ -98,7 +98,7 @@ class DEAL(ReconstructionModel):
                 in_channels or 1, num_filters or 128, normalization or "published"
             )
         elif prior is None and pretrained is not None:
-            prior = load_prior(pretrained, in_channels or 1)
+            prior = load(pretrained, DEALPrior, in_channels=in_channels or 1)
         assert prior is not None
         for name, asked in (
             ("in_channels", in_channels),

@@ -17,7 +17,7 @@ from deepinv_deal.problems import DataTerm, Problem
 from deepinv_deal.problems.checks import per_sample
 from deepinv_deal.problems.dictionary import DICTIONARY_ADJOINT
 from deepinv_deal.solvers import SolverResult
-from deepinv_deal.weights.patches import load_patch_prior
+from deepinv_deal.weights import load
 
 
 class SynthesisModel(ReconstructionModel):
@@ -181,9 +181,9 @@ class SmoothPlusSparse(SynthesisModel):
     :param float, torch.Tensor beta: default coupling; the learned one if ``None``.
     :param SmoothPlusSparsePrior prior: use this prior instead of ``pretrained``.
     :param str pretrained: ``"cpr_5"``, ``"cpr_25"``, ``"ncpr_5"`` or ``"ncpr_25"``
-        (bundled, for as many gray levels of noise), path of a ``.safetensors`` file of
-        this package or of a ``.pth`` file of the authors, or ``None`` for random
-        weights.
+        (bundled, for as many gray levels of noise), the authors' own with
+        ``"download_"`` before (needs network), path of a ``.safetensors`` file of this
+        package or of a ``.pth`` file of the authors, or ``None`` for random weights.
     :param object settings: see :class:`ReconstructionModel`. ``rtol`` is a tolerance of
         the method; ``None``: ``3e-3`` for ``"admm"``, else ``1e-4``, as published.
     :raises ValueError: for bad settings or a checkpoint of another model.
@@ -209,7 +209,7 @@ class SmoothPlusSparse(SynthesisModel):
                 penalty, num_atoms, patch_size, num_free_atoms, order=order
             )
         elif prior is None and pretrained is not None:
-            prior = load_patch_prior(pretrained, SmoothPlusSparsePrior)
+            prior = load(pretrained, SmoothPlusSparsePrior)
         assert prior is not None
         super().__init__(prior, **settings)
 
@@ -260,9 +260,10 @@ class PatchSynthesis(SynthesisModel):
         patches inside the image.
     :param float, torch.Tensor beta: default coupling; the learned one if ``None``.
     :param PatchSynthesisPrior prior: use this prior instead of ``pretrained``.
-    :param str pretrained: ``"patch_25"`` (bundled, for noise of 25 gray levels), path
-        of a ``.safetensors`` file of this package or of a ``.pth`` file of the authors,
-        or ``None`` for random weights.
+    :param str pretrained: ``"patch_25"`` (bundled, for noise of 25 gray levels),
+        ``"download_5"``, ``"download_25"``, ``"download_5++"`` or ``"download_25++"``
+        (the authors' own, needs network), path of a ``.safetensors`` file of this
+        package or of a ``.pth`` file of the authors, or ``None`` for random weights.
     :param object settings: see :class:`ReconstructionModel`. ``rtol`` is a tolerance of
         the method; ``None``: ``3e-3`` for ``"admm"``, else ``1e-4``, as published.
     :raises ValueError: for bad settings or a checkpoint of another model.
@@ -285,7 +286,7 @@ class PatchSynthesis(SynthesisModel):
         if prior is None and pretrained is None:
             prior = PatchSynthesisPrior(num_atoms, patch_size, boundary=boundary)
         elif prior is None and pretrained is not None:
-            prior = load_patch_prior(pretrained, PatchSynthesisPrior)
+            prior = load(pretrained, PatchSynthesisPrior)
         assert prior is not None
         if mean is not None:
             check_mean(mean, prior.dictionary.boundary)

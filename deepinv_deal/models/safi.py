@@ -14,7 +14,7 @@ from deepinv_deal.models.info import AttentiveL1Info
 from deepinv_deal.priors.safi import AttentiveL1Prior, MMRPrior, SAFIPrior
 from deepinv_deal.problems import AttentiveL1Equation, DataTerm, Problem
 from deepinv_deal.solvers import ConvergenceWarning, full_precision
-from deepinv_deal.weights.safi import load_l1_prior
+from deepinv_deal.weights import load
 
 #: Noise levels that differ from that of the training by less, relative, are equal.
 SAME_LEVEL = 1e-3
@@ -39,7 +39,7 @@ class AttentiveL1Model(ReconstructionModel):
         **settings: Any,
     ):
         if prior is None and pretrained is not None:
-            prior = load_l1_prior(pretrained, self.prior_type)
+            prior = load(pretrained, self.prior_type)
         elif prior is None:
             prior = self.prior_type(64 if num_filters is None else num_filters)
         if num_filters not in (None, prior.num_filters):
@@ -113,8 +113,9 @@ class SAFI(AttentiveL1Model):
     :param int num_filters: number of filters, 64 if ``None``. Weights decide if given.
     :param SAFIPrior prior: use this prior instead of ``pretrained``.
     :param str pretrained: ``"safi_5"``, ``"safi_15"`` or ``"safi_25"`` (bundled, for
-        noise of so many gray levels; for MMR ``"mmr_5"`` and so on), path of a
-        ``.safetensors`` file of this package or of a ``.pth`` file in the authors'
+        noise of so many gray levels; for MMR ``"mmr_5"`` and so on), ``"download_5"``,
+        ``"download_15"`` or ``"download_25"`` (the authors' own, needs network), path
+        of a ``.safetensors`` file of this package or of a ``.pth`` file in the authors'
         layout, or ``None`` for random weights.
     :param object settings: see :class:`ReconstructionModel`.
     :raises ValueError: for bad settings or damaged weights.

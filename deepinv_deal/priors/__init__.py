@@ -1,6 +1,7 @@
 """Regularizers as deepinv priors: what is learned."""
 
 from deepinv_deal.priors.attentive_quadratic import AttentiveQuadraticPrior
+from deepinv_deal.priors.config import Configurable
 from deepinv_deal.priors.deal import DEALPrior
 from deepinv_deal.priors.patches import (
     PatchPrior,
@@ -23,6 +24,7 @@ __all__ = [
     "AttentiveQuadratic",
     "AttentiveQuadraticPrior",
     "ConcavePotential",
+    "Configurable",
     "DEALPrior",
     "MMRPrior",
     "PatchPrior",

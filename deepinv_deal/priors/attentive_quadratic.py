@@ -9,6 +9,7 @@ from deepinv.optim.prior import Prior
 from torch import Tensor
 
 from deepinv_deal._batch import as_batch
+from deepinv_deal.priors.config import Configurable
 from deepinv_deal.problems.bounds import Bounds
 from deepinv_deal.problems.data_term import DataTerm, operator_term
 from deepinv_deal.problems.options import DEFAULT_RTOL, SolverOptions
@@ -21,7 +22,7 @@ from deepinv_deal.splines import LinearSpline
 GRAY_LEVELS = 255.0
 
 
-class AttentiveQuadraticPrior(Prior):
+class AttentiveQuadraticPrior(Prior, Configurable):
     r"""
     Base class of quadratic regularizers whose weights follow the image.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deepinv_deal._batch import as_batch, inner
 from deepinv_deal.operators import PatchDictionary
 from deepinv_deal.operators.patches import Boundary
+from deepinv_deal.priors.config import Configurable
 from deepinv_deal.problems.bounds import Bounds
 from deepinv_deal.problems.data_term import DataTerm, operator_term
 from deepinv_deal.problems.dictionary import DictionaryEquation, dictionary_method
@@ -36,7 +37,7 @@ Mean = Literal["free", "fixed"]
 GAIN = 0.99**0.5
 
 
-class PatchPrior(Prior):
+class PatchPrior(Prior, Configurable):
     r"""
     What the two learned dictionaries share.
 
@@ -81,6 +82,20 @@ class PatchPrior(Prior):
         self.register_buffer("lambda_reg", torch.tensor(float(lambda_reg)))
         self.register_buffer("sigma", torch.tensor(float(sigma)))
         self.gain = gain
+
+    def config(self, **known: Any) -> dict[str, Any]:
+        """
+        Returns the keyword arguments that build a prior of the same sizes.
+
+        :param Any known: values of arguments that are no attributes of the same name.
+        """
+        sizes = {
+            "num_atoms": len(self.dictionary.atoms),
+            "num_free_atoms": len(self.dictionary.free_atoms),
+            "patch_size": self.dictionary.patch_size,
+            "boundary": self.dictionary.boundary,
+        }
+        return super().config(**{**sizes, **known})
 
     @property
     def beta(self) -> Tensor:
@@ -436,6 +451,14 @@ class SmoothPlusSparsePrior(PatchPrior):
         self.penalty_name: PenaltyName = penalty
         self.order = order
         self.log_scale = nn.Parameter(torch.zeros(num_atoms))
+
+    def config(self, **known: Any) -> dict[str, Any]:
+        """
+        Returns the keyword arguments that build a prior of the same sizes.
+
+        :param Any known: values of arguments that are no attributes of the same name.
+        """
+        return super().config(penalty=self.penalty_name, **known)
 
     def penalty(self, beta: Tensor, lambda_reg: Tensor, channels: int) -> Penalty:
         """Returns the penalty with the learned thresholds."""

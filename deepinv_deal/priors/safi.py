@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from deepinv_deal._batch import as_batch
 from deepinv_deal.operators import MultiConv
 from deepinv_deal.operators.multi_conv import Convolution
+from deepinv_deal.priors.config import Configurable
 from deepinv_deal.problems.bounds import Bounds
 from deepinv_deal.problems.data_term import DataTerm, operator_term
 from deepinv_deal.problems.l1 import AttentiveL1, AttentiveL1Equation, MaskFunction
@@ -164,11 +165,13 @@ class BoundPotential:
         return (self.nu / scale * integral).flatten(1).sum(1)
 
 
-class AttentiveL1Prior(Prior):
+class AttentiveL1Prior(Prior, Configurable):
     """
     What SAFI's and MMR's priors have in common; use these.
 
     :param int num_filters: number of filters and masks.
+    :param float sigma: noise level that the weights are trained for, in [0, 1] units.
+    :raises ValueError: if ``sigma`` is not positive and finite.
     """
 
     #: Whether the regularizer depends on a noise level.
@@ -187,7 +190,7 @@ class AttentiveL1Prior(Prior):
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma must be positive and finite, got {sigma}.")
         self.in_channels, self.num_filters = 1, num_filters
-        self.register_buffer("sigma", torch.tensor(float(sigma)), persistent=False)
+        self.register_buffer("sigma", torch.tensor(float(sigma)))
         self.W = MultiConv(
             (1, num_filters, num_filters),
             KERNEL_SIZE,
@@ -222,7 +225,7 @@ class AttentiveL1Prior(Prior):
 
         Afterwards, without a box, denoising :math:`a y` gives :math:`a` times what
         denoising :math:`y` gave before. So weights trained at a noise level are a start
-        for those at :math:`a` times that level.
+        for those at :math:`a` times that level, and ``sigma`` becomes that.
 
         :param float factor: :math:`a > 0`.
         :raises ValueError: if the factor is not positive.
@@ -230,6 +233,7 @@ class AttentiveL1Prior(Prior):
         if not factor > 0:
             raise ValueError(f"factor must be positive, got {factor}.")
         self.lambda_reg.mul_(factor)
+        self.sigma.mul_(factor)
         self._stretch_mask(factor)
 
     def _stretch_mask(self, factor: float) -> None:
@@ -352,10 +356,11 @@ class SAFIPrior(AttentiveL1Prior):
     (torch.Size([2, 8, 16, 17]), torch.Size([2, 1, 16, 17]))
 
     :param int num_filters: number of filters and masks.
+    :param float sigma: noise level that the weights are trained for, in [0, 1] units.
     """
 
-    def __init__(self, num_filters: int = 64):
-        super().__init__(num_filters)
+    def __init__(self, num_filters: int = 64, sigma: float = 25 / 255):
+        super().__init__(num_filters, sigma)
         self.explicit_prior = False
         self.mask_network = AttentiveMask(num_filters)
 
@@ -399,10 +404,11 @@ class MMRPrior(AttentiveL1Prior):
     (torch.Size([2]), True)
 
     :param int num_filters: number of filters and masks.
+    :param float sigma: noise level that the weights are trained for, in [0, 1] units.
     """
 
-    def __init__(self, num_filters: int = 64):
-        super().__init__(num_filters)
+    def __init__(self, num_filters: int = 64, sigma: float = 25 / 255):
+        super().__init__(num_filters, sigma)
         self.explicit_prior = True
         self.potential = ConcavePotential(num_filters)
 

@@ -22,7 +22,6 @@ from deepinv_deal.solvers import (
 from deepinv_deal.training.data import Problems
 from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
 from deepinv_deal.training.losses import mask_drift
-from deepinv_deal.weights import load_l1_prior
 
 #: Models by their names in the recipe.
 MODELS: dict[str, type[SAFI] | type[MMR]] = {"safi": SAFI, "mmr": MMR}
@@ -108,8 +107,8 @@ class AttentiveL1Recipe(SingleLevelRecipe):
         approach the derivative of a solution that is almost not differentiable in W.
     :param str init: weights to start from, as the model's ``pretrained`` names them
         (bundled name or path); ``None``: the discrete cosine transform.
-    :param float init_sigma: noise level that those were trained for; ``None``: that of
-        this training. They are rescaled, see ``SAFIPrior.rescale``.
+    :param float init_sigma: noise level that those were trained for; ``None``: the one
+        that they know. They are rescaled, see ``SAFIPrior.rescale``.
     :param int reuse: how often each noisy batch is used. The solver goes on where it
         was, so that one mask and a few inner iterations per step are enough.
     :param int pool: number of batches in rotation; a batch comes back after ``pool``
@@ -183,18 +182,15 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
     def new_prior(self) -> AttentiveL1Prior:
         """Returns a prior whose filters are those of the discrete cosine transform."""
         recipe = self.recipe
-        prior = MODELS[recipe.model].prior_type(recipe.num_filters)
+        prior = MODELS[recipe.model].prior_type(recipe.num_filters, recipe.sigma)
         start_from_cosines(prior, recipe.sigma)
         return prior
 
-    def load_prior(self, pretrained: str) -> AttentiveL1Prior:
-        """Returns the prior with the weights of ``recipe.init``."""
-        return load_l1_prior(pretrained, MODELS[self.recipe.model].prior_type)
-
     def adapt(self, prior: AttentiveL1Prior) -> None:
         """Rescales weights that were trained for another noise level."""
-        if self.recipe.init_sigma is not None:
-            prior.rescale(self.recipe.sigma / self.recipe.init_sigma)
+        sigma = torch.tensor(self.recipe.sigma)  # exactly the level of such a training
+        prior.rescale(float(sigma / (self.recipe.init_sigma or prior.sigma)))
+        prior.sigma.copy_(sigma)
 
     def describe(self, prior: AttentiveL1Prior) -> dict[str, Any]:
         """Returns what the recipe says about a prior, by the names it uses."""

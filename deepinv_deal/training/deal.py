@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -24,7 +23,7 @@ from deepinv_deal.training.data import Problems, numbered_generator
 from deepinv_deal.training.engine import Recipe, Trainer
 from deepinv_deal.training.grow import color_from_gray, grow
 from deepinv_deal.training.losses import deal_loss
-from deepinv_deal.weights import load_prior, save_prior
+from deepinv_deal.weights import load
 
 Prior = TypeVar("Prior", bound=AttentiveQuadraticPrior)
 
@@ -214,14 +213,10 @@ class DEALTrainer(AttentiveQuadraticTrainer[DEALPrior]):
         made for colour if it is for gray images and the recipe is not.
         """
         in_channels, num_filters = self.recipe.in_channels, self.recipe.num_filters
-        prior = load_prior(pretrained, in_channels)
+        prior = load(pretrained, DEALPrior, in_channels=in_channels)
         if (prior.in_channels, in_channels) == (1, 3):
             return color_from_gray(prior, num_filters)
         return grow(prior, num_filters) if prior.num_filters < num_filters else prior
-
-    def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
-        """Writes the weights of the prior in training, atomically."""
-        save_prior(self.prior, path, metadata)
 
     def describe(self, prior: DEALPrior) -> dict[str, Any]:
         """Returns what the recipe says about a prior, by the names it uses."""

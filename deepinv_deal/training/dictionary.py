@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from deepinv_deal.priors.synthesis_solvers import coordinate_descent
 from deepinv_deal.solvers import AdjointOptions
 from deepinv_deal.training.data import Problems
 from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
-from deepinv_deal.weights import load_patch_prior, save_patch_prior
+from deepinv_deal.weights import load
 
 DictionaryModel = Literal["cpr", "ncpr", "patch"]
 
@@ -191,7 +190,7 @@ class DictionaryTrainer(
         penalty or of another noise level give their atoms only.
         """
         new = self.new_prior()
-        prior = load_patch_prior(pretrained, type(new))
+        prior = load(pretrained, type(new))
         theirs, ours = self.describe(prior), self.describe(new)
         same_model = theirs.pop("model") == ours.pop("model")
         if theirs != ours or (same_model and _gray_level(prior) == _gray_level(new)):
@@ -200,10 +199,6 @@ class DictionaryTrainer(
             return prior
         new.dictionary.load_state_dict(prior.dictionary.state_dict())
         return new
-
-    def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
-        """Writes the weights of the prior in training, atomically."""
-        save_patch_prior(self.prior, path, metadata)
 
     def describe(
         self, prior: PatchSynthesisPrior | SmoothPlusSparsePrior

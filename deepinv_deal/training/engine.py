@@ -28,13 +28,8 @@ from deepinv_deal.training.data import (
 )
 from deepinv_deal.training.processes import Processes
 from deepinv_deal.tuning import tune
-from deepinv_deal.weights.files import (
-    checked,
-    find_weights,
-    read_weights,
-    replacing,
-    write_weights,
-)
+from deepinv_deal.weights import load, save
+from deepinv_deal.weights.files import read_header, replacing
 
 R = TypeVar("R", bound="Recipe")
 P = TypeVar("P", bound=nn.Module)
@@ -276,16 +271,14 @@ class Trainer(ABC, Generic[R, P]):
 
     def load_prior(self, pretrained: str) -> P:
         """Returns the prior with the weights of ``recipe.init``."""
-        prior = self.new_prior()
-        state, _ = read_weights(find_weights(pretrained, type(prior)), type(prior))
-        return checked(prior, state, pretrained)
+        return load(pretrained, type(self.new_prior()))
 
     def adapt(self, prior: P) -> None:
         """Adapts the weights of ``recipe.init`` to the recipe, in place."""
 
     def save_prior(self, path: Path, metadata: dict[str, str]) -> None:
         """Writes the weights of the prior in training, atomically."""
-        write_weights(self.prior, path, metadata)
+        save(self.prior, path, metadata)
 
     def describe(self, prior: P) -> dict[str, Any]:  # noqa: ARG002
         """Returns what the recipe says about a prior, by the names it uses."""
@@ -388,10 +381,9 @@ class Trainer(ABC, Generic[R, P]):
             )
         if found.best.score <= self.best:
             return
-        _, header = read_weights(path, type(prior))
         with torch.no_grad():
             prior.lambda_reg.fill_(found.lambda_reg)
-        write_weights(prior, path, header)
+        save(prior, path, read_header(path))
         tqdm.write(
             f"lambda_reg {found.lambda_reg:.4g} instead of that of the training: "
             f"{found.best.score:.2f} dB"

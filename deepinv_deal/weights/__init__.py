@@ -1,33 +1,18 @@
-"""Bundled weights, and reading, checking and converting checkpoints."""
+"""
+Weights of priors: by name, from files of this package, and from those of the authors.
+"""
 
-from deepinv_deal.weights.deal import (
-    convert_state_dict,
-    load_prior,
-    save_prior,
-)
-from deepinv_deal.weights.files import BUNDLED, bundled, owner
-from deepinv_deal.weights.patches import (
-    convert_patch_checkpoint,
-    load_patch_prior,
-    save_patch_prior,
-)
-from deepinv_deal.weights.safi import (
-    convert_l1_state_dict,
-    load_l1_prior,
-    save_l1_prior,
-)
+from deepinv_deal.weights.layouts import from_authors, to_authors
+from deepinv_deal.weights.loading import load, save
+from deepinv_deal.weights.registry import BUNDLED, OFFICIAL, names, owner
 
 __all__ = [
     "BUNDLED",
-    "bundled",
-    "convert_l1_state_dict",
-    "convert_patch_checkpoint",
-    "convert_state_dict",
-    "load_l1_prior",
-    "load_patch_prior",
-    "load_prior",
+    "OFFICIAL",
+    "from_authors",
+    "load",
+    "names",
     "owner",
-    "save_l1_prior",
-    "save_patch_prior",
-    "save_prior",
+    "save",
+    "to_authors",
 ]

@@ -1,38 +1,25 @@
-"""Weights files: safetensors with a header that says what they are the weights of."""
+"""Weights files: safetensors with a header, and the authors' files of plain tensors."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
-#: Names of the weights in this package, ``NAME.safetensors``, and what they are for.
-BUNDLED = {
-    "deal_gray": "DEALPrior",
-    "deal_gray_64": "DEALPrior",
-    "deal_color": "DEALPrior",
-    "cpr_5": "SmoothPlusSparsePrior",
-    "cpr_25": "SmoothPlusSparsePrior",
-    "ncpr_5": "SmoothPlusSparsePrior",
-    "ncpr_25": "SmoothPlusSparsePrior",
-    "patch_25": "PatchSynthesisPrior",
-    "mmr_5": "MMRPrior",
-    "mmr_15": "MMRPrior",
-    "mmr_25": "MMRPrior",
-    "safi_5": "SAFIPrior",
-    "safi_15": "SAFIPrior",
-    "safi_25": "SAFIPrior",
-}
+#: What the entry ``format`` of a header says.
+FORMAT = "deepinv_deal/2"
 
 
 @contextmanager
@@ -44,7 +31,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     :param pathlib.Path path: the file to replace.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    # Two processes that write the same file must not share the temporary one.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -53,48 +41,68 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_weights(
-    module: nn.Module, path: str | os.PathLike[str], header: Mapping[str, str]
+    module: nn.Module,
+    config: Mapping[str, Any],
+    path: Path,
+    metadata: Mapping[str, str],
 ) -> None:
     """
     Writes the weights of a module as ``.safetensors``, atomically.
 
     :param torch.nn.Module module: the module.
-    :param str path: file to write.
-    :param dict header: strings to store with the weights.
+    :param dict config: the arguments of its constructor.
+    :param pathlib.Path path: file to write.
+    :param dict metadata: strings to store with the weights.
     """
+    header = {
+        "format": FORMAT,
+        "prior": type(module).__name__,
+        "config": json.dumps(config),
+    }
     tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    with replacing(Path(path)) as temporary:
+    with replacing(path) as temporary:
         # Not save_file, whose files nobody else may read.
-        temporary.write_bytes(
-            save(tensors, {"format": format_of(type(module)), **header})
-        )
+        temporary.write_bytes(to_bytes(tensors, {**metadata, **header}))
 
 
-def read_weights(
-    path: str | os.PathLike[str], kind: type[nn.Module]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     Reads a file written by :func:`write_weights`.
 
-    :param str path: the file.
-    :param type kind: class of the module.
+    :param pathlib.Path path: the file.
     :return: the state dict and the header.
-    :raises ValueError: if it is damaged or belongs to another class.
+    :raises ValueError: if it is damaged or has no such header.
     """
     with _opened(path) as file:
-        header = file.metadata() or {}
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    expected = format_of(kind)
-    if header.get("format") != expected:
+        names = file.keys()  # the only way to iterate over such a file
+        return {name: file.get_tensor(name) for name in names}, _header(file, path)
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """
+    Reads the header of a file written by :func:`write_weights`.
+
+    :param pathlib.Path path: the file.
+    :raises ValueError: if it is damaged or has no such header.
+    """
+    with _opened(path) as file:
+        return _header(file, path)
+
+
+def _header(file: Any, path: Path) -> dict[str, str]:
+    """Returns the header of an open file, whose entries ``load`` needs."""
+    header = file.metadata() or {}
+    if header.get("format") != FORMAT or not {"prior", "config"} <= set(header):
         raise ValueError(
-            f"{path} is not a weights file of {kind.__name__}: its format is "
-            f"{header.get('format')!r}, expected {expected!r}."
+            f"{path} is not a weights file of this package: its format is "
+            f"{header.get('format')!r}, expected {FORMAT!r} with the entries 'prior' "
+            "and 'config'."
         )
-    return state, header
+    return header
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[Any]:
     """Opens a safetensors file; a damaged one is an error that names it."""
     try:
         with safe_open(path, "pt") as file:
@@ -105,16 +113,33 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         ) from error
 
 
-#: What stands around the name of the class in the header's entry ``format``.
-_FORMAT = ("deepinv_deal.", "/1")
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """
+    Reads what a ``.pth`` file holds, without executing code.
+
+    :param pathlib.Path path: the file.
+    :raises ValueError: if it is damaged or holds anything but plain tensors, numbers
+        and texts by name.
+    """
+    try:
+        with warnings.catch_warnings():
+            # torch remarks on unusual pickle protocols; what it cannot read it refuses.
+            warnings.simplefilter("ignore", UserWarning)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can make its reader raise anything
+        # Not the rest, which suggests to read the file without protection.
+        reason = re.split(r"\. |\n", str(error).strip() or type(error).__name__)[0]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of plain tensors: {reason}."
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(
+            f"{path} holds a {type(checkpoint).__name__}, not a state dict."
+        )
+    return checkpoint
 
 
-def format_of(kind: type[nn.Module]) -> str:
-    """Returns the name of the format of a class, as it stands in the header."""
-    return kind.__name__.join(_FORMAT)
-
-
-def checked(module: Module, state: Mapping[str, Any], source: str) -> Module:
+def filled(module: Module, state: Mapping[str, Any], source: str) -> Module:
     """
     Loads a state dict after checking entries, shapes and values.
 
@@ -144,74 +169,3 @@ def checked(module: Module, state: Mapping[str, Any], source: str) -> Module:
             )
     module.load_state_dict(dict(state))
     return module
-
-
-def bundled(kind: type[nn.Module]) -> list[str]:
-    """Returns the names of the weights in this package that are for a class."""
-    return [name for name, prior in BUNDLED.items() if prior == kind.__name__]
-
-
-def owner(pretrained: str | os.PathLike[str]) -> str:
-    """
-    Returns the name of the class of prior whose weights a bundled name or file holds.
-
-    :param str pretrained: a bundled name, or the path of a ``.safetensors`` file.
-    :raises ValueError: if neither says it.
-    :raises FileNotFoundError: if the file does not exist.
-    """
-    name = os.fspath(pretrained)
-    if name in BUNDLED:
-        return BUNDLED[name]
-    if Path(name).suffix == ".safetensors":
-        with _opened(_existing(name)) as file:
-            header = file.metadata() or {}
-        pattern = r"(\w+)".join(map(re.escape, _FORMAT))
-        found = re.fullmatch(pattern, header.get("format", ""))
-        if found:
-            return found[1]
-    raise ValueError(
-        f"pretrained={name!r} does not say which model it is for. Bundled weights are "
-        f"{', '.join(BUNDLED)}; files of this package are .safetensors."
-    )
-
-
-def find_weights(
-    pretrained: str | os.PathLike[str],
-    kind: type[nn.Module],
-    *,
-    also: Sequence[str] = (),
-) -> Path:
-    """
-    Returns the file of a bundled name or path.
-
-    :param str pretrained: a name in :func:`bundled`, or the path of a ``.safetensors``
-        or ``.pth`` file.
-    :param type kind: class of the module.
-    :param list also: other names that the caller takes, for the error.
-    :raises ValueError: for an unknown name, or one of another class.
-    :raises FileNotFoundError: if the file does not exist.
-    """
-    name = os.fspath(pretrained)
-    known = bundled(kind)
-    if name in known:
-        return Path(__file__).parent / f"{name}.safetensors"
-    if name in BUNDLED:
-        raise ValueError(
-            f"pretrained={name!r} holds weights of a {BUNDLED[name]}, not of a "
-            f"{kind.__name__}."
-        )
-    if Path(name).suffix not in (".safetensors", ".pth", ".pt"):
-        names = "".join(f"{choice!r}, " for choice in (*known, *also))
-        raise ValueError(
-            f"pretrained={name!r} is unknown. Give {names}None (random weights), or "
-            "the path of a .safetensors or .pth file."
-        )
-    return _existing(name)
-
-
-def _existing(name: str) -> Path:
-    """Returns the path of a weights file; a missing one is an error that names it."""
-    path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"The weights file {name!r} does not exist.")
-    return path

@@ -19,11 +19,7 @@ from deepinv_deal import (
     SmoothPlusSparse,
     SmoothPlusSparsePrior,
 )
-from deepinv_deal.weights import (
-    convert_patch_checkpoint,
-    load_patch_prior,
-    save_patch_prior,
-)
+from deepinv_deal.weights import from_authors, load, save, to_authors
 
 DOUBLE = torch.float64
 FORMS = [
@@ -229,6 +225,8 @@ def test_checkpoints_of_smooth_plus_sparse_are_converted(kind, tmp_path):
     assert prior.penalty_name == {"cpr": "group", "ncpr": "weakly_convex"}[kind]
     assert prior.beta.item() == pytest.approx(1.5)
     assert float(prior.sigma) == pytest.approx(25 / 255)
+    for name, value in to_authors(prior).items():
+        torch.testing.assert_close(value, checkpoint["state_dict"][name])
     sign = -1 if kind == "cpr" else 1
     with torch.no_grad():
         threshold = prior.penalty(torch.ones(1), torch.tensor([0.01]), 1).threshold
@@ -241,13 +239,20 @@ def test_checkpoints_of_smooth_plus_sparse_are_converted(kind, tmp_path):
 
 def test_dictionaries_of_the_authors_are_converted():
     checkpoint = authors_checkpoint("dictionary")
-    prior = convert_patch_checkpoint(checkpoint, PatchSynthesisPrior)
+    prior = from_authors(checkpoint, PatchSynthesisPrior)
     assert prior.mean == "fixed"
     assert float(prior.lambda_reg) == pytest.approx(0.0075)
     assert prior.beta.item() == pytest.approx(2.0)
     torch.testing.assert_close(
         prior.dictionary.atoms, checkpoint["state_dict"]["atoms"][:, 0]
     )
+    assert float(prior.sigma) == pytest.approx(25 / 255)
+    atoms = checkpoint["state_dict"]["atoms"]
+    assert torch.equal(to_authors(prior)["atoms"], atoms)
+    # Trainings with free means ("++") leave a matrix in the file.
+    checkpoint["state_dict"]["A"] = torch.eye(3)
+    other = from_authors(checkpoint, PatchSynthesisPrior, sigma=0.1)
+    assert other.mean == "free" and float(other.sigma) == pytest.approx(0.1)
 
 
 def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
@@ -255,27 +260,29 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
         PatchSynthesis(pretrained=tmp_path / "nothing.pth")
     (tmp_path / "text.pth").write_text("no checkpoint")
     with pytest.raises(ValueError, match="cannot be read"):
-        load_patch_prior(tmp_path / "text.pth", PatchSynthesisPrior)
+        load(tmp_path / "text.pth", PatchSynthesisPrior)
     torch.save({"weights": torch.ones(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="must hold 'state_dict' and 'config'"):
-        load_patch_prior(tmp_path / "other.pth", PatchSynthesisPrior)
-    with pytest.raises(ValueError, match="of PatchSynthesis"):
-        convert_patch_checkpoint(
-            authors_checkpoint("dictionary"), SmoothPlusSparsePrior
-        )
-    with pytest.raises(ValueError, match="of SmoothPlusSparse"):
-        convert_patch_checkpoint(authors_checkpoint("cpr"), PatchSynthesisPrior)
+    with pytest.raises(ValueError, match=r"lacks atoms\. It holds weights"):
+        load(tmp_path / "other.pth", PatchSynthesisPrior)
+    with pytest.raises(ValueError, match="SmoothPlusSparsePrior's authors: it lacks"):
+        from_authors(authors_checkpoint("dictionary"), SmoothPlusSparsePrior)
+    with pytest.raises(ValueError, match="authors: it also holds beta, free"):
+        from_authors(authors_checkpoint("cpr"), PatchSynthesisPrior)
     damaged = authors_checkpoint("cpr")
     damaged["state_dict"]["atoms"][0] = torch.nan
     with pytest.raises(ValueError, match="atoms holds NaN"):
-        convert_patch_checkpoint(damaged, SmoothPlusSparsePrior)
+        from_authors(damaged, SmoothPlusSparsePrior)
     flat = authors_checkpoint("dictionary")
     flat["state_dict"]["atoms"] = flat["state_dict"]["atoms"].flatten(1)
     with pytest.raises(ValueError, match="must have shape"):
-        convert_patch_checkpoint(flat, PatchSynthesisPrior)
-    flat["state_dict"]["atoms"] = torch.ones(6, 1, 4, 4)
-    with pytest.raises(ValueError, match="rank 1"):
-        convert_patch_checkpoint(flat, PatchSynthesisPrior)
+        from_authors(flat, PatchSynthesisPrior)
+    for change in ({"config": {}}, {"config": {"prox_params": {}, "dict_params": 1}}):
+        with pytest.raises(ValueError, match=r"does not fit.*'config' has no dict_p"):
+            from_authors(authors_checkpoint("dictionary") | change, PatchSynthesisPrior)
+    odd = authors_checkpoint("cpr")
+    odd["config"]["prox_params"]["prox_type"] = "learn"
+    with pytest.raises(ValueError, match="prox_type must be one of.*got 'learn'"):
+        from_authors(odd, SmoothPlusSparsePrior)
 
 
 # -- bad input ---------------------------------------------------------------------
@@ -315,7 +322,7 @@ def test_denoising_handles_means_as_the_training_did_and_other_problems_free_the
     tmp_path,
 ):
     prior = PatchSynthesisPrior(6, 3, mean="fixed").double()
-    save_patch_prior(prior, tmp_path / "p.safetensors")
+    save(prior, tmp_path / "p.safetensors")
     own = PatchSynthesis(pretrained=tmp_path / "p.safetensors").double()
     assert own.prior.mean == "fixed"
     free, fixed = (PatchSynthesis(prior=prior, mean=m) for m in ("free", "fixed"))

@@ -12,7 +12,7 @@ from problems import random_l1_model as random_model
 
 from deepinv_deal import MMR, SAFI
 from deepinv_deal.priors import MMRPrior, SAFIPrior
-from deepinv_deal.weights import convert_l1_state_dict
+from deepinv_deal.weights import from_authors, load, to_authors
 
 MODELS = [pytest.param(SAFI, id="safi"), pytest.param(MMR, id="mmr")]
 
@@ -218,40 +218,22 @@ def test_training_mode_gives_gradients_to_all_weights():
         assert not model(y).requires_grad
 
 
-def authors_state(prior):
-    """The state dict as the authors name it, with a transposed copy to ignore."""
-    state = {k: v.clone() for k, v in prior.state_dict().items()}
-    renamed = {
-        "lmbda": state["lambda_reg"].reshape(1, 1),
-        "W1.W1.weight": state["W.weight.0"],
-        "W1.W1s.0.weight": state["W.weight.1"],
-        "W1.W1T.weight": state["W.weight.0"],
-    }
-    if isinstance(prior, MMRPrior):
-        return renamed | {
-            "cs": state["potential.scale"].view(1, -1, 1, 1),
-            "W2.W1.weight": state["potential.G.0"],
-            "W2.W1s.0.weight": state["potential.G.1"],
-            "phigrad_spline.coefficients": state["potential.spline.coefficients"],
-        }
-    network = {
-        f"W{n}.W1.weight": state[f"mask_network.V.{i}"] for i, n in enumerate("423")
-    }
-    splines = {
-        f"phigrad_spline{i + 1}.coefficients": state[
-            f"mask_network.splines.{i}.coefficients"
-        ]
-        for i in range(3)
-    }
-    return renamed | network | splines
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_weights_of_the_authors_are_converted(kind, tmp_path):
     prior, y = random_l1_prior(kind.prior_type), noisy().float()
     path = tmp_path / "weights.pth"
-    torch.save({"state_dict": authors_state(prior), "epoch": 3}, path)
+    theirs = to_authors(prior)
+    assert theirs["lmbda"].shape == (1, 1)
+    # Their files hold transposed copies too, which are ignored.
+    content = {"state_dict": theirs | {"W1.W1T.weight": theirs["W1.W1.weight"]}}
+    torch.save(content, path)
     model = kind(pretrained=path)
+    assert float(model.prior[0].sigma) == pytest.approx(25 / 255)  # nobody said it
+    own = load(path, kind.prior_type, sigma=0.02)
+    assert float(own.sigma) == pytest.approx(0.02)
+    torch.save({**content, "config": {"sigma": 15}}, path)
+    own = load(path, kind.prior_type)
+    assert float(own.sigma) == pytest.approx(15 / 255)
     for name, value in prior.float().state_dict().items():
         assert torch.equal(model.prior[0].state_dict()[name], value), name
     torch.testing.assert_close(model(y), kind(prior=prior.float())(y))
@@ -260,9 +242,9 @@ def test_weights_of_the_authors_are_converted(kind, tmp_path):
 def test_foreign_weights_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.pth"):
         SAFI(pretrained=tmp_path / "missing.pth")
-    state = authors_state(random_l1_prior(MMRPrior))
-    with pytest.raises(ValueError, match="authors' SAFI.*lacks"):
-        convert_l1_state_dict(state, SAFIPrior)
+    state = to_authors(random_l1_prior(MMRPrior))
+    with pytest.raises(ValueError, match="SAFIPrior's authors.*lacks"):
+        from_authors(state, SAFIPrior)
     path = tmp_path / "nan.pth"
     torch.save({**state, "cs": state["cs"] * torch.nan}, path)
     with pytest.raises(ValueError, match="NaN"):

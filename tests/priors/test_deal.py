@@ -14,7 +14,7 @@ from problems import (
 )
 
 from deepinv_deal import DEAL, DEALPrior
-from deepinv_deal.weights import convert_state_dict
+from deepinv_deal.weights.layouts import LAYOUTS
 
 SIGMA = 0.1
 
@@ -52,7 +52,9 @@ def reference_model(color: bool):
 def pair(request):
     reference = reference_model(request.param)
     prior = DEALPrior(3 if request.param else 1, 128).double()
-    prior.load_state_dict(convert_state_dict(reference.state_dict()))
+    theirs = reference.state_dict()  # in float64, which from_authors would round
+    state = {ours: theirs[e.name] for ours, e in LAYOUTS[DEALPrior].items()}
+    prior.load_state_dict(state)
     return reference, prior
 
 

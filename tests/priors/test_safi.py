@@ -88,6 +88,7 @@ def test_rescaled_weights_denoise_rescaled_images(kind):
     expected = prior.prox(y, gamma=prior.lambda_reg.item(), rtol=1e-8)
     mask = prior.mask(y)
     prior.rescale(0.4)
+    assert float(prior.sigma) == pytest.approx(10 / 255)
     torch.testing.assert_close(prior.mask(0.4 * y), mask)
     actual = prior.prox(0.4 * y, gamma=prior.lambda_reg.item(), rtol=1e-8)
     torch.testing.assert_close(actual, 0.4 * expected, rtol=1e-6, atol=1e-7)

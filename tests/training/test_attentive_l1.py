@@ -205,9 +205,13 @@ def test_weights_of_another_noise_level_are_rescaled(folder, tmp_path, model):
     settings = {"init": str(tmp_path / "a.safetensors"), "sigma": 0.05, "model": model}
     second = start(folder, tmp_path / "b", init_sigma=0.1, **settings)
     third = start(folder, tmp_path / "c", **settings)
+    same = start(folder, tmp_path / "e", **settings | {"sigma": first.recipe.sigma})
     weight = first.prior.lambda_reg.item()
     assert second.prior.lambda_reg.item() == pytest.approx(weight / 2)
-    assert third.prior.lambda_reg.item() == weight
+    known = 0.05 / first.recipe.sigma  # the file says what it was trained for
+    assert third.prior.lambda_reg.item() == pytest.approx(weight * known)
+    assert same.prior.lambda_reg.item() == weight
+    assert float(second.prior.sigma) == float(third.prior.sigma) == pytest.approx(0.05)
     with pytest.raises(ValueError, match="init_sigma=0.1 .* init is not given"):
         start(folder, tmp_path / "d", init_sigma=0.1)
     with pytest.raises(ValueError, match="init_sigma must be below 1.* got 15"):

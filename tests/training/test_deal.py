@@ -35,7 +35,7 @@ from deepinv_deal.training import (
 )
 from deepinv_deal.training.grow import OPPONENT_COLORS
 from deepinv_deal.training.losses import LOG_WEIGHT
-from deepinv_deal.weights import save_prior
+from deepinv_deal.weights import save
 
 SETTINGS = SMALL | {
     "num_filters": 4,
@@ -187,7 +187,7 @@ def test_a_grown_prior_reconstructs_as_before_and_trains(folder, tmp_path):
     weak = DEAL(pretrained=None, prior=grow(small, 7))(y, sigma=0.1)
     assert 0 < (weak - expected).norm() < 0.05 * (y - expected).norm()
     # New filters learn: every parameter of the grown prior has a gradient.
-    save_prior(small, tmp_path / "small.safetensors")
+    save(small, tmp_path / "small.safetensors")
     grown = recipe(
         folder, tmp_path, num_filters=7, init=str(tmp_path / "small.safetensors")
     )
@@ -244,7 +244,7 @@ def test_filters_that_cannot_be_shared_out_are_refused(num_filters):
 
 def test_a_color_training_starts_from_a_gray_model(folder, tmp_path):
     gray = tmp_path / "gray.safetensors"
-    save_prior(random_prior(num_filters=4).float(), gray)
+    save(random_prior(num_filters=4).float(), gray)
     trainer = DEALTrainer(
         recipe(folder, tmp_path, in_channels=3, num_filters=6, init=str(gray))
     )

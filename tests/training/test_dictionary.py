@@ -11,7 +11,7 @@ from trainers import KINDS, slopes_of_the_loss, weights_after
 
 from deepinv_deal import ConvergenceWarning
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
-from deepinv_deal.weights import load_patch_prior, save_patch_prior
+from deepinv_deal.weights import load, save
 
 MODELS = ("cpr", "ncpr", "patch")
 
@@ -108,21 +108,21 @@ def test_sizes_are_those_of_the_recipe_and_published_ones_by_default(folder, tmp
 
 def test_weights_files_of_another_model_or_damaged_ones_are_refused(folder, tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_patch_prior(start(folder, tmp_path).prior, path)
+    save(start(folder, tmp_path).prior, path)
     with pytest.raises(ValueError, match="not a weights file of PatchSynthesisPrior"):
-        load_patch_prior(path, PatchSynthesisPrior)
+        load(path, PatchSynthesisPrior)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        load_patch_prior(path, SmoothPlusSparsePrior)
+        load(path, SmoothPlusSparsePrior)
     with pytest.raises(ValueError, match="pretrained='cpr' is unknown"):
-        load_patch_prior("cpr", SmoothPlusSparsePrior)
+        load("cpr", SmoothPlusSparsePrior)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_patch_prior(tmp_path / "none.safetensors", SmoothPlusSparsePrior)
+        load(tmp_path / "none.safetensors", SmoothPlusSparsePrior)
 
 
 def test_initial_weights_of_another_model_are_named(folder, tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_patch_prior(start(folder, tmp_path).prior, path)
+    save(start(folder, tmp_path).prior, path)
     assert start(folder, tmp_path, init=str(path)).step == 0
     with pytest.raises(ValueError, match="not a weights file of PatchSynthesisPrior"):
         start(folder, tmp_path, "patch", init=str(path))
@@ -137,7 +137,7 @@ def test_other_penalties_and_noise_levels_start_from_the_atoms_only(
     path = tmp_path / "weights.safetensors"
     first = start(folder, tmp_path / "first")
     weights_after(first, 2)
-    save_patch_prior(first.prior, path)
+    save(first.prior, path)
     same = start(folder, tmp_path / "same", init=str(path)).prior
     assert torch.equal(same.log_scale, first.prior.log_scale)
     fresh = start(folder, tmp_path / "fresh", **change).prior
@@ -152,7 +152,7 @@ def test_a_level_in_decimals_is_the_level_of_the_weights(folder, tmp_path):
     path = tmp_path / "weights.safetensors"
     first = start(folder, tmp_path / "first")  # 25 gray levels
     weights_after(first, 2)
-    save_patch_prior(first.prior, path)
+    save(first.prior, path)
     again = start(folder, tmp_path / "again", init=str(path), sigma=0.098).prior
     assert torch.equal(again.log_scale, first.prior.log_scale)
 

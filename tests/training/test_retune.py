@@ -11,8 +11,9 @@ from problems import generator, random_prior
 from skimage.data import astronaut
 
 from deepinv_deal import DEAL
+from deepinv_deal.priors import DEALPrior
 from deepinv_deal.training import retune_kappa
-from deepinv_deal.weights import load_prior
+from deepinv_deal.weights import load
 
 IMAGE = torch.from_numpy(astronaut()[60:108, 200:248].mean(-1).round()).byte()[None]
 
@@ -34,7 +35,7 @@ def weights(prior):
 
 
 def test_a_wrong_weight_is_corrected_where_it_is_wrong():
-    prior = load_prior("deal_gray")
+    prior = load("deal_gray", DEALPrior)
     with torch.no_grad():
         prior.kappa.coefficients[:, prior.kappa.knots > 15] *= 0.7
     before = weights(prior)
