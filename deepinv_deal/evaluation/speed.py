@@ -62,7 +62,7 @@ REFERENCE_RTOL = 1e-10
 
 def _inpainting(x: Tensor) -> LinearPhysics:
     rng = torch.Generator().manual_seed(0)
-    mask = (torch.rand(x.shape[1:], generator=rng) < 0.5).to(x)
+    mask = (torch.rand(x.shape[1:], generator=rng, device="cpu") < 0.5).to(x)
     return Inpainting(tuple(x.shape[1:]), mask=mask)
 
 

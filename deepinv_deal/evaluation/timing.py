@@ -126,7 +126,8 @@ def application_times(
     prior = model.prior[0]
     weight = next(prior.parameters())
     rng = torch.Generator().manual_seed(0)
-    x = torch.rand(1, prior.in_channels, size, size, generator=rng).to(weight)
+    shape = (1, prior.in_channels, size, size)
+    x = torch.rand(shape, generator=rng, device="cpu").to(weight)
     with torch.no_grad():
         equation = prior.equation(lambda v: v, x, 25 / 255, 1.0)
         system = equation.freeze(x)

@@ -176,7 +176,8 @@ def random_signs(
     :param torch.Generator generator: random state; a fresh one if ``None``.
     """
     generator = generator or torch.Generator().manual_seed(0)
-    bits = torch.randint(2, (number, *like.shape[1:]), generator=generator)
+    shape = (number, *like.shape[1:])
+    bits = torch.randint(2, shape, generator=generator, device=generator.device)
     return (2 * bits - 1).to(like)
 
 
@@ -423,7 +424,8 @@ def _eigenvalues(
 
     n = at.x.numel()
     # The same first vector in every call.
-    start = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(n, generator=rng, device="cpu")
     v0 = start.to(at.x.dtype).numpy()
     find, which = (eigsh, "LA") if symmetric else (eigs, "LM")
     return find(

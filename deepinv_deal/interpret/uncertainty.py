@@ -157,7 +157,8 @@ def posterior_samples(
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)
+    device = generator.device
+    return torch.randn(like.shape, generator=generator, device=device).to(like)
 
 
 def _back_projected_noise(at: Linearization, generator: torch.Generator) -> Tensor:

@@ -156,7 +156,8 @@ class DEAL(FixedPointOptim, Denoiser):
     :param AttentiveQuadraticPrior prior: use this prior instead of ``pretrained``.
     :param str normalization: norm rule of the filters for ``pretrained=None``,
         ``"published"`` if ``None``. Weights decide if given.
-    :param str, torch.device device: where the model lives.
+    :param str, torch.device device: where the model lives; ``None``: where the prior
+        is, which for loaded weights is the CPU.
     :param str pretrained: ``"bundled"`` (the default: ``"deal_gray"``, or
         ``"deal_color"`` if ``in_channels=3``), a bundled name, ``"download"`` (official
         weights, needs network), the path of a ``.safetensors`` or authors' ``.pth``
@@ -190,7 +191,7 @@ class DEAL(FixedPointOptim, Denoiser):
         strict: bool = False,
         prior: AttentiveQuadraticPrior | None = None,
         normalization: Normalization | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         pretrained: str | os.PathLike[str] | None = "bundled",
     ):
         if prior is None and pretrained is None:
@@ -249,7 +250,8 @@ class DEAL(FixedPointOptim, Denoiser):
         self.estimate_sigma = isinstance(sigma, str)
         self.scale, self.complex_mode = scale, complex_mode
         self.lambda_mode = lambda_mode
-        self.to(device)
+        if device is not None:
+            self.to(device)
         self.eval()
 
     @full_precision

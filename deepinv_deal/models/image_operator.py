@@ -130,7 +130,8 @@ class ImageOperator:
         """Images ``(number, B, C, H, W)``, the same for every sample and call."""
         rng = torch.Generator().manual_seed(0)
         shape = (number, 1, *self.b.shape[1:])
-        v = torch.randn(shape, generator=rng, dtype=self.b.dtype).to(self.b.device)
+        v = torch.randn(shape, generator=rng, dtype=self.b.dtype, device="cpu")
+        v = v.to(self.b.device)
         return v.expand(-1, len(self.b), *self.b.shape[1:]).contiguous()
 
     @torch.no_grad()

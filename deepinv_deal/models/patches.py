@@ -101,7 +101,8 @@ class SynthesisModel(Reconstructor, Denoiser):
         not converge.
     :param bool strict: raise a :class:`deepinv_deal.ConvergenceError` instead, also in
         the backward pass.
-    :param str, torch.device device: where the model lives.
+    :param str, torch.device device: where the model lives; ``None``: where the prior
+        is, which for loaded weights is the CPU.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class SynthesisModel(Reconstructor, Denoiser):
         adjoint: AdjointOptions,
         warn: bool,
         strict: bool,
-        device: str | torch.device,
+        device: str | torch.device | None,
     ):
         super().__init__()
         if solver is not None and solver not in SOLVERS:
@@ -146,7 +147,8 @@ class SynthesisModel(Reconstructor, Denoiser):
         self.rtol, self.max_iter = rtol, max_iter
         self.complex_mode, self.warn, self.strict = complex_mode, warn, strict
         self.adjoint = replace(adjoint, strict=strict or adjoint.strict)
-        self.to(device)
+        if device is not None:
+            self.to(device)
         self.eval()
 
     @full_precision
@@ -414,7 +416,8 @@ class SmoothPlusSparse(SynthesisModel):
     :param bool strict: raise a :class:`deepinv_deal.ConvergenceError` instead, also in
         the backward pass.
     :param SmoothPlusSparsePrior prior: use this prior instead of ``pretrained``.
-    :param str, torch.device device: where the model lives.
+    :param str, torch.device device: where the model lives; ``None``: where the prior
+        is, which for loaded weights is the CPU.
     :param str pretrained: ``"cpr_5"``, ``"cpr_25"``, ``"ncpr_5"`` or ``"ncpr_25"``
         (bundled, for as many gray levels of noise), path of a ``.safetensors`` file of
         this package or of a ``.pth`` file of the authors, or ``None`` for random
@@ -443,7 +446,7 @@ class SmoothPlusSparse(SynthesisModel):
         warn: bool = True,
         strict: bool = False,
         prior: SmoothPlusSparsePrior | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         pretrained: str | os.PathLike[str] | None = None,
     ):
         if prior is None and pretrained is None:
@@ -529,7 +532,8 @@ class PatchSynthesis(SynthesisModel):
     :param bool strict: raise a :class:`deepinv_deal.ConvergenceError` instead, also in
         the backward pass.
     :param PatchSynthesisPrior prior: use this prior instead of ``pretrained``.
-    :param str, torch.device device: where the model lives.
+    :param str, torch.device device: where the model lives; ``None``: where the prior
+        is, which for loaded weights is the CPU.
     :param str pretrained: ``"patch_25"`` (bundled, for noise of 25 gray levels), path
         of a ``.safetensors`` file of this package or of a ``.pth`` file of the authors,
         or ``None`` for random weights.
@@ -556,7 +560,7 @@ class PatchSynthesis(SynthesisModel):
         warn: bool = True,
         strict: bool = False,
         prior: PatchSynthesisPrior | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         pretrained: str | os.PathLike[str] | None = None,
     ):
         if prior is None and pretrained is None:

@@ -80,7 +80,7 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         warn: bool = True,
         strict: bool = False,
         prior: AttentiveL1Prior | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         pretrained: str | os.PathLike[str] | None = None,
     ):
         if prior is None and pretrained is not None:
@@ -111,7 +111,8 @@ class AttentiveL1Model(FixedPointOptim, Denoiser):
         )
         self.inner_max_iter, self.inner, self.box = inner_max_iter, inner, box
         self.scale, self.complex_mode = scale, complex_mode
-        self.to(device)
+        if device is not None:
+            self.to(device)
         self.eval()
 
     @full_precision
@@ -353,7 +354,8 @@ class SAFI(AttentiveL1Model):
     :param bool strict: raise a :class:`deepinv_deal.ConvergenceError` instead, also in
         the backward pass.
     :param SAFIPrior prior: use this prior instead of ``pretrained``.
-    :param str, torch.device device: where the model lives.
+    :param str, torch.device device: where the model lives; ``None``: where the prior
+        is, which for loaded weights is the CPU.
     :param str pretrained: ``"safi_5"``, ``"safi_15"`` or ``"safi_25"`` (bundled, for
         noise of so many gray levels; for MMR ``"mmr_5"`` and so on), path of a
         ``.safetensors`` file of this package or of a ``.pth`` file in the authors'
