@@ -553,8 +553,8 @@ class Trainer(ABC, Generic[R, P]):
             return
         state = {
             "recipe": _comparable(self.recipe),
-            "prior": self.prior.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "prior": _on_cpu(self.prior.state_dict()),
+            "optimizer": _on_cpu(self.optimizer.state_dict()),
             "step": self.step,
             "elapsed": self.elapsed,
             "best": self.best,
@@ -600,6 +600,17 @@ class Trainer(ABC, Generic[R, P]):
             slot: (Problems(x, y, sigma).to(self.device), start.to(self.device))
             for slot, (x, y, sigma, start) in pools[self.processes.rank].items()
         }
+
+
+def _on_cpu(state: Any) -> Any:
+    """Copies the tensors of a state: a checkpoint may be read on another machine."""
+    if isinstance(state, Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_on_cpu(value) for value in state]
+    return state
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
