@@ -41,7 +41,9 @@ def probe(like: Tensor, seed: int, *, complex_pair: bool = False) -> Tensor:
     :param bool complex_pair: whether the two channels are real and imaginary part.
     """
     rng = torch.Generator().manual_seed(seed)
-    noise = torch.randn(like.shape[1:], generator=rng, dtype=like.dtype)[None]
+    noise = torch.randn(like.shape[1:], generator=rng, dtype=like.dtype, device="cpu")[
+        None
+    ]
     spectrum = to_fourier(noise, complex_pair)
     flat = from_fourier(spectrum / spectrum.abs(), noise, complex_pair)
     return math.sqrt(like[0, 0].numel()) * flat.to(like.device).expand_as(like)
@@ -126,7 +128,8 @@ def diagonal(H: LinearMap, like: Tensor) -> tuple[Tensor, Tensor]:
     outputs = []
     for seed in range(PROBES):
         rng = torch.Generator().manual_seed(seed)
-        sign = torch.randint(0, 2, like.shape[1:], generator=rng).to(like) * 2 - 1
+        bits = torch.randint(2, like.shape[1:], generator=rng, device="cpu")
+        sign = bits.to(like) * 2 - 1
         # Not a view with stride 0, which MKL's FFT in some versions of torch refuses
         # (pytorch issue 154477) and a physics may not expect.
         v = sign.expand_as(like).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,8 @@ def noisy_crops(
         pairs = []
         for image in images:
             x = central(image[None], size).float() / 255
-            pairs.append((x, x + sigma * torch.randn(x.shape, generator=rng)))
+            noise = torch.randn(x.shape, generator=rng, device="cpu")
+            pairs.append((x, x + sigma * noise))
         problems.append((sigma, pairs))
     return problems
 
@@ -61,9 +63,15 @@ class Problems:
     y: Tensor
     sigma: Tensor
 
-    def to(self, device: torch.device | str) -> Problems:
-        """Moves all tensors to a device."""
-        return Problems(self.x.to(device), self.y.to(device), self.sigma.to(device))
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Problems:
+        """Moves all tensors to a device; ``non_blocking`` as in torch."""
+        parts = (self.x, self.y, self.sigma)
+        return Problems(*(part.to(device, non_blocking=non_blocking) for part in parts))
+
+    def pin_memory(self) -> Problems:
+        """Copies all tensors to memory from which a GPU reads without waiting."""
+        parts = (self.x, self.y, self.sigma)
+        return Problems(*(part.pin_memory() for part in parts))
 
 
 class DenoisingSampler:
@@ -106,13 +114,14 @@ class DenoisingSampler:
         rng = numbered_generator(self.seed, index)
         patches = torch.stack([self._patch(rng) for _ in range(size)])
         x = patches.to(torch.get_default_dtype()) / 255
-        sigma = self.sigma_max * torch.rand(size, generator=rng) ** self.skew
-        noise = torch.randn(x.shape, generator=rng)
+        level = torch.rand(size, generator=rng, device="cpu")
+        sigma = self.sigma_max * level**self.skew
+        noise = torch.randn(x.shape, generator=rng, device="cpu")
         return Problems(x, x + sigma[:, None, None, None] * noise, sigma)
 
     def _patch(self, rng: torch.Generator) -> Tensor:
         def draw(n: int) -> int:
-            return int(torch.randint(n, (), generator=rng))
+            return int(torch.randint(n, (), generator=rng, device="cpu"))
 
         image = self.images[draw(len(self.images))]
         p = self.patch_size
@@ -120,3 +129,43 @@ class DenoisingSampler:
         patch = image[:, top : top + p, left : left + p]
         patch = patch.rot90(draw(4), (1, 2))
         return patch.flip(-1) if draw(2) else patch
+
+
+class Prefetched:
+    """
+    The batches of a sampler, of which a background thread draws the next one.
+
+    They are those of the sampler. A GPU need not wait while a batch is drawn, nor while
+    it is copied.
+
+    :param DenoisingSampler sampler: draws the batches, on the CPU.
+    :param int size: problems of a batch.
+    :param torch.device device: where the batches go.
+    """
+
+    def __init__(self, sampler: DenoisingSampler, size: int, device: torch.device):
+        self.sampler, self.size, self.device = sampler, size, device
+        self._next: tuple[int, Future[Problems]] | None = None
+        self._executor: ThreadPoolExecutor | None = None
+
+    def batch(self, index: int) -> Problems:
+        """Returns batch number ``index``, on the CPU."""
+        expected, self._next = self._next, None
+        if expected is not None and expected[0] == index:
+            return expected[1].result()
+        return self._draw(index)
+
+    def prepare(self, index: int) -> None:
+        """Begins to draw batch number ``index``, unless that has begun."""
+        if self._next is not None and self._next[0] == index:
+            return
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, "batches")
+        self._next = index, self._executor.submit(self._draw, index)
+
+    def _draw(self, index: int) -> Problems:
+        problems = self.sampler.batch(index, self.size)
+        if self.device.type != "cuda":
+            return problems
+        with torch.cuda.device(self.device):  # each thread has a current GPU of its own
+            return problems.pin_memory()

@@ -141,7 +141,7 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
         if new and (self.step >= recipe.pool or recipe.pool == 1):
             low, high = recipe.depth_min, recipe.depth_max
         rng = numbered_generator(recipe.seed, self.step)
-        return int(torch.randint(low, high + 1, (), generator=rng))
+        return int(torch.randint(low, high + 1, (), generator=rng, device="cpu"))
 
     def loss(self, problems: Problems, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -23,6 +24,7 @@ from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.training.curve import LOG, plot_learning_curve
 from deepinv_deal.training.data import (
     DenoisingSampler,
+    Prefetched,
     Problems,
     noisy_crops,
 )
@@ -234,6 +236,7 @@ class Trainer(ABC, Generic[R, P]):
         self.sampler = DenoisingSampler(
             images, recipe.patch_size, sigma_max, recipe.seed, skew
         )
+        self.batches = Prefetched(self.sampler, recipe.batch_size, self.device)
         self.validation = noisy_crops(
             validation[: recipe.val_images],
             recipe.validation_sigmas,
@@ -427,29 +430,33 @@ class Trainer(ABC, Generic[R, P]):
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = group["factor"] * self._learning_rate()
-        slot, visit = self.step % recipe.pool, self.step // recipe.pool
-        # Offset by the slot, so that new problems are spread evenly over the steps.
-        if slot in self.pool and (visit + slot) % recipe.reuse:
-            problems, start = self.pool[slot]
-            loss, end = self._averaged_loss(problems, start)
+        slot = self.step % recipe.pool
+        if self._is_new(self.step):
+            batch = self.batches.batch(self.step)
+            pinned = self.device.type == "cuda"
+            problems = self.processes.share(batch).to(self.device, non_blocking=pinned)
+            start = None
         else:
-            batch = self.sampler.batch(self.step, recipe.batch_size)
-            problems = self.processes.share(batch).to(self.device)
-            loss, end = self._averaged_loss(problems, None)
-        # Of the whole batch, so that all processes give up together.
-        value = self.processes.mean(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"The loss is {value} at step {self.step}. The last checkpoint and the "
-                "best weights are kept; lower lr or clip and start again."
-            )
+            problems, start = self.pool[slot]
+        if self.device.type != "cpu":  # there the thread would only take time from us
+            self._prepare_batch()
+        loss, end = self._averaged_loss(problems, start)
         self.prior.zero_grad()  # parameters that are not trained have gradients too
         with warnings.catch_warnings():  # rough gradients are what the recipe asks for
             warnings.simplefilter("ignore", ConvergenceWarning)
             loss.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
-        if not torch.isfinite(norm):  # one step would make the weights and states NaN
+        # The loss is that of the whole batch, so that all processes give up together.
+        # It is read together with the norm: each reading waits for the device.
+        mean = self.processes.mean(loss.detach())
+        value, size = torch.stack([mean, norm.to(mean)]).tolist()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"The loss is {value} at step {self.step}. The last checkpoint and the "
+                "best weights are kept; lower lr or clip and start again."
+            )
+        if not math.isfinite(size):  # one step would make the weights and states NaN
             raise FloatingPointError(
                 f"The gradient is not finite at step {self.step}. The last checkpoint "
                 "and the best weights are kept; lower lr or clip and start again."
@@ -459,6 +466,18 @@ class Trainer(ABC, Generic[R, P]):
         if recipe.reuse > 1:
             self.pool[slot] = (problems, end)
         return value
+
+    def _is_new(self, step: int) -> bool:
+        """Whether a step takes a new batch, rather than one from the pool."""
+        slot, visit = step % self.recipe.pool, step // self.recipe.pool
+        # Offset by the slot, so that new problems are spread evenly over the steps.
+        return slot not in self.pool or (visit + slot) % self.recipe.reuse == 0
+
+    def _prepare_batch(self) -> None:
+        """Lets the next new batch be drawn in the background, if there is one."""
+        step = next(step for step in count(self.step + 1) if self._is_new(step))
+        if self.recipe.steps is None or step < self.recipe.steps:
+            self.batches.prepare(step)
 
     def _validate(self, loss: float | None) -> None:
         psnr = {}
@@ -526,8 +545,8 @@ class Trainer(ABC, Generic[R, P]):
             return
         state = {
             "recipe": _comparable(self.recipe),
-            "prior": self.prior.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "prior": _on_cpu(self.prior.state_dict()),
+            "optimizer": _on_cpu(self.optimizer.state_dict()),
             "step": self.step,
             "elapsed": self.elapsed,
             "best": self.best,
@@ -573,6 +592,17 @@ class Trainer(ABC, Generic[R, P]):
             slot: (Problems(x, y, sigma).to(self.device), start.to(self.device))
             for slot, (x, y, sigma, start) in pools[self.processes.rank].items()
         }
+
+
+def _on_cpu(state: Any) -> Any:
+    """Copies the tensors of a state: a checkpoint may be read on another machine."""
+    if isinstance(state, Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_on_cpu(value) for value in state]
+    return state
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:

@@ -68,13 +68,13 @@ class Processes:
         distributed.broadcast(shared, 0)
         return float(shared)
 
-    def mean(self, value: Tensor) -> float:
+    def mean(self, value: Tensor) -> Tensor:
         """Returns the mean of a scalar over all processes."""
         if self.number > 1:
             value = value.clone()
             distributed.all_reduce(value)
             value /= self.number
-        return float(value)
+        return value
 
     def gathered(self, value: Any) -> list[Any]:
         """Returns the values of all processes in the first one, nothing in others."""

@@ -1,0 +1,293 @@
+"""
+Everything gives on an accelerator what it gives on the CPU.
+
+The device is that of the environment variable ``DEEPINV_DEAL_DEVICE``, for example
+``cuda``; without it, one that only pretends, see ``pretend_accelerator.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import threading
+
+import deepinv as dinv
+import numpy as np
+import pretend_accelerator
+import pytest
+import torch
+from deepinv.optim import DEQConfig
+from deepinv.physics.functional.blur import gaussian_blur
+from PIL import Image
+from problems import DOUBLE, MODELS, generator, images, random_prior, relative_error
+from torch import Tensor
+from trainers import KINDS, take, weights_after
+
+from deepinv_deal import DEAL, MMR, SAFI, PatchSynthesis, SmoothPlusSparse
+from deepinv_deal.solvers import AdjointOptions, conjugate_gradient
+from deepinv_deal.training.data import DenoisingSampler, Prefetched
+
+NAME = os.environ.get("DEEPINV_DEAL_DEVICE", "")
+REAL = bool(NAME)
+
+pytestmark = pytest.mark.skipif(
+    not REAL and not pretend_accelerator.AVAILABLE,
+    reason=f"torch {torch.__version__} has no devices in Python: they came with 2.9",
+)
+
+SIZE = (16, 17)
+
+#: Largest relative difference from the CPU in double precision.
+TOLERANCE = {DOUBLE: 1e-5, torch.float32: 1e-3}
+GRADIENT_TOLERANCE = {DOUBLE: 1e-4, torch.float32: 2e-2}
+
+DTYPES = [DOUBLE, torch.float32] if REAL else [DOUBLE]
+
+
+@pytest.fixture(scope="module")
+def device():
+    return torch.device(NAME) if REAL else pretend_accelerator.register()
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """No TF32, whose rounding is a thousand times that of 32 bits."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+def fourier_mask(dtype) -> Tensor:
+    mask = torch.rand(1, 1, 1, SIZE[1], generator=generator(3)) < 0.5
+    mask[..., 7:10] = True
+    return mask.to(dtype).expand(1, 2, *SIZE).contiguous()
+
+
+def multi_coil(dtype) -> dinv.physics.LinearPhysics:
+    parts = torch.randn(2, 1, 3, *SIZE, generator=generator(4), dtype=DOUBLE).to(dtype)
+    maps = torch.complex(*parts)
+    maps = maps / maps.abs().square().sum(1, keepdim=True).sqrt()
+    mask = fourier_mask(dtype)
+    return dinv.physics.MultiCoilMRI(mask, coil_maps=maps, img_size=SIZE)
+
+
+def inpainting(dtype) -> dinv.physics.LinearPhysics:
+    mask = (images(1, 1, *SIZE, seed=5)[0] > 0.5).to(dtype)
+    return dinv.physics.Inpainting((1, *SIZE), mask=mask)
+
+
+def blur(dtype, padding: str) -> dinv.physics.LinearPhysics:
+    kernel = gaussian_blur(sigma=(1.0, 1.0)).to(dtype)
+    return dinv.physics.Blur(kernel, padding=padding)
+
+
+#: Image channels, and the physics as a function of the dtype; nothing for denoising.
+TASKS = {
+    "denoising": (1, lambda dtype: None),
+    "circular blur": (1, lambda dtype: blur(dtype, "circular")),
+    "valid blur": (1, lambda dtype: blur(dtype, "valid")),
+    "inpainting": (1, inpainting),
+    "MRI": (2, lambda dtype: dinv.physics.MRI(fourier_mask(dtype), img_size=SIZE)),
+    "multi-coil MRI": (2, multi_coil),
+}
+
+#: Only with ``-m slow`` on the device that pretends: code of others, for longer.
+SLOW = {"MMR", "NCPR", "PatchSynthesis"}
+
+#: A few iterations are enough to compare, and rounding cannot change their number.
+FEW = {"max_iter": 3, "inner_max_iter": 8, "rtol": 0.0, "warn": False}
+BACKWARD = {"eps_backward": 1e-1, "max_iter_backward": 2}
+SETTINGS = {
+    **{
+        name: {**FEW, "DEQ": DEQConfig(anderson_acceleration_backward=True, **BACKWARD)}
+        for name in ("DEAL", "SAFI", "MMR")
+    },
+    **{
+        name: {
+            "max_iter": 4,
+            "warn": False,
+            "adjoint": AdjointOptions(rtol=1e-1, max_iter=2),
+        }
+        for name in ("CPR", "NCPR", "two-step", "PatchSynthesis")
+    },
+}
+
+
+def problem(task: str, dtype=DOUBLE):
+    """Measurements of two images, and the physics."""
+    channels, make = TASKS[task]
+    x, physics = images(2, channels, *SIZE).to(dtype), make(dtype)
+    y = x if physics is None else physics.A(x)
+    noise = torch.randn(y.shape, generator=generator(1), dtype=DOUBLE)
+    return y + 0.05 * noise.to(dtype), physics
+
+
+def answer(name: str, task: str, device, dtype):
+    """The image and the gradient in the weights, on the CPU."""
+    y, physics = problem(task, dtype)
+    model = MODELS[name](**SETTINGS[name]).to(device).to(dtype)
+    physics = None if physics is None else physics.to(device)
+    settings = {} if physics is None else {"lambda_reg": 0.05}
+    if isinstance(model, DEAL):
+        settings["sigma"] = 0.1
+    x, info = model(y.to(device), physics, return_info=True, **settings)
+    assert x.device == info.converged.device == y.to(device).device
+    x.square().sum().backward()
+    weights = [p for p in _prior_of(model).parameters() if p.grad is not None]
+    assert weights
+    return x.detach().cpu(), torch.cat([p.grad.flatten().cpu() for p in weights])
+
+
+def quick(name: str, task: str) -> bool:
+    """Whether the device that pretends takes less than some seconds."""
+    if name in SLOW:
+        return False
+    if name == "DEAL":
+        return task != "MRI"
+    return task == "denoising" and name in ("SAFI", "CPR")
+
+
+@pytest.mark.filterwarnings("ignore::deepinv_deal.ConvergenceWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        pytest.param(n, t, marks=[pytest.mark.slow] * (not REAL and not quick(n, t)))
+        for n in MODELS
+        for t in TASKS
+    ],
+)
+def test_images_and_gradients_are_those_of_the_cpu(device, name, task, dtype):
+    x, gradient = answer(name, task, device, dtype)
+    expected, expected_gradient = answer(name, task, "cpu", DOUBLE)
+    assert relative_error(x, expected) < TOLERANCE[dtype]
+    assert relative_error(gradient, expected_gradient) < GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("form", [DEAL, SAFI, MMR, SmoothPlusSparse, PatchSynthesis])
+def test_a_model_leaves_a_given_prior_where_it_is(device, form):
+    size = {"num_filters": 2} if form in (DEAL, SAFI, MMR) else {}
+    prior = _prior_of(form(pretrained=None, **size)).to(device)
+    model = form(prior=prior)
+    assert next(prior.parameters()).device.type == device.type
+    assert _prior_of(model) is prior
+    form(prior=prior, device="cpu")
+    assert next(prior.parameters()).device.type == "cpu"
+
+
+def _prior_of(model):
+    return (
+        model.prior[0] if isinstance(model.prior, torch.nn.ModuleList) else model.prior
+    )
+
+
+def test_inner_solves_in_bfloat16(device):
+    y, _ = problem("denoising")
+    prior = random_prior(dtype=torch.float32)
+    settings = {"pretrained": None, "inner_dtype": torch.bfloat16, "warn": False}
+    y = y.float()
+    expected = DEAL(prior=copy.deepcopy(prior), **settings)(y, sigma=0.1)
+    x = DEAL(prior=prior.to(device), **settings)(y.to(device), sigma=0.1)
+    assert relative_error(x.cpu(), expected) < 1e-3
+
+
+def test_default_devices_do_not_reach_the_random_numbers(device):
+    y, physics = problem("inpainting")
+    model, expected = (
+        MODELS["DEAL"](),
+        MODELS["DEAL"]()(y, physics, 0.1, lambda_reg=0.1),
+    )
+    model, physics, y = model.to(device), physics.to(device), y.to(device)
+    context = device if REAL else contextlib.nullcontext()  # the other has no factories
+    with context:
+        x = model(y, physics, 0.1, lambda_reg=0.1)
+    assert relative_error(x.cpu(), expected) < TOLERANCE[DOUBLE]
+
+
+# -- training --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        image = np.kron(rng.integers(0, 255, (6, 8)), np.ones((5, 5))).astype(np.uint8)
+        Image.fromarray(image).save(path / f"{i}.png")
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(k, marks=[pytest.mark.slow] * (not REAL and k != "deal"))
+        for k in KINDS
+    ],
+)
+def test_two_steps_of_a_training_are_those_of_the_cpu(device, folder, tmp_path, kind):
+    here = KINDS[kind].start(folder, tmp_path / "cpu")
+    there = KINDS[kind].start(folder, tmp_path / "there", device=str(device))
+    before = weights_after(here, 0)
+    losses = take(here, 2), take(there, 2)
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+    here, there = weights_after(here, 0), weights_after(there, 0).cpu()
+    # Adam divides by the size of the gradient, so rounding counts where that is small.
+    assert relative_error(there - before, here - before) < 0.1
+
+
+def test_a_training_validates_and_resumes(device, folder, tmp_path):
+    settings = {"steps": 3, "val_every": 3, "device": str(device)}
+    whole = KINDS["deal"].start(folder, tmp_path / "whole", **settings)
+    best = whole.train()
+    log = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [3]
+    assert best == pytest.approx(json.loads(log[0])["psnr_mean"], abs=1e-3)
+    half = KINDS["deal"].start(folder, tmp_path / "half", **settings)
+    take(half, 2)
+    half.save()
+    rest = KINDS["deal"].start(folder, tmp_path / "half", resume=True, **settings)
+    assert rest.step == 2
+    rest.train()
+    whole, rest = (weights_after(t, 0).cpu() for t in (whole, rest))
+    assert relative_error(rest, whole) < 1e-3
+
+
+def test_a_training_step_reads_one_value_beside_those_of_the_solver(
+    device, folder, tmp_path
+):
+    if REAL:
+        pytest.skip("only the device that pretends counts")
+    trainer = KINDS["deal"].start(folder, tmp_path, device=str(device), steps=9)
+    take(trainer, 3)
+    with pretend_accelerator.counting() as counts:
+        take(trainer, 1)
+    lines = [line for kind, line in counts.where if "engine.py" in line]
+    assert len(lines) <= 1, counts.where
+
+
+def test_batches_drawn_in_the_background_are_those_of_the_sampler(device):
+    pictures = [(255 * images(1, 1, 20, 21)[0]).byte()]
+    sampler = DenoisingSampler(pictures, 12, 0.2, seed=3)
+    batches = Prefetched(sampler, 2, device)
+    for index, prepared in ((0, 1), (1, 5), (3, 4), (5, None), (4, None)):
+        batch, expected = batches.batch(index), sampler.batch(index, 2)
+        for part, wanted in zip(
+            vars(batch).values(), vars(expected).values(), strict=True
+        ):
+            assert torch.equal(part, wanted)
+        if prepared is not None:
+            batches.prepare(prepared)
+    threads = [t for t in threading.enumerate() if t.name.startswith("batches")]
+    assert len(threads) >= 1
+
+
+def test_conjugate_gradients_look_every_eight_iterations(device):
+    if REAL:
+        pytest.skip("only the device that pretends counts")
+    scale = torch.linspace(1, 9, 64, dtype=DOUBLE)[None].to(device)
+    b = torch.ones(1, 64, dtype=DOUBLE).to(device)
+    with pretend_accelerator.counting() as counts:
+        result = conjugate_gradient(lambda v: scale * v, b, rtol=1e-12)
+    assert bool(result.converged.all())
+    assert counts.waits <= int(result.n_iter) / 8 + 4
