@@ -85,7 +85,7 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
         history = panel.info.history.amax(1).cpu().numpy()
         axes[-1].semilogy(range(len(history)), history, "o-", markersize=3)
         # The tolerance refers to the force of the regularizer on the last images.
-        force = panel.info.residual / panel.info.imbalance
+        force = panel.info.residual / panel.info.criterion
         tolerance = panel.info.rtol * float(force.nan_to_num(1.0).min())
         axes[-1].axhline(tolerance, color="gray", linestyle="--", linewidth=1)
         axes[-1].annotate(

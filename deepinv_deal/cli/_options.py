@@ -103,7 +103,7 @@ def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> A
     import torch
 
     import deepinv_deal
-    from deepinv_deal.models import SynthesisModel
+    from deepinv_deal.problems import SolverOptions
     from deepinv_deal.weights import BUNDLED
     from deepinv_deal.weights.registry import BY_CHANNELS
 
@@ -124,14 +124,10 @@ def make_model(args: argparse.Namespace, channels: int = 1, **options: Any) -> A
             )
         weights = weights or own[0]
     kind = getattr(deepinv_deal, name)
-    if args.solver is not None:
-        if not issubclass(kind, SynthesisModel):
-            raise ValueError(f"--solver is not for {name}, only for dictionary models.")
-        options["solver"] = args.solver
-    if args.inner_dtype is not None:
-        if name != "DEAL":
-            raise ValueError(f"--inner-dtype is for DEAL, not for {name}.")
-        options["inner_dtype"] = getattr(torch, args.inner_dtype)
+    if args.inner_dtype is not None and name != "DEAL":
+        raise ValueError(f"--inner-dtype is for DEAL, not for {name}.")
+    dtype = None if args.inner_dtype is None else getattr(torch, args.inner_dtype)
+    options["solver"] = SolverOptions(args.solver or "auto", inner_dtype=dtype)
     for option in ("rtol", "max_iter"):
         if getattr(args, option) is not None:
             options[option] = getattr(args, option)
@@ -220,8 +216,7 @@ def _model_of(weights: str) -> str:
 
 def channels_of(model: Any) -> int:
     """Returns the number of channels that the filters or atoms of a model have."""
-    prior = model.prior
-    return int((prior[0] if hasattr(prior, "__getitem__") else prior).in_channels)
+    return int(model.prior.in_channels)
 
 
 def photograph(size: int, channels: int = 1) -> Tensor:
@@ -257,7 +252,8 @@ def report(name: str, info: ReconstructionInfo, seconds: float) -> bool:
     print(
         f"{name}: {int(info.n_iter.max())} iterations, "
         + (f"{inner} inner iterations, " if inner else "")
-        + f"imbalance {float(info.imbalance.max()):.1e} "
+        + f"{'imbalance' if info.has_mask else 'change'} "
+        f"{float(info.criterion.max()):.1e} "
         f"({'converged' if converged else 'NOT converged'}), {seconds:.1f} s"
     )
     for note in info.notes:

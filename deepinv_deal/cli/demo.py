@@ -62,7 +62,7 @@ def _demo(args: argparse.Namespace) -> int:
         ),
     )
     model = make_model(args)
-    prior = model.prior[0]
+    prior = model.prior
     print(f"DEAL with {prior.num_filters} filters, camera at {args.size} x {args.size}")
     panels, worked = [], True
     for title, physics, settings in problems:
@@ -77,8 +77,8 @@ def _demo(args: argparse.Namespace) -> int:
             f"{title}\n"
             f"  measurement     {captions[0]}\n"
             f"  reconstruction  {captions[1]}\n"
-            f"  {int(info.n_iter)} iterations, {int(info.cg_iter)} conjugate gradient "
-            "steps, "
+            f"  {int(info.n_iter)} iterations, {int(info.inner_iter)} conjugate "
+            "gradient steps, "
             f"imbalance {float(info.imbalance):.1e} "
             f"({'converged' if info.converged else 'NOT converged'}), {seconds:.1f} s"
         )

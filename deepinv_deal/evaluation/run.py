@@ -21,8 +21,7 @@ from tqdm import tqdm
 from deepinv_deal.evaluation.baselines import TotalVariation
 from deepinv_deal.evaluation.published import PUBLISHED, SOURCE
 from deepinv_deal.evaluation.tasks import Task
-from deepinv_deal.models import DEAL
-from deepinv_deal.models.patches import SynthesisInfo, SynthesisModel
+from deepinv_deal.models import DEAL, SynthesisInfo, SynthesisModel
 from deepinv_deal.tuning import tune
 from deepinv_deal.tuning.run import REPORTING
 

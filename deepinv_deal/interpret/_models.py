@@ -25,7 +25,7 @@ def attentive(model: Any) -> AttentiveModel:
 
 def attentive_prior(model: Any) -> AttentiveQuadraticPrior | AttentiveL1Prior:
     """Returns the prior of a model that computes a mask."""
-    return attentive(model).prior[0]
+    return attentive(model).prior
 
 
 def analysis_operator(model: Any) -> MultiConvOperator:

@@ -83,7 +83,7 @@ def _with_mask_rule(model: Any, rule: MaskRule) -> AttentiveModel:
     changed = copy.deepcopy(attentive(model))
     prior: Any = attentive_prior(changed)
     if isinstance(prior, AttentiveQuadraticPrior):
-        changed.prior[0] = _ChangedPrior(prior, rule)
+        changed.prior = _ChangedPrior(prior, rule)
     else:
         name = "mask_network" if hasattr(prior, "mask_network") else "potential"
         setattr(prior, name, _ChangedNetwork(getattr(prior, name), rule))

@@ -21,7 +21,8 @@ from deepinv_deal.interpret._models import dictionary_prior
 from deepinv_deal.models import SynthesisInfo
 from deepinv_deal.operators import PatchConv
 from deepinv_deal.operators.patches import PatchFrame
-from deepinv_deal.priors.synthesis import ImageSystem, patch_count
+from deepinv_deal.problems import operator_term
+from deepinv_deal.problems.synthesis import patch_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -160,7 +161,7 @@ def decompose(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Decomposition:
         )
     prior = dictionary_prior(model)
     problem = prior.problem(
-        ImageSystem.identity(x_hat),
+        operator_term(x_hat),
         beta=_checked(info).beta,
         lambda_reg=info.lambda_reg,
     )

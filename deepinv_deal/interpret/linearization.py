@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deal.interpret._models import attentive
-from deepinv_deal.models import Problem
-from deepinv_deal.priors import AttentiveEquation, AttentiveL1Equation
+from deepinv_deal.problems import AttentiveEquation, AttentiveL1Equation, Problem
 from deepinv_deal.solvers import (
     AdjointOptions,
     SolverResult,
@@ -77,7 +76,7 @@ def linearize(
     with torch.no_grad():
         problem = model.pose(y, physics, sigma, lambda_reg=lambda_reg, init=init)
         problem = problem.precise
-        b = problem.equation.b
+        b = problem.data.b
         if len(b) != 1:
             raise ValueError(
                 f"y must hold one sample, got {len(b)} (shape {tuple(b.shape)}). "
@@ -88,8 +87,8 @@ def linearize(
             problem.equation.start(problem.init),
             rtol=rtol,
             max_iter=max_iter,
-            forcing=model.forcing,
-            anderson=model.anderson,
+            forcing=model.solver.forcing,
+            anderson=model.solver.anderson,
         )
     result.report("linearize", rtol, "Raise max_iter or relax rtol.")
     if inner_rtol is None:
@@ -127,7 +126,7 @@ class Linearization:
     :param float inner_rtol: relative accuracy of the linear solves.
     """
 
-    problem: Problem[Any]
+    problem: Problem
     x: Tensor
     result: SolverResult
     inner_rtol: float
@@ -139,9 +138,10 @@ class Linearization:
 
     @property
     def mask(self) -> Tensor:
-        """The masks at the solution, ``(1, N, H, W)``; ``(2, ...)`` if complex."""
+        """The masks at the solution, ``(1, N, H, W)``; ``(1, 2 N, ...)`` if complex."""
         with torch.no_grad():
-            return self.problem.equation.mask(self.x)
+            mask = self.problem.equation.mask(self.x)
+        return mask.reshape(1, -1, *mask.shape[2:])
 
     # -- products, K vectors at once ---------------------------------------------
 
@@ -182,7 +182,7 @@ class Linearization:
     def data_normal(self, v: Tensor) -> Tensor:
         r"""Returns :math:`A^{\top} A v`, shape of ``v``."""
         with torch.no_grad():
-            return self.problem.operator.A_adjoint_A(v)
+            return self.problem.data.normal(v)
 
     # -- inside --------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ class Linearization:
                 f"shape {tuple(v.shape)}."
             )
         # Real and imaginary part are a batch already.
-        together = not self.problem.operator.is_complex
+        together = not self.problem.data.complex_pair
         parts = [v] if together else v.split(1)
         return torch.cat([product(self._copies(len(part)), part) for part in parts])
 
@@ -224,7 +224,7 @@ class _Copies:
         equation: AttentiveEquation | AttentiveL1Equation = at.problem.equation
         self.equation = replace(
             equation,
-            b=equation.b.expand(number, -1, -1, -1),
+            data=equation.data.expanded(number),
             lambda_reg=equation.lambda_reg.expand(number),
         )
         self.x = at.x.expand(number, -1, -1, -1)

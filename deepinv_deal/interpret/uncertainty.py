@@ -135,17 +135,19 @@ def posterior_samples(
     """
     _check_positive(noise=noise, num_samples=num_samples)
     generator = generator or torch.Generator().manual_seed(0)
-    regularizer, mask = at.problem.equation.regularizer, at.mask
-    weight = expand(at.problem.equation.lambda_reg.sqrt(), at.x)
+    equation = at.problem.equation
+    regularizer = equation.regularizer
+    weight = expand(equation.lambda_reg.sqrt(), at.x)
     right = []
     with torch.no_grad():
+        mask = equation.mask(at.x)
         for _ in range(num_samples):
             n2 = _normal(mask, generator)
             prior = weight * regularizer.adjoint(mask * n2, at.x)
             right.append(_back_projected_noise(at, generator) + prior)
     changes = [at.solve(v) for v in torch.cat(right).split(batch_size)]
     # The noise is in the units of the data, changes of x in those of the model.
-    scale = expand(at.problem.scale, at.x)
+    scale = expand(at.problem.data.intensity, at.x)
     return at.problem.image(at.x + noise / scale * torch.cat(changes))
 
 
@@ -156,16 +158,18 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _back_projected_noise(at: Linearization, generator: torch.Generator) -> Tensor:
     r"""Returns :math:`A^{\top} n` for white noise of variance 1, shape of ``at.x``."""
-    operator = at.problem.operator
-    if operator.denoising:
+    data = at.problem.data
+    if data.identity:
         return _normal(at.x, generator)
-    y = operator.physics.A(operator.embed(torch.zeros_like(at.x)))
+    layout, physics = data.layout, data.physics
+    assert layout is not None
+    y = physics.A(layout.embed(torch.zeros_like(at.x)))
     noise: Any
     if isinstance(y, TensorList):
         noise = TensorList([_white(part, generator) for part in y])
     else:
         noise = _white(y, generator)
-    return operator.extract(operator.physics.A_adjoint(noise))
+    return layout.extract(physics.A_adjoint(noise))
 
 
 def _white(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -252,7 +252,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
 
         watched = metrics is not None or recorder is not None
         unknown, result = self.solve(problem, start, observe if watched else None)
-        answer = [problem.image(unknown)]
+        answer: list[Any] = [problem.image(unknown)]
         if metrics is not None:
             answer.append(metrics.finish(result))
         if recorder is not None and self.warn:
@@ -457,7 +457,9 @@ class ReconstructionModel(Reconstructor, Denoiser):
             sigma = getattr(getattr(physics, "noise_model", None), "sigma", None)
         if sigma is None and self.estimate_sigma:
             sigma = "estimate"
-        image = data.b if data.scale is None else data.b * data.scale[:, None, None, None]
+        image = (
+            data.b if data.scale is None else data.b * data.scale[:, None, None, None]
+        )
         if isinstance(sigma, str):
             if sigma != "estimate" or not data.identity:
                 raise ValueError(

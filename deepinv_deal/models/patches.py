@@ -101,7 +101,11 @@ class SynthesisModel(ReconstructionModel):
         return problem.equation.default_rtol if rtol is None else rtol
 
     def _info(
-        self, problem: Problem, unknown: Tensor, result: SolverResult, **more: Any
+        self,
+        problem: Problem,
+        unknown: Tensor,  # noqa: ARG002 - the result holds it
+        result: SolverResult,
+        **more: Any,
     ) -> ReconstructionInfo:
         equation, coefficients = problem.equation, result.state[0].detach()
         with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import Tensor
 from deepinv_deal.optim.metrics import IterationMetrics
 from deepinv_deal.problems import AttentiveEquation, DataTerm, SolverOptions
 from deepinv_deal.problems.options import DEFAULT_RTOL
+from deepinv_deal.problems.quadratic import FrozenSystem
 from deepinv_deal.solvers import (
     AdjointOptions,
     SolverResult,
@@ -117,7 +118,7 @@ class FrozenIteration(OptimIterator):
             )
         equation = equation.precise  # a single solve, which nobody corrects
         with torch.no_grad():
-            problem = equation.freeze(x)
+            problem = FrozenSystem(equation, x)
             rtol = torch.full_like(problem.residual, self.rtol)
             result = problem.solve(rtol, torch.ones_like(rtol, dtype=torch.bool))
         self._report(result)

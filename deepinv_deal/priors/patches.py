@@ -349,7 +349,7 @@ class PatchSynthesisPrior(PatchPrior):
         """Returns the names of the methods that minimise, or stop early."""
         return (*PatchPrior.methods(bounds), "two-step", "coordinate-descent")
 
-    def equation(  # type: ignore[override]  # with the handling of means
+    def equation(
         self,
         data: DataTerm,
         *,

@@ -24,8 +24,6 @@ from deepinv_deal.problems.normal_operator import (
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 
 
-
-
 @dataclass(frozen=True)
 class DataTerm:
     r"""
@@ -99,9 +97,9 @@ class DataTerm:
             if H.layout != layout or H.like.dtype != b.dtype:
                 raise ValueError(
                     "physics was examined for images of shape "
-                    f"{tuple(H.layout.shape)} in {H.like.dtype}, and y makes images of "
-                    f"shape {tuple(layout.shape)} in {b.dtype}. Give the physics itself "
-                    "or examine it again."
+                    f"{tuple(H.layout.shape)} in {H.like.dtype}, and y makes images "
+                    f"of shape {tuple(layout.shape)} in {b.dtype}. Give the physics "
+                    "itself, or examine it again."
                 )
         notes = [] if H is None else list(H.notes)
         data = cls(b, H, layout, None, physics, y, notes)
@@ -240,8 +238,6 @@ def operator_term(b: Tensor, H: Callable[[Tensor], Tensor] | None = None) -> Dat
     :param Callable H: symmetric positive semi-definite map; ``None``: the identity.
     """
     return DataTerm(b, None if H is None else NormalOperator(H, b))
-
-
 
 
 def _intensity(data: DataTerm, scale: float | str) -> Tensor:

@@ -59,6 +59,8 @@ class DictionaryEquation:
     :param str method: the method.
     :param tuple bounds: smallest and largest value of the image, or ``None``.
     :param torch.Tensor start_coefficients: first coefficients; zero if ``None``.
+    :param float inner_rtol: tolerance of the coefficient problems in every pass of
+        coordinate descent.
     :raises ValueError: if the method cannot impose bounds.
     """
 
@@ -67,6 +69,7 @@ class DictionaryEquation:
     method: str
     bounds: Bounds | None = None
     start_coefficients: Tensor | None = None
+    inner_rtol: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.bounds is not None and self.method == "fista":
@@ -131,6 +134,7 @@ class DictionaryEquation:
         if self.method in ("two-step", "coordinate-descent"):
             if self.method == "two-step":
                 limits |= {"rtol": 0.0, "max_iter": TWO_STEPS}
+            limits["inner_rtol"] = self.inner_rtol
             result = coordinate_descent(p, start, a, bounds=bounds, **limits)
             x, coefficients = result.x, result.state[0].detach()
             return x, replace(result, x=x.detach(), state=(coefficients,))
@@ -143,9 +147,7 @@ class DictionaryEquation:
             r = ADMM_WEAKLY_CONVEX if p.penalty.weak_convexity else ADMM_CONVEX
             result = joint_admm(p, start, a, r=r, bounds=bounds, **limits)
         options = adjoint or DICTIONARY_ADJOINT
-        image, _ = self._held(result).differentiable(
-            result.x, result.state[0], options
-        )
+        image, _ = self._held(result).differentiable(result.x, result.state[0], options)
         return image, result
 
     def _held(self, result: SolverResult) -> SynthesisProblem:
@@ -181,4 +183,3 @@ def dictionary_method(
     if problem.suits_admm:
         return "admm"
     return "fista" if bounds is None else "ipalm"
-

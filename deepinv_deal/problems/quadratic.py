@@ -1,4 +1,4 @@
-r"""Attentive quadratic problems, those of DEAL: regularizer, equation, linear system."""
+r"""Attentive quadratic problems: regularizer, equation, and its linear systems."""
 
 from __future__ import annotations
 

@@ -55,12 +55,12 @@ class TiedMeans(NormalOperator):
         self.pixels = means.kernels[0].numel()
 
     @property
-    def is_circulant(self) -> bool:  # type: ignore[override]  # known without trial
+    def is_circulant(self) -> bool:
         """Whether it is a convolution: patches inside the image see its border."""
         return False
 
     @property
-    def norm_bound(self) -> Tensor:  # type: ignore[override]
+    def norm_bound(self) -> Tensor:
         """An upper bound of its norm, ``(B,)``."""
         return self.data.norm_bound + self.weight * self.pixels
 

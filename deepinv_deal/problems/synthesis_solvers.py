@@ -71,7 +71,9 @@ def ipalm(
     :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
         ``state``.
     """
-    L = PALM_MARGIN * (problem.data.norm_bound + problem.beta * problem.aggregation_norm)
+    L = PALM_MARGIN * (
+        problem.data.norm_bound + problem.beta * problem.aggregation_norm
+    )
 
     def step_coefficients(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
         return problem.threshold(v, problem.features(blocks[1]))

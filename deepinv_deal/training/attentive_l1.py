@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
 from scipy.fft import idctn
 from torch import Tensor, nn
 
-from deepinv_deal._batch import select
 from deepinv_deal.models.safi import MMR, SAFI
 from deepinv_deal.priors import AttentiveL1Prior, MMRPrior, SAFIPrior
-from deepinv_deal.solvers import (
-    AdjointOptions,
-    FrozenProblem,
-    attach_gradient,
-    fixed_point,
-)
+from deepinv_deal.problems import SolverOptions
+from deepinv_deal.solvers import AdjointOptions
 from deepinv_deal.training.data import Problems
 from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
 from deepinv_deal.training.losses import mask_drift
+from deepinv_deal.training.recorded import Recorded
 
 #: Models by their names in the recipe.
 MODELS: dict[str, type[SAFI] | type[MMR]] = {"safi": SAFI, "mmr": MMR}
@@ -155,8 +152,6 @@ class AttentiveL1Recipe(SingleLevelRecipe):
 
     nonnegative: ClassVar[tuple[str, ...]] = ("drift",)
 
-    formerly: ClassVar[dict[str, Any]] = {"drift": 0.0}
-
     levels: ClassVar[tuple[str, ...]] = (*SingleLevelRecipe.levels, "init_sigma")
 
     def __post_init__(self) -> None:
@@ -200,6 +195,19 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
         """Returns the model around a prior, which validation calls."""
         return MODELS[self.recipe.model](prior=prior, warn=False)
 
+    @cached_property
+    def solver(self) -> SAFI | MMR:
+        """The model whose solves are differentiated."""
+        recipe = self.recipe
+        return MODELS[recipe.model](
+            prior=self.prior,
+            warn=False,
+            scale=None,
+            rtol=recipe.rtol,
+            solver=SolverOptions(inner_max_iter=recipe.inner_max_iter),
+            adjoint=AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol),
+        )
+
     @property
     def chooses_lambda(self) -> bool:
         """Whether ``lambda_reg`` is chosen anew for the best weights at the end."""
@@ -231,34 +239,17 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
             batch.
         """
         recipe = self.recipe
-        equation = self.prior.equation(
-            None, problems.y, inner_max_iter=recipe.inner_max_iter
+        problem = self.solver.pose(problems.y)
+        recorded = Recorded(problem.equation)
+        p_hat, result = self.solver.solve(
+            replace(problem, equation=recorded),
+            start,
+            max_iter=recipe.depth if start is None else recipe.warm_depth,
         )
-        pairs: list[Tensor] = []
-
-        def freeze(p: Tensor) -> FrozenProblem:
-            pairs[:-1] = []  # keep the last two
-            pairs.append(p)
-            return equation.freeze(p)
-
-        with torch.no_grad():
-            result = fixed_point(
-                freeze,
-                equation.start(None) if start is None else start,
-                rtol=recipe.rtol,
-                max_iter=recipe.depth if start is None else recipe.warm_depth,
-            )
-        options = AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol)
-        p_hat = attach_gradient(equation, result.x, options)
-        loss = (equation.image(p_hat) - problems.x).square().flatten(1).sum(1)
+        loss = (recorded.image(p_hat) - problems.x).square().flatten(1).sum(1)
         if recipe.drift:
             # Both masks have gradients: the mask shall depend less on the image. If the
             # previous one were constant, the mask would lag behind instead.
-            # The result need not be the last pair: it is the best. It stands for a pair
-            # that is not finite.
-            last, previous = (
-                equation.mask(select(p.isfinite().flatten(1).all(1), p, result.x))
-                for p in (pairs[-1], pairs[0])
-            )
-            loss = loss + recipe.drift * mask_drift(last, previous)
+            last, before = map(recorded.mask, recorded.last_two(result))
+            loss = loss + recipe.drift * mask_drift(last, before)
         return loss.mean(), result.x

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,16 +14,13 @@ from deepinv_deal._batch import select
 from deepinv_deal.models.deal import DEAL
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors import AttentiveQuadraticPrior, DEALPrior
-from deepinv_deal.solvers import (
-    AdjointOptions,
-    FrozenProblem,
-    attach_gradient,
-    fixed_point,
-)
+from deepinv_deal.problems import SolverOptions
+from deepinv_deal.solvers import AdjointOptions
 from deepinv_deal.training.data import Problems, numbered_generator
 from deepinv_deal.training.engine import Recipe, Trainer
 from deepinv_deal.training.grow import color_from_gray, grow
 from deepinv_deal.training.losses import deal_loss
+from deepinv_deal.training.recorded import Recorded
 from deepinv_deal.weights import load
 
 Prior = TypeVar("Prior", bound=AttentiveQuadraticPrior)
@@ -126,6 +124,19 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
         """Returns the model around a prior, which validation calls."""
         return DEAL(pretrained=None, prior=prior, warn=False, scale=None)
 
+    @cached_property
+    def solver(self) -> DEAL:
+        """The model whose solves are differentiated."""
+        recipe = self.recipe
+        return DEAL(
+            pretrained=None,
+            prior=self.prior,
+            warn=False,
+            scale=None,
+            solver=SolverOptions(anderson=0, preconditioner="none"),
+            adjoint=AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol),
+        )
+
     def parameter_groups(self) -> Sequence[tuple[float, Sequence[nn.Parameter]]]:
         """Returns factors on the learning rate, with the parameters they are for."""
         # kappa counts gray levels, of order 1 to 30, all else is of order 0.01 to 1.
@@ -151,34 +162,24 @@ class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):
         :param torch.Tensor start: the last images; ``None`` for a new batch.
         """
         recipe = self.recipe
-        equation = self.prior.equation(_identity, problems.y, problems.sigma)
-        iterates: list[tuple[Tensor, Tensor]] = []  # images and their squared masks
-
-        def freeze(x: Tensor) -> FrozenProblem:
-            problem = equation.freeze(x)
-            iterates[:-1] = []  # keep the last two
-            iterates.append((x, problem.squared_mask))
-            return problem
-
-        with torch.no_grad():
-            result = fixed_point(
-                freeze,
-                torch.zeros_like(problems.y) if start is None else start,
-                rtol=recipe.rtol,
-                max_iter=self._depth(start is None),
-            )
-        mask = equation.regularizer.mask(result.x)
+        problem = self.solver.pose(problems.y, sigma=problems.sigma)
+        recorded = Recorded(problem.equation)
+        x_hat, result = self.solver.solve(
+            replace(problem, equation=recorded),
+            start,
+            rtol=recipe.rtol,
+            max_iter=self._depth(start is None),
+        )
+        mask = recorded.mask_at_solution
+        assert mask is not None
         # The result need not be the last iterate: it is the best. Where it is the one
-        # before, that one's mask has not changed, and the last one's is compared. It
-        # stands for an iterate that is not finite.
-        (_, previous), (last, squared_mask) = iterates[0], iterates[-1]
-        other = select((result.x == last).flatten(1).all(1), previous, squared_mask)
+        # before, that one's mask has not changed, and the last one's is compared. The
+        # mask at the solution stands for those of iterates that are not finite.
+        (_, previous), (last, frozen) = recorded.iterates[0], recorded.iterates[-1]
+        is_last = (result.x == last).flatten(1).all(1)
+        other = select(is_last, previous.squared_mask, frozen.squared_mask)
         finite = other.flatten(1).isfinite().all(1)
         other = select(finite, other, mask.detach().square())
-        options = AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol)
-        x_hat = attach_gradient(
-            equation, result.x, options, residual=equation(result.x, mask)
-        )
         weights = (problems.sigma / recipe.sigma_max + 0.1) ** -recipe.balance
         loss = deal_loss(
             x_hat,
@@ -225,7 +226,3 @@ class DEALTrainer(AttentiveQuadraticTrainer[DEALPrior]):
             "num_filters": prior.num_filters,
             "normalization": prior.normalization,
         }
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from deepinv_deal.models.patches import PatchSynthesis, SmoothPlusSparse
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
-from deepinv_deal.priors.patches import Mean, PenaltyName, check_mean, solve_jointly
-from deepinv_deal.priors.penalties import WeaklyConvexPenalty
-from deepinv_deal.priors.synthesis import ImageSystem
-from deepinv_deal.priors.synthesis_solvers import coordinate_descent
+from deepinv_deal.priors.patches import Mean, PenaltyName, check_mean
+from deepinv_deal.problems import WeaklyConvexPenalty
 from deepinv_deal.solvers import AdjointOptions
 from deepinv_deal.training.data import Problems
 from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
@@ -222,6 +221,15 @@ class DictionaryTrainer(
             return PatchSynthesis(prior=prior, warn=False)
         return SmoothPlusSparse(prior=prior, warn=False)
 
+    @cached_property
+    def solver(self) -> PatchSynthesis | SmoothPlusSparse:
+        """The model whose solves are differentiated."""
+        adjoint = AdjointOptions(jacobian_free=True, rtol=self.recipe.adjoint_rtol)
+        settings: dict[str, Any] = {"warn": False, "scale": None, "adjoint": adjoint}
+        if isinstance(self.prior, PatchSynthesisPrior):
+            return PatchSynthesis(prior=self.prior, **settings)
+        return SmoothPlusSparse(prior=self.prior, **settings)
+
     @property
     def chooses_lambda(self) -> bool:
         """Whether ``lambda_reg`` is chosen anew for the best weights at the end."""
@@ -250,30 +258,18 @@ class DictionaryTrainer(
         :param torch.Tensor start: the last coefficients; ``None`` for a new batch.
         """
         recipe = self.recipe
-        prior, data = self.prior, ImageSystem.identity(problems.y)
-        if isinstance(prior, PatchSynthesisPrior) and prior.mean == "fixed":
-            beta = prior.beta.expand(len(problems.y))
-            data = data.with_means(problems.y, prior.dictionary.patch_size, beta)
-        problem = prior.problem(data)
-        if isinstance(problem.penalty, WeaklyConvexPenalty):
-            penalty = replace(problem.penalty, largest_slope=LARGEST_SLOPE)
-            problem = replace(problem, penalty=penalty)
+        problem = self.solver.pose(problems.y)
         rtol, max_iter = recipe.accuracy(new=start is None)
-        a = problem.zero_coefficients() if start is None else start
-        if recipe.model == "patch":
-            result = coordinate_descent(
-                problem, problems.y, a, rtol=0.0, max_iter=2, inner_rtol=rtol
+        equation = replace(problem.equation, start_coefficients=start, inner_rtol=rtol)
+        penalty = equation.problem.penalty
+        if isinstance(penalty, WeaklyConvexPenalty):
+            penalty = replace(penalty, largest_slope=LARGEST_SLOPE)
+            equation = replace(
+                equation, problem=replace(equation.problem, penalty=penalty)
             )
-            x_hat = result.x
-        else:
-            x_hat, result = solve_jointly(
-                problem,
-                problems.y,
-                a,
-                rtol=rtol,
-                max_iter=max_iter,
-                adjoint=AdjointOptions(jacobian_free=True, rtol=recipe.adjoint_rtol),
-            )
+        x_hat, result = self.solver.solve(
+            replace(problem, equation=equation), rtol=rtol, max_iter=max_iter
+        )
         loss = (x_hat - problems.x).abs().mean()
         return loss, result.state[0].detach()
 

@@ -9,7 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -19,8 +19,10 @@ from deepinv.models import Reconstructor
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from deepinv_deal._warnings import warn
 from deepinv_deal.files import load_images
 from deepinv_deal.solvers import ConvergenceWarning
+from deepinv_deal.training.checkpoint import read_checkpoint, write_checkpoint
 from deepinv_deal.training.curve import LOG, plot_learning_curve
 from deepinv_deal.training.data import (
     DenoisingSampler,
@@ -35,17 +37,6 @@ from deepinv_deal.weights.files import read_header, replacing
 
 R = TypeVar("R", bound="Recipe")
 P = TypeVar("P", bound=nn.Module)
-
-#: Settings that may change between a run and its continuation.
-_FREE_SETTINGS = {
-    "out",
-    "data",
-    "val",
-    "device",
-    "checkpoint_every",
-    "time_budget",
-    "val_every",
-}
 
 
 @dataclass
@@ -125,9 +116,6 @@ class Recipe:
 
     #: Settings that are noise levels.
     levels: ClassVar[tuple[str, ...]] = ()
-
-    #: What was done before there was a setting, where its default is another.
-    formerly: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         if self.steps is None and self.time_budget is None:
@@ -525,7 +513,7 @@ class Trainer(ABC, Generic[R, P]):
             with replacing(self.out / "curve.png") as temporary:
                 plot_learning_curve(self.out).savefig(temporary, format="png", dpi=120)
         except (OSError, ValueError) as error:  # a picture is not worth a training
-            warnings.warn(f"curve.png could not be drawn: {error}", stacklevel=2)
+            warn(f"curve.png could not be drawn: {error}")
 
     # -- checkpoints ---------------------------------------------------------------
 
@@ -536,77 +524,29 @@ class Trainer(ABC, Generic[R, P]):
         :raises OSError: if it cannot be written; the last checkpoint is kept.
         """
         pools = self.processes.gathered(
-            {
-                slot: (p.x.cpu(), p.y.cpu(), p.sigma.cpu(), start.cpu())
-                for slot, (p, start) in self.pool.items()
-            }
+            {slot: (p.x, p.y, p.sigma, end) for slot, (p, end) in self.pool.items()}
         )
-        if not self.processes.first:
-            return
-        state = {
-            "recipe": _comparable(self.recipe),
-            "prior": _on_cpu(self.prior.state_dict()),
-            "optimizer": _on_cpu(self.optimizer.state_dict()),
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "best": self.best,
-            "pools": pools,  # one for each process
-        }
-        try:
-            with replacing(self.state_path) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-            raise OSError(
-                f"The checkpoint {self.state_path} could not be written: {error}. The "
-                "last one is kept: make room or mend the folder, and repeat the "
-                "command to go on from it."
-            ) from error
+        if self.processes.first:
+            state = {
+                "prior": self.prior.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "best": self.best,
+                "pools": pools,  # one for each process
+            }
+            write_checkpoint(self.state_path, self.recipe, state)
 
     def _load(self) -> None:
-        state = torch.load(self.state_path, map_location="cpu", weights_only=True)
-        ours = _comparable(self.recipe)
-        # Settings that are newer than the file had their default, or what they replace.
-        defaults = {f.name: f.default for f in fields(self.recipe)}
-        defaults |= self.recipe.formerly
-        theirs = {**{k: defaults[k] for k in ours}, **state["recipe"]}
-        differing = sorted(k for k in ours if theirs[k] != ours[k])
-        if differing:
-            changes = ", ".join(f"{k}: {theirs[k]} -> {ours[k]}" for k in differing)
-            raise ValueError(
-                f"{self.state_path} was written with other settings ({changes}). Use "
-                "the same settings to resume, or another folder to start anew."
-            )
+        state = read_checkpoint(self.state_path, self.recipe, self.processes.number)
         self.prior.load_state_dict(state["prior"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.best = state["best"]
-        # Before there could be several processes, a file held one pool.
-        pools = state["pools"] if "pools" in state else [state["pool"]]
-        if len(pools) != self.processes.number:
-            raise ValueError(
-                f"{self.state_path} was written by {len(pools)} process(es), and now "
-                f"there are {self.processes.number}. Resume with as many, or start "
-                "another training from its weights (init)."
-            )
         self.pool = {
-            slot: (Problems(x, y, sigma).to(self.device), start.to(self.device))
-            for slot, (x, y, sigma, start) in pools[self.processes.rank].items()
+            slot: (Problems(x, y, sigma).to(self.device), end.to(self.device))
+            for slot, (x, y, sigma, end) in state["pools"][self.processes.rank].items()
         }
-
-
-def _on_cpu(state: Any) -> Any:
-    """Copies the tensors of a state: a checkpoint may be read on another machine."""
-    if isinstance(state, Tensor):
-        return state.cpu()
-    if isinstance(state, dict):
-        return {key: _on_cpu(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [_on_cpu(value) for value in state]
-    return state
-
-
-def _comparable(recipe: Recipe) -> dict[str, Any]:
-    return {k: v for k, v in asdict(recipe).items() if k not in _FREE_SETTINGS}
 
 
 def _compare(pretrained: str, theirs: dict[str, Any], expected: dict[str, Any]) -> None:

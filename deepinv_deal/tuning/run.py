@@ -17,7 +17,7 @@ from deepinv.utils import TensorList
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from deepinv_deal.models.patches import SynthesisModel
+from deepinv_deal.models import ReconstructionModel
 from deepinv_deal.optim import FixedPointOptim
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.tuning.report import POWERS, Recorder, Trial, TuningResult
@@ -31,7 +31,7 @@ from deepinv_deal.tuning.validate import (
 )
 
 #: Models that say how a reconstruction went, by ``return_info=True``.
-REPORTING = (FixedPointOptim, SynthesisModel)
+REPORTING = (ReconstructionModel, FixedPointOptim)
 
 
 def tune(

@@ -16,9 +16,12 @@ from deepinv.utils import TensorList
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from deepinv_deal.models import ReconstructionModel, SynthesisModel
 from deepinv_deal.models.deal import DEFAULT_SIGMA
-from deepinv_deal.models.patches import SynthesisModel
 from deepinv_deal.optim import FixedPointOptim
+
+#: Models with a weight of their own.
+ITERATIVE = (ReconstructionModel, FixedPointOptim)
 
 EMPTY = "The validation set is empty: at least one image is needed to tune."
 
@@ -44,10 +47,13 @@ def check_parameters(
             "model must be a deepinv Reconstructor such as deepinv_deal.DEAL, got "
             f"{type(model).__name__}."
         )
-    kind, iterates = type(model).__name__, isinstance(model, FixedPointOptim)
-    dictionary = isinstance(model, SynthesisModel)
+    kind, dictionary = type(model).__name__, isinstance(model, SynthesisModel)
+    iterates = isinstance(model, ITERATIVE) and not dictionary
+    adapts = iterates and (
+        isinstance(model, ReconstructionModel) or own_values(model)[2].needs_sigma
+    )
     has = {
-        "sigma": (iterates and model.prior[0].needs_sigma, "models such as DEAL"),
+        "sigma": (adapts, "models such as DEAL"),
         "beta": (dictionary, "PatchSynthesis and SmoothPlusSparse"),
     }
     for name, (present, owners) in has.items():
@@ -90,17 +96,16 @@ def first_values(
             "beta": model.default_beta,
         }
         given = {k: learned.get(k) if v is None else v for k, v in given.items()}
-    if not isinstance(model, FixedPointOptim):
+    if isinstance(model, SynthesisModel) or not isinstance(model, ITERATIVE):
         return _positive({name: given[name] for name in names})
     lambda_reg, sigma = given["lambda_reg"], given["sigma"]
-    own = model.update_params_fn(0)
+    own_weight, own_level, prior = own_values(model)
     level: Any = sigma
     if level is None and denoising:
         level = noise_level(problem.physics)
     if level is None:
-        level = own["g_param"]
-    weight: Any = own["lambda"] if lambda_reg is None else lambda_reg
-    prior = model.prior[0]
+        level = own_level
+    weight: Any = own_weight if lambda_reg is None else lambda_reg
     if weight is None and denoising and not (level is None and prior.needs_sigma):
         weight = prior.default_lambda(level, problem.y)
     start = {
@@ -108,6 +113,14 @@ def first_values(
         "sigma": DEFAULT_SIGMA if level is None else level,
     }
     return _positive({name: start[name] for name in names})
+
+
+def own_values(model: Any) -> tuple[Any, Any, Any]:
+    """Returns the weight and noise level that a model was made with, and its prior."""
+    if isinstance(model, FixedPointOptim):
+        params = model.init_params_algo
+        return params["lambda"][0], params["g_param"][0], model.prior[0]
+    return model.lambda_reg, model.sigma, model.prior
 
 
 def _positive(start: dict[str, Any]) -> np.ndarray:
