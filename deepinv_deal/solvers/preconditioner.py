@@ -86,7 +86,8 @@ def transfer_function(
         output = to_fourier(image, complex_pair)
         estimates.append((spectrum.conj() * output).real / spectrum.abs().square())
         outputs.append((spectrum, output))
-        # What one image tells fits itself; two images are enough for a convolution.
+        # An estimate from one image reproduces that image whatever the operator is. The
+        # first check is therefore after two, which are enough for a convolution.
         if seed not in (1, PROBES - 1):
             continue
         values = torch.stack(estimates).mean(0).clamp_min(0)

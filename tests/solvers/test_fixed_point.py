@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import Counted, CoupledEquation, FrozenMap, FrozenSystem, random
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepinv_deal._batch import norm
-from deepinv_deal.solvers import SolverResult, Status, fixed_point
+from deepinv_deal.solvers import SolverResult, Status, fixed_point, picard
 
 FIELDS = ("x", "status", "n_iter", "residual", "n_inner")
 
@@ -555,3 +556,44 @@ def test_results_have_one_entry_per_sample(rng):
     assert isinstance(result, SolverResult)
     assert all(getattr(result, name).shape[0] == 3 for name in FIELDS)
     assert result.history.shape[1] == 3
+
+
+@pytest.mark.parametrize("anderson", [0, 3])
+def test_the_host_waits_once_per_iterate(anderson, rng, monkeypatch):
+    equation, reads, read = CoupledEquation.draw(rng, 4), [], picard.read_any
+    monkeypatch.setattr(picard, "read_any", lambda f: reads.append(1) or read(f))
+    init = torch.zeros(4, 6, dtype=torch.float64)
+    with Waits() as waits:
+        result = fixed_point(
+            waits.uncounted(equation.freeze), init, rtol=1e-8, anderson=anderson
+        )
+    assert len(reads) == result.n_iter.max() + 1 and waits.number == 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a number is asked of the device, but not by inner solves."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.counts = 0, True
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.number += self.counts and name == "_local_scalar_dense"
+        return function(*args, **(kwargs or {}))
+
+    def uncounted(self, freeze):
+        def frozen(x):
+            problem = freeze(x)
+            correction = problem.correction
+
+            def correct(*args):
+                self.counts = False
+                result = correction(*args)
+                self.counts = True
+                return result
+
+            problem.correction = correct
+            return problem
+
+        return frozen
