@@ -51,7 +51,7 @@ class DenseProblem:
 
     @cached_property
     def H(self) -> Tensor:
-        return dense(self.equation.H, SHAPE)
+        return dense(self.equation.data.normal, SHAPE)
 
     @cached_property
     def F(self) -> Tensor:

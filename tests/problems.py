@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from deepinv.optim import DEQConfig
 from helpers import random
 from torch import Tensor
 
@@ -15,22 +14,21 @@ from deepinv_deal import (
     DEAL,
     MMR,
     SAFI,
+    AdjointOptions,
     DEALPrior,
     PatchSynthesis,
     PatchSynthesisPrior,
     SmoothPlusSparse,
     SmoothPlusSparsePrior,
+    SolverOptions,
 )
 from deepinv_deal.operators import MultiConv
-from deepinv_deal.optim.fixed_point_optim import DEFAULT_DEQ
 from deepinv_deal.priors import AttentiveQuadratic, AttentiveQuadraticPrior
 
 DOUBLE = torch.float64
 
 #: Backward pass to rounding error.
-TIGHT = DEQConfig(
-    anderson_acceleration_backward=True, eps_backward=1e-12, max_iter_backward=300
-)
+TIGHT = AdjointOptions(rtol=1e-12, max_iter=300)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -94,7 +92,7 @@ class OwnPrior(AttentiveQuadraticPrior):
 
 def random_model(prior: DEALPrior | None = None, **kwargs) -> DEAL:
     """A model with masks in (0.01, 1), accurate to 1e-10 unless told otherwise."""
-    settings = {"rtol": 1e-10, "max_iter": 500, "DEQ": TIGHT, **kwargs}
+    settings = {"rtol": 1e-10, "max_iter": 500, "adjoint": TIGHT, **kwargs}
     return DEAL(pretrained=None, prior=prior or random_prior(), **settings)
 
 
@@ -137,9 +135,13 @@ def random_l1_prior(kind: type, num_filters: int = 3, seed: int = 0):
     return prior
 
 
+#: Inner solves of SAFI and MMR that leave few outer iterations.
+ACCURATE_INNER = SolverOptions(forcing=0.05, inner_max_iter=5000)
+
+
 def random_l1_model(kind, **kwargs):
     """A SAFI or MMR that smooths visibly, accurate to 1e-8 unless told otherwise."""
-    settings = {"rtol": 1e-8, "forcing": 0.05, "inner_max_iter": 5000, "DEQ": TIGHT}
+    settings = {"rtol": 1e-8, "solver": ACCURATE_INNER, "adjoint": TIGHT}
     prior = random_l1_prior(kind.prior_type)
     with torch.no_grad():
         prior.lambda_reg.fill_(0.2 / float(prior.bind().nu))
@@ -158,11 +160,17 @@ def small_model(form, rng, options, **settings):
     with torch.no_grad():
         for p in prior.dictionary.parameters():
             p.copy_(random(rng, *p.shape))
-    return form(prior=prior, rtol=settings.pop("rtol", 1e-5), **settings)
+    if settings.get("solver") != "two-step":  # which has no tolerance
+        settings = {"rtol": 1e-5, **settings}
+    return form(prior=prior, **settings)
+
+
+#: Rough ones, as the models themselves choose.
+ROUGH_INNER = SolverOptions(inner_max_iter=5000)
 
 
 def _fixed_point(form, **fixed):
-    fixed = {"rtol": 1e-2, "DEQ": DEFAULT_DEQ, **fixed}
+    fixed = {"rtol": 1e-2, "adjoint": AdjointOptions(), **fixed}
     return lambda **settings: form(**{**fixed, **settings})
 
 
@@ -176,8 +184,8 @@ def _dictionary(form, options, **fixed):
 #: the settings. The weakly convex one has gradients near its minimum only.
 MODELS = {
     "DEAL": _fixed_point(random_model),
-    "SAFI": _fixed_point(partial(random_l1_model, SAFI), forcing=0.5),
-    "MMR": _fixed_point(partial(random_l1_model, MMR), forcing=0.5),
+    "SAFI": _fixed_point(partial(random_l1_model, SAFI), solver=ROUGH_INNER),
+    "MMR": _fixed_point(partial(random_l1_model, MMR), solver=ROUGH_INNER),
     "CPR": _dictionary(SmoothPlusSparse, {"penalty": "group"}, rtol=1e-3),
     "NCPR": _dictionary(SmoothPlusSparse, {"penalty": "weakly_convex"}, rtol=1e-5),
     "two-step": _dictionary(PatchSynthesis, {"mean": "free"}),
