@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,9 @@ def linear_spline(x: Tensor, coefficients: Tensor, x_min: float, step: float) ->
         return _LinearSpline.apply(x, coefficients, x_min, step)
     return _in_parts(x, coefficients, x_min, step)
 
+
+#: Columns of bins, into which the entries of an accelerator's tensor are added in turn.
+_BIN_COLUMNS = 4096
 
 #: Values that a core evaluates at a time: what comes between stays in its cache.
 _PART = 2**17
@@ -133,9 +137,18 @@ def _channel_offset(x: Tensor, n_knots: int) -> Tensor:
 
 def _histogram(index: Tensor, weights: Tensor, n: int) -> Tensor:
     """Sums ``weights`` by ``index`` into ``n`` bins."""
-    # Many short rows of bins keep the additions parallel (CPU) and free of contention
-    # (GPU); summing them afterwards is cheap and deterministic.
     rows = _rows(index)
+    if index.device.type != "cpu":
+        # Neighbours in memory are added to neighbouring bins, so that the threads of a
+        # GPU do not wait for one another.
+        if rows is not index:
+            weights = weights.permute(0, 2, 3, 1)
+        width = math.gcd(rows.numel(), _BIN_COLUMNS)
+        bins = weights.new_zeros(n, width)
+        where = rows.reshape(-1, width).long()
+        return bins.scatter_add_(0, where, weights.reshape(-1, width)).sum(1)
+    # Many short rows of bins keep the additions parallel; summing them afterwards is
+    # cheap and deterministic.
     if rows is not index:
         weights = weights.permute(0, 2, 3, 1)
     n_rows = rows.shape[0] * (rows.shape[1] if rows.ndim > 2 else 1)

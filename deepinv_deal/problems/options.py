@@ -13,7 +13,7 @@ Preconditioner = Literal["auto", "circulant", "diagonal", "none"]
 PRECONDITIONERS: tuple[str, ...] = ("auto", "circulant", "diagonal", "none")
 
 #: Precisions of the convolutions in inner solves; ``None``: that of the weights.
-INNER_DTYPES = (None, torch.bfloat16, torch.float16, torch.float32)
+INNER_DTYPES = (None, torch.bfloat16, torch.float16, torch.float32, "tf32")
 
 #: Tolerance on the imbalance of forces. In denoising it is the share of the removed
 #: noise that is still uncertain.
@@ -53,9 +53,11 @@ class SolverOptions:
     :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``
         (DEAL), see :class:`deepinv_deal.problems.Preconditioning`.
     :param torch.dtype inner_dtype: precision of the convolutions in the inner solves
-        (DEAL), for example ``torch.bfloat16``; masks, residuals and everything else
-        stay in that of the weights, so the result is as accurate. ``None``: that of the
-        weights.
+        (DEAL), for example ``torch.bfloat16``, or ``"tf32"``, which NVIDIA's GPUs
+        compute much faster than float32; masks, residuals and everything else stay in
+        that of the weights, so the result is as accurate. ``None``: that of the
+        weights; TF32 is then switched off while the model runs, whatever
+        ``torch.backends`` says, since residuals stagnate with it.
     :raises ValueError: for values outside of these.
     """
 
@@ -64,7 +66,7 @@ class SolverOptions:
     forcing: float = 0.5
     anderson: int | None = None
     preconditioner: Preconditioner = "auto"
-    inner_dtype: torch.dtype | None = None
+    inner_dtype: torch.dtype | Literal["tf32"] | None = None
 
     def __post_init__(self) -> None:
         if self.inner_max_iter < 1:

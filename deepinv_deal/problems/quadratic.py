@@ -3,6 +3,7 @@ r"""Attentive quadratic problems: regularizer, equation, and its linear systems.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from deepinv_deal._batch import expand, inner, norm, select
 from deepinv_deal.operators import MultiConvOperator
-from deepinv_deal.operators.row_blocks import in_row_blocks
+from deepinv_deal.operators.multi_conv import BlockedNormal
+from deepinv_deal.operators.row_blocks import BLOCK_BYTES, in_row_blocks
 from deepinv_deal.problems.bounds import Bounds, clamp
 from deepinv_deal.problems.data_term import DataTerm
 from deepinv_deal.problems.equation import IterativeEquation
@@ -20,6 +22,7 @@ from deepinv_deal.problems.preconditioning import Preconditioning
 from deepinv_deal.solvers import ADMMState, SolverResult, admm
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE, LinearProblem
 from deepinv_deal.solvers.implicit import LinearSolve
+from deepinv_deal.solvers.precision import tf32_convolutions
 
 #: Imbalance of forces below which iterations are accelerated. Farther from the solution
 #: that helps some problems and hurts others: valid blur would take twice the work.
@@ -95,17 +98,40 @@ class AttentiveQuadratic:
         """Returns it with filters in another precision, for masks as before."""
         return replace(self, W=self.W.to(dtype), dtype=dtype)
 
-    def normal(self, x: Tensor, squared_mask: Tensor) -> Tensor:
+    @cached_property
+    def blocked(self) -> BlockedNormal | None:
+        """The form of :meth:`normal` for accelerators; ``None`` where it is none."""
+        if type(self.W) is not MultiConvOperator or not BlockedNormal.pays(
+            self.W.kernels
+        ):
+            return None
+        return BlockedNormal([kernel.detach() for kernel in self.W.kernels])
+
+    def arranged(self, squared_mask: Tensor) -> ArrangedMask | Tensor:
+        """Returns a squared mask in the form that :meth:`normal` takes fastest."""
+        if self.blocked is None or squared_mask.shape[1] != self.W.out_channels:
+            return squared_mask
+        return ArrangedMask(self.blocked.arrange(squared_mask))
+
+    def normal(self, x: Tensor, squared_mask: Tensor | ArrangedMask) -> Tensor:
         r"""Returns :math:`W^{\top} (m^2 \odot W x)`, the gradient at a frozen mask."""
+        split, channels = self._split(x), self.W.out_channels
+        split = split if self.dtype is None else split.to(self.dtype)
+        blocked = self.blocked
+        if blocked is not None and torch.is_grad_enabled():
+            blocked = BlockedNormal(self.W.kernels)
+        if isinstance(squared_mask, ArrangedMask):
+            assert blocked is not None
+            return blocked(split, squared_mask.blocks).view_as(x).to(x.dtype)
 
         def normal(x: Tensor, squared_mask: Tensor) -> Tensor:
+            if blocked is not None:
+                return blocked(x, blocked.arrange(squared_mask))
             w = self.W(x)
             # New memory for large features takes about as long as the product.
             w = squared_mask * w if torch.is_grad_enabled() else w.mul_(squared_mask)
             return self.W.adjoint(w)
 
-        split, channels = self._split(x), self.W.out_channels
-        split = split if self.dtype is None else split.to(self.dtype)
         squared_mask = squared_mask.expand(len(split), channels, *x.shape[2:])
         reach = 2 * self.W.reach
         return (
@@ -113,6 +139,13 @@ class AttentiveQuadratic:
             .view_as(x)
             .to(x.dtype)
         )
+
+
+@dataclass(frozen=True)
+class ArrangedMask:
+    """A squared mask in blocks of pixels, as :class:`BlockedNormal` takes it."""
+
+    blocks: Tensor
 
 
 @dataclass(frozen=True)
@@ -158,7 +191,7 @@ class AttentiveEquation(IterativeEquation):
     def force(
         self,
         x: Tensor,
-        squared_mask: Tensor,
+        squared_mask: Tensor | ArrangedMask,
         regularizer: AttentiveQuadratic | None = None,
     ) -> Tensor:
         r"""
@@ -211,9 +244,10 @@ class AttentiveEquation(IterativeEquation):
     @cached_property
     def inner_regularizer(self) -> AttentiveQuadratic:
         """The regularizer in the precision of the inner solves."""
-        if self.options.inner_dtype is None:
+        dtype = self.options.inner_dtype
+        if not isinstance(dtype, torch.dtype):
             return self.regularizer
-        return self.regularizer.to(self.options.inner_dtype)
+        return self.regularizer.to(dtype)
 
     @property
     def precise(self) -> AttentiveEquation:
@@ -243,15 +277,24 @@ class FrozenSystem(LinearProblem):
     def A(self, v: Tensor) -> Tensor:
         r"""Applies :math:`H + \lambda W^{\top} m^2 W`, in the inner precision."""
         regularizer, squared_mask = self.applied
-        force = self.equation.force(v, squared_mask, regularizer)
+        with tf32_convolutions(v.device) if self.in_tf32 else nullcontext():
+            force = self.equation.force(v, squared_mask, regularizer)
         return self.equation.preconditioning.H(v) + force
 
+    @property
+    def in_tf32(self) -> bool:
+        """Whether the convolutions of :meth:`A` may round to 19 bits."""
+        return self.inner and self.equation.options.inner_dtype == "tf32"
+
     @cached_property
-    def applied(self) -> tuple[AttentiveQuadratic, Tensor]:
-        """Regularizer and squared mask in the precision in which they are applied."""
+    def applied(self) -> tuple[AttentiveQuadratic, Tensor | ArrangedMask]:
+        """Regularizer and squared mask in the form in which they are applied."""
         equation, mask = self.equation, self.squared_mask
         regularizer = equation.inner_regularizer if self.inner else equation.regularizer
-        return regularizer, mask.to(regularizer.dtype or mask.dtype)
+        mask = mask.to(regularizer.dtype or mask.dtype)
+        # Large features are evaluated in blocks of rows, which need the plain mask.
+        small = mask.numel() * mask.element_size() <= BLOCK_BYTES
+        return regularizer, regularizer.arranged(mask) if small else mask
 
     @cached_property
     def force(self) -> Tensor:

@@ -18,6 +18,7 @@ from deepinv_deal.solvers.fixed_point import (
     LinearProblem,
     fixed_point,
 )
+from deepinv_deal.solvers.precision import solver_precision
 from deepinv_deal.solvers.result import SolverResult
 
 AdjointSolve = Callable[[Tensor], Tensor]
@@ -234,7 +235,7 @@ class _ImplicitSolution(Function):
     @once_differentiable
     def _first_derivative(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
         # The backward pass may have been started inside a region of autocast.
-        with torch.autocast(v.device.type, enabled=False):
+        with solver_precision(v.device):
             return ctx.solve_adjoint(v), None, None
 
 

@@ -1,8 +1,9 @@
-"""Protection of solvers from automatic mixed precision."""
+"""Protection of solvers from the rounding of automatic mixed precision and TF32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -12,14 +13,49 @@ from torch import nn
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+@contextmanager
+def tf32_convolutions(device: torch.device, allowed: bool = True) -> Iterator[None]:
+    """
+    Allows or forbids that convolutions on a GPU round their inputs to 19 bits (TF32).
+
+    PyTorch allows it by default. The switch belongs to the whole process; it is set
+    back at the end of the block.
+
+    :param torch.device device: where the convolutions are; without CUDA nothing is
+        done.
+    :param bool allowed: whether to allow it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
+
+
+@contextmanager
+def solver_precision(device: torch.device) -> Iterator[None]:
+    """
+    Computes in the dtype of the arguments, whatever the context says.
+
+    :param torch.device device: where the arguments are.
+    """
+    with torch.autocast(device.type, enabled=False), tf32_convolutions(device, False):
+        yield
+
+
 def full_precision(method: Method) -> Method:
     """
-    Keeps :class:`torch.autocast` away from a method of a module.
+    Keeps :class:`torch.autocast` and TF32 away from a method of a module.
 
-    In a network, 16-bit convolutions cost some rounding. In a solver they make an
-    operator that no longer is the adjoint of the other, so that residuals stagnate far
-    above the tolerance or the iteration never ends. The method computes in the dtype of
-    its arguments, whatever the context of the call.
+    In a network, convolutions of fewer bits cost some rounding. In a solver they make
+    an operator that no longer is the adjoint of the other, so that residuals stagnate
+    far above the tolerance or the iteration never ends. The method computes in the
+    dtype of its arguments, whatever the context of the call.
 
     :param Callable method: method of a :class:`torch.nn.Module`.
     """
@@ -27,7 +63,7 @@ def full_precision(method: Method) -> Method:
     @wraps(method)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         weight = next(self.parameters(), torch.empty(0))
-        with torch.autocast(weight.device.type, enabled=False):
+        with solver_precision(weight.device):
             return method(self, *args, **kwargs)
 
     return cast(Method, wrapper)

@@ -13,7 +13,11 @@ from torch.nn import functional as F
 
 from deepinv_deal._batch import inner, norm
 from deepinv_deal.operators import MultiConv, MultiConvOperator
-from deepinv_deal.operators.multi_conv import CollapsedOperator, Convolution
+from deepinv_deal.operators.multi_conv import (
+    BlockedNormal,
+    CollapsedOperator,
+    Convolution,
+)
 
 GRAY, COLOUR = (
     (1, 2, 3, 10),
@@ -472,3 +476,37 @@ def test_an_operator_can_be_made_from_given_kernels(rng):
     W, x = MultiConvOperator(kernels), random(rng, 1, 2, 6, 7)
     assert W.in_channels == 2 and W.reach == 3
     torch.testing.assert_close(W(x), plain_chain(kernels, x), rtol=1e-12, atol=1e-12)
+
+
+# -- blocks of pixels, for accelerators ------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(16, 12), (17, 15), (9, 22)])
+def test_the_normal_operator_in_blocks_of_pixels_is_the_same(channels, size):
+    W = MultiConv((channels, 2, 3, 5), 9).double()
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, channels, *size, generator=rng, dtype=torch.float64)
+    squared_mask = torch.rand(2, 5, *size, generator=rng, dtype=torch.float64)
+    results = []
+    for blocked in (False, True):
+        operator = W.operator()
+        kernels = list(W.parameters())
+        x_ = x.clone().requires_grad_()
+        m = squared_mask.clone().requires_grad_()
+        if blocked:
+            normal = BlockedNormal(operator.kernels)
+            out = normal(x_, normal.arrange(m))
+        else:
+            out = operator.adjoint(m * operator(x_))
+        gradients = torch.autograd.grad(out.square().sum(), [x_, m, *kernels])
+        results.append([out, *gradients])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_of_pixels_are_for_large_kernels_on_accelerators():
+    kernel = torch.zeros(2, 1, 9, 9)
+    assert not BlockedNormal.pays([kernel])
+    assert BlockedNormal.pays([kernel.to("meta")])
+    assert not BlockedNormal.pays([kernel[..., :3, :3].to("meta")])
