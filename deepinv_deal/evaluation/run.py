@@ -131,10 +131,10 @@ def evaluate(
         task.name.capitalize(),
         disable=None if progress is None else not progress,
     )
-    scores = []
+    scores, device = [], _device_of(model)
     for condition, name, image in bar:
         x = task.ground_truth(image)
-        y, physics = condition.measure(x)
+        y, physics = _on(device, *condition.measure(x))
         weight = lambda_reg
         if weight is None and (deal or condition.tuned):
             weight = condition.lambda_reg  # the published one is of no use to others
@@ -162,7 +162,7 @@ def evaluate(
                 extra["beta"] = float(info.beta)
         elif weight is not None:
             extra = {"lambda_reg": weight}
-        psnr, ssim = quality(task.compare(result), task.compare(x))
+        psnr, ssim = quality(task.compare(result.cpu()), task.compare(x))
         scores.append(
             Score(
                 name,
@@ -214,9 +214,9 @@ def tune_task(
     metric.lower_better = False
     settings = _settings(model, task, sigma)
     tune_beta = isinstance(model, SynthesisModel) and task.sigma is not None
-    conditions = []
+    conditions, device = [], _device_of(model)
     for condition in task.conditions:
-        measured = [(x, *condition.measure(x)) for x in truths]
+        measured = [(x.to(device), *_on(device, *condition.measure(x))) for x in truths]
         if not measured:
             raise ValueError("There is no image to tune on.")
         start: float | None = None
@@ -240,6 +240,16 @@ def tune_task(
             replace(condition, lambda_reg=best.lambda_reg, beta=best.beta, tuned=True)
         )
     return replace(task, conditions=tuple(conditions))
+
+
+def _device_of(model: Reconstructor) -> torch.device:
+    """Where a model computes."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _on(device: torch.device, y: Any, physics: Any) -> tuple[Any, Any]:
+    """Moves what was measured on the CPU, where the noise is the same for all."""
+    return y.to(device), physics.to(device)
 
 
 def _settings(model: Reconstructor, task: Task, sigma: float | None) -> dict[str, Any]:

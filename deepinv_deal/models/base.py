@@ -431,11 +431,12 @@ class ReconstructionModel(Reconstructor, Denoiser):
 
     def _data(self, y: Any, physics: Any, scale: float | str | None) -> DataTerm:
         """Returns the checked data term."""
+        # Replicas of torch.nn.DataParallel have no parameters, and are where y is.
         weights = chain(self.prior.parameters(), self.prior.buffers())
         return DataTerm.of(
             y,
             physics,
-            next(weights, torch.empty(0)),
+            next(weights, None),
             in_channels=self.prior.in_channels,
             complex_mode=self.complex_mode,
             scale=scale,

@@ -85,7 +85,7 @@ class FrozenIteration(OptimIterator):
             # The term norm / 2 ||A x - y||^2 with weight lambda, divided by its factor.
             lambda_reg = lambda_reg / data_fidelity.norm
         weights = chain(prior.parameters(), prior.buffers())
-        reference = next(weights, torch.empty(0))
+        reference = next(weights, None)
         data = DataTerm.of(
             y, physics, reference, in_channels=prior.in_channels, trial=trial
         )

@@ -123,6 +123,7 @@ class AttentiveQuadraticPrior(Prior, Configurable):
         """Returns all learned splines, for the total-variation penalty of training."""
         return [m for m in self.modules() if isinstance(m, LinearSpline)]
 
+    @full_precision
     def mask(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """
         Returns the mask of an image.
@@ -136,6 +137,7 @@ class AttentiveQuadraticPrior(Prior, Configurable):
         mask = self.bind(sigma, x).mask(x)
         return mask.reshape(len(x), -1, *mask.shape[2:])
 
+    @full_precision
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Raises: no function has the fixed points as minimisers. See frozen_fn."""
         raise NotImplementedError(
@@ -144,6 +146,7 @@ class AttentiveQuadraticPrior(Prior, Configurable):
             "evaluates the quadratic with the mask frozen at z."
         )
 
+    @full_precision
     def frozen_fn(self, x: Tensor, z: Tensor, sigma: float | Tensor) -> Tensor:
         r"""
         Returns :math:`\tfrac12 \|M_\sigma(z) \odot W x\|^2` per sample, ``(B,)``.
@@ -183,6 +186,7 @@ class AttentiveQuadraticPrior(Prior, Configurable):
         regularizer = self.bind(sigma, data.b)
         return AttentiveEquation(data, weight, regularizer, bounds, options)
 
+    @full_precision
     def grad(
         self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:

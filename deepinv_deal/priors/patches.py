@@ -227,6 +227,7 @@ class PatchPrior(Prior, Configurable):
         result.report(type(self).__name__, rtol, advice)
         return result
 
+    @full_precision
     def fn(self, x: Tensor, sigma: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         r"""Returns :math:`g(x)` of every sample, ``(B,)``."""
         problem = self._at(x, sigma)
@@ -234,6 +235,7 @@ class PatchPrior(Prior, Configurable):
         r = problem.features(x) - problem.synthesis(a)
         return 0.5 * inner(r, r) + problem.penalty.value(a)
 
+    @full_precision
     def grad(self, x: Tensor, sigma: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         r"""
         Returns :math:`\nabla g(x)`, shape of ``x``.

@@ -244,6 +244,7 @@ class AttentiveL1Prior(Prior, Configurable):
         """Returns all learned splines."""
         return [m for m in self.modules() if isinstance(m, LinearSpline)]
 
+    @full_precision
     def mask(self, x: Tensor) -> Tensor:
         """
         Returns the mask of an image.
@@ -255,11 +256,13 @@ class AttentiveL1Prior(Prior, Configurable):
         bound = self.bind()
         return bound.mask(x, bound.analyse(x))
 
+    @full_precision
     def frozen_fn(self, x: Tensor, z: Tensor) -> Tensor:
         r"""Returns :math:`\|m(z) \odot W x\|_1` per sample, ``(B,)``."""
         bound = self.bind()
         return bound.value(bound.analyse(x), bound.mask(z, bound.analyse(z)))
 
+    @full_precision
     def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         r"""
         Returns :math:`W^{\top} (m(x) \odot \mathrm{sign}(W x))`, shape of ``x``: a
@@ -371,6 +374,7 @@ class SAFIPrior(AttentiveL1Prior):
     def _stretch_mask(self, factor: float) -> None:
         self.mask_network.V[0].div_(factor)
 
+    @full_precision
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Raises: SAFI minimises no function. See ``frozen_fn``."""
         raise NotImplementedError(
@@ -419,6 +423,7 @@ class MMRPrior(AttentiveL1Prior):
     def _stretch_mask(self, factor: float) -> None:
         self.potential.scale.div_(factor)
 
+    @full_precision
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """
         Returns R(x) of every sample, ``(B,)``, by exact integration of the splines.

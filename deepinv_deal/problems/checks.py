@@ -49,17 +49,17 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
 
 
-def check_measurements(y: Any, reference: Tensor) -> None:
+def check_measurements(y: Any, reference: Tensor | None) -> None:
     """
     Checks that measurements are finite, floating and where the model is.
 
     :param torch.Tensor y: measurements, or a ``TensorList`` of them.
-    :param torch.Tensor reference: any parameter of the model.
+    :param torch.Tensor reference: any parameter of the model; ``None`` if it has none.
     :raises TypeError: if they are no floating or complex tensors, or the model is in a
         precision in which it cannot compute.
     :raises ValueError: for another dtype or device, no elements, NaN or infinity.
     """
-    if reference.dtype not in DTYPES:
+    if reference is not None and reference.dtype not in DTYPES:
         raise TypeError(
             f"The model is in {reference.dtype}, in which Fourier transforms and "
             "residuals cannot be computed. Use model.float(); 16-bit convolutions in "
@@ -74,12 +74,12 @@ def check_measurements(y: Any, reference: Tensor) -> None:
                 f"y must be floating point, got {part.dtype}. Divide 8-bit images by "
                 "255."
             )
-        if part.dtype.to_real() != reference.dtype:
+        if reference is not None and part.dtype.to_real() != reference.dtype:
             raise ValueError(
                 f"y has dtype {part.dtype}, the model {reference.dtype}. Convert one: "
                 f"y.to({reference.dtype}) or model.to({part.dtype.to_real()})."
             )
-        if part.device != reference.device:
+        if reference is not None and part.device != reference.device:
             raise ValueError(
                 f"y is on {part.device}, the model on {reference.device}. Move one of "
                 "them."

@@ -61,7 +61,7 @@ class DataTerm:
         cls,
         y: Any,
         physics: Any,
-        reference: Tensor,
+        reference: Tensor | None,
         *,
         in_channels: int = 1,
         complex_mode: str = "real_imag",
@@ -75,7 +75,7 @@ class DataTerm:
         :param deepinv.physics.LinearPhysics physics: forward operator, or the
             :class:`KnownPhysics` that was made of it; ``None`` to denoise.
         :param torch.Tensor reference: any parameter of the model, which tells dtype and
-            device.
+            device; ``None``: those of the measurements are right.
         :param int in_channels: channels that the filters see.
         :param str complex_mode: see :class:`ImageLayout`.
         :param float, str scale: intensity of the images; ``"auto"``: a power of ten
