@@ -1,9 +1,9 @@
 """
 How often a physics is applied before the first iteration, and in later calls.
 
-A model tries a physics out: whether its adjoint is one, and what it resembles, for the
-preconditioner. What was learnt is kept by ``known = model.examine(y, physics)`` and used
-again by ``model(y, known)``.
+A model tries a physics out: whether its adjoint is one, and what it resembles, for
+the preconditioner. What was learnt is kept by ``known = model.examine(y, physics)``
+and used again by ``model(y, known)``.
 
     python benchmarks/trials.py
 """
