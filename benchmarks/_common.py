@@ -27,12 +27,13 @@ from deepinv.physics.functional import gaussian_blur
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepinv_deal import DEAL
+from deepinv_deal import DEAL, SolverOptions
 from deepinv_deal.evaluation import Condition, Task
 from deepinv_deal.evaluation.tasks import MRI_NOISE, line_mask
 from deepinv_deal.operators import MultiConv
 from deepinv_deal.priors import DEALPrior
-from deepinv_deal.weights.deal import to_authors_state_dict
+from deepinv_deal.problems import operator_term
+from deepinv_deal.weights import to_authors
 
 # -- problems --------------------------------------------------------------------
 
@@ -95,9 +96,7 @@ def deepinv_model(prior: DEALPrior) -> dinv.models.DEAL:
     inner.spline_scaling = type(inner.spline_scaling)(
         num_activations=n, num_knots=14, x_min=-1, x_max=51, init=3.0, clamp=False
     )
-    missing, unexpected = inner.load_state_dict(
-        to_authors_state_dict(prior.state_dict()), strict=False
-    )
+    missing, unexpected = inner.load_state_dict(to_authors(prior), strict=False)
     parameters = {name for name, _ in inner.named_parameters()}
     assert not unexpected and not parameters & set(missing)
     return model.to(next(prior.parameters())).eval()
@@ -211,20 +210,23 @@ def application_times(
     :param int repeats: each time is the median of so many.
     :return: (:class:`ApplicationTimes`)
     """
-    prior = model.prior[0]
+    prior = model.prior
     weight = next(prior.parameters())
     rng = torch.Generator().manual_seed(0)
     shape = (1, prior.in_channels, size, size)
     x = torch.rand(shape, generator=rng, device="cpu").to(weight)
     with torch.no_grad():
-        equation = prior.equation(lambda v: v, x, 25 / 255, 1.0)
+        equation = prior.equation(
+            operator_term(x, lambda v: v), sigma=25 / 255, lambda_reg=1.0
+        )
         system = equation.freeze(x)
         plain = plain_normal(prior.W)
         long, short = 12, 2
 
         def steps(number: int) -> Any:
             zero = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-            limited = replace(equation, inner_max_iter=number).freeze(x)
+            options = SolverOptions(inner_max_iter=number)
+            limited = replace(equation, options=options).freeze(x)
             limited.squared_mask = system.squared_mask
             return limited.correction(x, zero)
 

@@ -17,7 +17,7 @@ import argparse
 import torch
 from operators import noisy, problems
 
-from deepinv_deal import DEAL
+from deepinv_deal import DEAL, SolverOptions
 from deepinv_deal._batch import central
 from deepinv_deal.files import load_images
 
@@ -57,15 +57,15 @@ def main() -> None:
         for forcing, anderson in STRATEGIES:
             model = DEAL(
                 pretrained=args.pretrained,
-                forcing=forcing,
-                anderson=anderson,
+                solver=SolverOptions(forcing=forcing, anderson=anderson),
                 rtol=args.rtol,
                 max_iter=args.max_iter,
                 warn=False,
             )
             with torch.no_grad():
                 _, info = model(y, physics, **settings, return_info=True)
-            n, cg = (float(v.double().mean()) for v in (info.n_iter, info.cg_iter))
+            counts = (info.n_iter, info.inner_iter)
+            n, cg = (float(count.double().mean()) for count in counts)
             work = (n + 1) * (1 + MASK) + cg
             mark = "" if info.converged.all() else "*"
             row += f"{f'{n:.0f}/{cg:.0f} {work:.0f}{mark}':>19s}"

@@ -25,8 +25,8 @@ from deepinv_deal.interpret import (
     stability_constant,
 )
 from deepinv_deal.interpret.local import largest_eigenvalue
-from deepinv_deal.priors import AttentiveEquation
 from deepinv_deal.priors.deal import MASK_MIN, BoundMask
+from deepinv_deal.problems import AttentiveEquation
 from deepinv_deal.solvers import conjugate_gradient
 
 
@@ -93,7 +93,10 @@ def conservative_bounds(at: Linearization) -> ConservativeBounds:
 
     def inverse(v: Tensor) -> Tensor:
         return conjugate_gradient(
-            least_normal, v, rtol=at.inner_rtol, max_iter=equation.inner_max_iter
+            least_normal,
+            v,
+            rtol=at.inner_rtol,
+            max_iter=equation.options.inner_max_iter,
         ).x
 
     with torch.no_grad():
@@ -106,7 +109,7 @@ def conservative_bounds(at: Linearization) -> ConservativeBounds:
             L *= float(spline.coefficients.diff(dim=1).abs().max() / spline.step)
         for kernel in mask.V:
             L *= _kernel_norm(kernel, 32)
-        q = weight * L * norm_W**2 * float(norm(equation.b)) / smallest**2
+        q = weight * L * norm_W**2 * float(norm(equation.data.b)) / smallest**2
     update = norm_A / smallest
     stability = update / (1 - q) if q < 1 else float("inf")
     return ConservativeBounds(smallest, update, L, q, stability)

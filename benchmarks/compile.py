@@ -30,7 +30,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    prior = DEAL(device=device).prior[0]
+    prior = DEAL(device=device).prior
     print(f"{'size':>5s} {'part':12s}{'ms':>8s}{'compiled':>10s}{'s':>6s}  change")
     for size in args.sizes:
         x = torch.rand(1, 1, size, size, device=device)

@@ -26,9 +26,9 @@ from torch import Tensor
 from deepinv_deal import SmoothPlusSparse
 from deepinv_deal.operators import PatchConv
 from deepinv_deal.operators.patches import channel_map
-from deepinv_deal.priors.patches import ADMM_CONVEX, ADMM_WEAKLY_CONVEX
-from deepinv_deal.priors.synthesis import ImageSystem, SynthesisProblem
-from deepinv_deal.priors.synthesis_solvers import (
+from deepinv_deal.problems import SynthesisProblem, operator_term
+from deepinv_deal.problems.dictionary import ADMM_CONVEX, ADMM_WEAKLY_CONVEX
+from deepinv_deal.problems.synthesis_solvers import (
     PALM_MARGIN,
     eliminated_fista,
     ipalm,
@@ -135,7 +135,7 @@ def main() -> None:
     x = x.float()
     rng = torch.Generator().manual_seed(0)
     y = x + prior.sigma * torch.randn(x.shape, generator=rng)
-    problem = prior.problem(ImageSystem.identity(y))
+    problem = prior.problem(operator_term(y))
     convex = problem.penalty.weak_convexity == 0
     r = ADMM_CONVEX if convex else ADMM_WEAKLY_CONVEX
     solvers = {

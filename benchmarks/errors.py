@@ -22,7 +22,7 @@ import deepinv as dinv
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepinv_deal import DEAL, SAFI, PatchSynthesis, SmoothPlusSparse
+from deepinv_deal import DEAL, SAFI, PatchSynthesis, SmoothPlusSparse, SolverOptions
 from deepinv_deal.solvers import conjugate_gradient
 from deepinv_deal.weights import save
 from deepinv_deal.weights.files import read_header
@@ -83,23 +83,30 @@ CASES = {
         "SAFI(num_filters=4)(y, physics)",
         "SmoothPlusSparse('group', 8, 4, 2)(y, beta=0.0)",
         "model(y, sigma=0.1, lambda_=2.0)",
+        "SAFI(num_filters=4)(y, sigma=0.0)",
+        "model.examine(y, None)",
+        "model(y[:1], model.examine(y, physics))",
         "model(y, physics, init=y[:1])",
         "model(y, physics, init=y * torch.nan)",
         "model(y, physics, init='ones')",
         "model(y, physics, x_gt=y[..., 1:], compute_metrics=True)",
     ),
     "Settings": (
-        "DEAL(pretrained=None, rtol=-1.0)(y, sigma=0.1)",
-        "DEAL(pretrained=None, forcing=1.0)(y, sigma=0.1)",
-        "DEAL(pretrained=None, inner_max_iter=0)",
-        "DEAL(pretrained=None, preconditioner='jacobi')",
+        "DEAL(pretrained=None, rtol=-1.0)",
+        "SolverOptions(forcing=1.0)",
+        "SolverOptions(inner_max_iter=0)",
+        "SolverOptions(preconditioner='jacobi')",
+        "SolverOptions(anderson=-1)",
+        "DEAL(pretrained=None, solver='newton')(y, sigma=0.1)",
+        "SAFI(num_filters=4, solver=SolverOptions(anderson=5))(y)",
+        "PatchSynthesis(8, 4, solver='two-step', rtol=1e-3)",
+        "SmoothPlusSparse('group', 8, 4, 2, solver='fista', bounds=(0, 1))(y)",
         "DEAL(pretrained=None, scale=0.0)",
         "DEAL(pretrained=None, complex_mode='abs')",
-        "DEAL(pretrained=None, DEQ=True)",
+        "DEAL(pretrained=None, adjoint=True)",
+        "DEAL(pretrained=None, bounds=(1.0, 0.0))",
         "DEAL(pretrained=None, trainable_params=['lambda_reg'])",
         "DEAL(in_channels=3, pretrained='good.safetensors')",
-        "SAFI(num_filters=4, box=(1.0, 0.0))",
-        "SmoothPlusSparse('group', 8, 4, 2, solver='newton')",
         "conjugate_gradient(lambda v: v, y, init=y[:1])",
         "conjugate_gradient(lambda v: v, y, rtol=-1.0)",
     ),
@@ -127,6 +134,7 @@ NAMES = {
     "SAFI": SAFI,
     "PatchSynthesis": PatchSynthesis,
     "SmoothPlusSparse": SmoothPlusSparse,
+    "SolverOptions": SolverOptions,
     "conjugate_gradient": conjugate_gradient,
 }
 
@@ -140,7 +148,7 @@ class Malicious:
 
 def write_files(model: DEAL) -> None:
     """Writes weights files, damaged in every way, to the working directory."""
-    save(model.prior[0], "good.safetensors")
+    save(model.prior, "good.safetensors")
     content = Path("good.safetensors").read_bytes()
     Path("truncated.safetensors").write_bytes(content[:-100])
     save_file({"weight": torch.ones(2)}, "other.safetensors")

@@ -24,11 +24,10 @@ from pathlib import Path
 
 import torch
 from _common import SPEED_TASKS
-from deepinv.optim import DEQConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from deepinv_deal import DEAL
+from deepinv_deal import DEAL, AdjointOptions
 from deepinv_deal._batch import central
 from deepinv_deal.evaluation import quality
 from deepinv_deal.training import DenoisingSampler, load_images
@@ -81,7 +80,7 @@ def main() -> None:
     model = DEAL(
         pretrained=args.pretrained,
         complex_mode="real" if task.mri else "real_imag",
-        DEQ=DEQConfig(jacobian_free=True, eps_backward=0.1),
+        adjoint=AdjointOptions(jacobian_free=True, rtol=0.1),
         warn=False,
     )
 
@@ -161,7 +160,7 @@ def main() -> None:
     score(f"weights and lambda_reg, {args.steps} steps, {seconds:.0f} s", **settings)
     print(f"settings now: {settings}")
     if args.out:
-        save(model.prior[0], args.out)
+        save(model.prior, args.out)
 
 
 if __name__ == "__main__":

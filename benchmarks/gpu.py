@@ -43,14 +43,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from _common import deepinv_model
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from deepinv_deal import DEAL
-from deepinv_deal.evaluation import deepinv_model
+from deepinv_deal import DEAL, SolverOptions
 from deepinv_deal.priors import DEALPrior
+from deepinv_deal.problems import operator_term
 from deepinv_deal.solvers import conjugate_gradient
 from deepinv_deal.training import DEALRecipe, DEALTrainer
 from deepinv_deal.training.data import load_image
@@ -506,9 +507,11 @@ def part_micro(kit: Kit) -> None:
                             partial(function, v, mask),
                             check=True,
                         )
-        equation = prior.equation(lambda v: v, x, sigma, 1.0)
+        data = operator_term(x, lambda v: v)
+        equation = prior.equation(data, sigma=sigma, lambda_reg=1.0)
         for dtype in (None, torch.bfloat16):
-            system = replace(equation, inner_dtype=dtype).freeze(x)
+            options = SolverOptions(inner_dtype=dtype)
+            system = replace(equation, options=options).freeze(x)
             tag = "tf32" if dtype is None else "bf16"
 
             def steps(number: int, system: Any = system) -> Any:
@@ -593,11 +596,11 @@ def part_speed(kit: Kit) -> None:
     sigma = 25 / 255
     model = DEAL(pretrained="deal_gray_64", warn=False, device=kit.device)
     half = DEAL(
-        pretrained=None, prior=model.prior[0], inner_dtype=torch.bfloat16, warn=False
+        prior=model.prior, solver=SolverOptions(inner_dtype=torch.bfloat16), warn=False
     )
     other = None
     with kit.fence("speed", "deepinv.models.DEAL", 20):
-        other = deepinv_model(model.prior[0])
+        other = deepinv_model(model.prior)
         other.sigma_denoiser, other.lambda_reg = sigma, 1.0
     rng = torch.Generator().manual_seed(0)
 

@@ -36,9 +36,9 @@ class Fault(NamedTuple):
 FAULTS = (
     Fault(
         "sign of the regularizer",
-        "priors/attentive_quadratic.py",
-        "self.equation.b - self.equation.H(self.x) - self.force",
-        "self.equation.b - self.equation.H(self.x) + self.force",
+        "problems/quadratic.py",
+        "self.equation.data.force(self.x) - self.force",
+        "self.equation.data.force(self.x) + self.force",
         ("models/test_deal.py::test_convergence_means_that_the_forces_balance",),
     ),
     Fault(
@@ -50,14 +50,14 @@ FAULTS = (
     ),
     Fault(
         "mask not squared",
-        "priors/attentive_quadratic.py",
+        "problems/quadratic.py",
         "self.squared_mask = equation.regularizer.squared_mask(x)",
         "self.squared_mask = equation.regularizer.mask(x)",
         ("models/test_deal.py::test_convergence_means_that_the_forces_balance",),
     ),
     Fault(
         "weight of the regularizer",
-        "priors/attentive_quadratic.py",
+        "problems/quadratic.py",
         "expand(self.lambda_reg, x) * regularizer.normal",
         "expand(self.lambda_reg.sqrt(), x) * regularizer.normal",
         (
@@ -67,10 +67,10 @@ FAULTS = (
     ),
     Fault(
         "no warm start of the image",
-        "priors/synthesis_solvers.py",
+        "problems/synthesis_solvers.py",
         "problem.image_of(blocks[1], init=v)",
         "problem.image_of(blocks[1])",
-        ("priors/test_synthesis.py::test_image_solves_start_at_the_last_image",),
+        ("equations/test_synthesis.py::test_image_solves_start_at_the_last_image",),
     ),
     Fault(
         "tolerance compared with the squared norm",
@@ -100,17 +100,17 @@ FAULTS = (
         ("solvers/test_conjugate_gradient.py::test_hermitian_systems_are_solved",),
     ),
     Fault(
-        "box ignored",
-        "priors/attentive_l1.py",
-        "return x if self.box is None else x.clamp(*self.box)",
+        "bounds ignored",
+        "problems/l1.py",
+        "return clamp(x, self.bounds)",
         "return x",
         ("models/test_safi.py::test_the_result_solves_the_frozen_problem_at_itself",),
     ),
     Fault(
         "kappa ignored",
         "priors/attentive_quadratic.py",
-        "weight = self.default_lambda(sigma, b)",
-        "weight = torch.ones_like(b[:, 0, 0, 0])",
+        "weight = self.default_lambda(sigma, data.b)",
+        "weight = torch.ones_like(data.b[:, 0, 0, 0])",
         ("models/test_deal.py::test_denoising_uses_the_learned_weight_unless_given",),
     ),
 )

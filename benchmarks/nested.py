@@ -28,7 +28,7 @@ from torch import Tensor
 from deepinv_deal import MMR, SAFI
 from deepinv_deal._batch import norm
 from deepinv_deal.evaluation.tasks import line_mask
-from deepinv_deal.priors.attentive_l1 import AttentiveL1, AttentiveL1Equation
+from deepinv_deal.problems import AttentiveL1, AttentiveL1Equation
 from deepinv_deal.solvers import fixed_point, project_linf
 
 MODELS = {"SAFI": SAFI, "MMR": MMR}
@@ -59,7 +59,7 @@ def relative_change(new: Tensor, old: Tensor) -> float:
 
 def published(equation: AttentiveL1Equation, outer: int = 10) -> Tensor:
     """The pair that the nested iteration ends with, in an inverse problem."""
-    R, b = equation.regularizer, equation.b
+    R, b = equation.regularizer, equation.data.b
     weight = float(equation.weight)
 
     # All steps have length 1: a masked Fourier transform has norm 1, and W has here.
@@ -86,7 +86,7 @@ def published(equation: AttentiveL1Equation, outer: int = 10) -> Tensor:
         d, t = x, 1.0
         for i in range(1000):
             inner_tol = 3 * tol * (1 / 9) ** (min(i, 50) / 50)
-            new, u = prox(d - (equation.normal(d) - b), mask, x, inner_tol)
+            new, u = prox(d - (equation.data.normal(d) - b), mask, x, inner_tol)
             t_new = (i + 4) / 3
             d = new + (t - 1) / t_new * (new - x)
             change = relative_change(new, x)

@@ -34,7 +34,7 @@ from deepinv.utils import TensorList
 from skimage.data import brick, camera, coffee
 from skimage.transform import resize
 
-from deepinv_deal import DEAL
+from deepinv_deal import DEAL, SolverOptions
 from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask, make_kernel
 
 
@@ -141,14 +141,15 @@ def main() -> None:
                 pretrained=args.pretrained,
                 max_iter=args.max_iter,
                 lambda_reg=weight,
-                preconditioner=preconditioner,
+                solver=SolverOptions(preconditioner=preconditioner),
                 warn=False,
             )
             start = time.perf_counter()
             with torch.no_grad():
                 x_hat, info = model(y, physics, return_info=True, **settings)
             seconds = time.perf_counter() - start
-            n_iter, cg_iter = (v.double().mean() for v in (info.n_iter, info.cg_iter))
+            counts = (info.n_iter, info.inner_iter)
+            n_iter, cg_iter = (count.double().mean() for count in counts)
             mark = "" if info.converged.all() else "*"
             work.append(f"{n_iter:.0f}/{cg_iter:.0f}{mark}")
         with torch.no_grad():

@@ -25,7 +25,7 @@ from deepinv_deal.evaluation import quality
 def per_pixel(model: DEAL, batch: int, size: int, repeats: int = 5) -> float:
     """Nanoseconds of one application for each pixel."""
     x = torch.rand(batch, 1, size, size, generator=torch.Generator().manual_seed(0))
-    regularizer = model.prior[0].bind(25 / 255, x)
+    regularizer = model.prior.bind(25 / 255, x)
     squared_mask = regularizer.squared_mask(x)
     seconds = median_seconds(
         lambda: regularizer.normal(x, squared_mask), repeats, x.device
@@ -35,9 +35,7 @@ def per_pixel(model: DEAL, batch: int, size: int, repeats: int = 5) -> float:
 
 def backward_memory(model: DEAL, size: int, max_iter: int) -> float:
     """Most memory in MB of a call that is differentiated."""
-    limited = DEAL(
-        prior=model.prior[0], pretrained=None, max_iter=max_iter, rtol=1e-9, warn=False
-    )
+    limited = DEAL(prior=model.prior, max_iter=max_iter, rtol=1e-9, warn=False)
     y = torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(0))
     memory = PeakMemory(y.device)
     memory.start()
@@ -51,7 +49,7 @@ def bfloat16(model: DEAL, size: int) -> tuple[float, float]:
     x = torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(0))
     times = []
     for dtype in (torch.float32, torch.bfloat16):
-        W = model.prior[0].bind(25 / 255, x).W
+        W = model.prior.bind(25 / 255, x).W
         for layer in W.layers:
             layer.kernel = layer.kernel.to(dtype)
         image = x.to(dtype)
@@ -76,7 +74,7 @@ def denoise_large(model: DEAL, size: int) -> None:
     print(
         f"{size} x {size}: {seconds:.0f} s, {1e9 * seconds / x.numel():.0f} ns per "
         f"pixel, {memory.peak / 1e3:.1f} GB more memory, {int(info.n_iter)} iterations "
-        f"with {int(info.cg_iter)} steps, imbalance {float(info.imbalance):.1e}, "
+        f"with {int(info.inner_iter)} steps, imbalance {float(info.imbalance):.1e}, "
         f"{quality(y, x)[0]:.2f} -> {psnr:.2f} dB, SSIM {ssim:.4f}"
     )
 

@@ -8,8 +8,8 @@ are stopped. The solvers are
 
 * ``deepinv_deal``: this package, once for every target, with the settings of the
   model but stopped by the residual; checking the physics is included
-* ``deepinv_deal, bfloat16``: the same with ``inner_dtype=torch.bfloat16``, only on
-  request: it is slow on hardware without such units
+* ``deepinv_deal, bfloat16``: the same with inner solves in 16 bits, only on request: it
+  is slow on hardware without such units
 * ``published iteration``: fixed-point iteration and conjugate gradients of the paper
   with the published tolerances, on the operators of this package
 * ``deepinv.models.DEAL``: deepinv's implementation with the same weights; left out for
@@ -42,8 +42,7 @@ from deepinv_deal._batch import central, norm
 from deepinv_deal.cli._options import photograph
 from deepinv_deal.evaluation import Task, TotalVariation, quality
 from deepinv_deal.files import read_picture
-from deepinv_deal.models.problem import Problem
-from deepinv_deal.priors import AttentiveEquation, AttentiveQuadratic
+from deepinv_deal.problems import AttentiveEquation, AttentiveQuadratic, Problem
 from deepinv_deal.solvers import anderson_depth, fixed_point
 
 #: Accuracies that runs are compared at.
@@ -180,10 +179,10 @@ class _Case:
             self.settings["lambda_reg"] = self.condition.lambda_reg
         with torch.no_grad():
             self.judge = self.pose()
-            _solve(self.judge.equation, 0.5, model)  # nobody pays for the first calls
+            _solve(self.judge.equation, 0.5)  # nobody pays for the first calls
             self.reference = self._solution() if reference else None
 
-    def pose(self) -> Problem[AttentiveEquation]:
+    def pose(self) -> Problem:
         """The problem as this package poses it, checks of the physics included."""
         return self.model.pose(self.y, self.physics, **self.settings)
 
@@ -194,7 +193,7 @@ class _Case:
     def residual(self, x: Tensor) -> float:
         """The nonlinear residual relative to the right-hand side."""
         equation = self.judge.equation
-        return float(norm(equation(x)) / norm(equation.b))
+        return float(norm(equation(x)) / norm(equation.data.b))
 
     def psnr(self, x: Tensor) -> float:
         """Quality of an unknown as an image."""
@@ -213,7 +212,7 @@ class _Case:
         model = copy.deepcopy(self.model).double()
         physics = copy.deepcopy(self.physics).double()
         problem = model.pose(self.y.double(), physics, **self.settings)
-        result = _solve(problem.equation, REFERENCE_RTOL, model)
+        result = _solve(problem.equation, REFERENCE_RTOL)
         return result.x if float(result.residual) <= REFERENCE_RTOL else None
 
 
@@ -223,10 +222,10 @@ class _Case:
 def _solve(
     equation: AttentiveEquation,
     target: float,
-    model: DEAL,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Any:
     """Solves an equation as the model does, but judged by the plain residual."""
+    options = equation.options
 
     def freeze(x: Tensor) -> Any:
         problem = equation.freeze(x)
@@ -238,8 +237,8 @@ def _solve(
         equation.start(None),
         rtol=target,
         max_iter=3000,
-        forcing=model.forcing,
-        anderson=anderson_depth(equation, model.anderson),
+        forcing=options.forcing,
+        anderson=anderson_depth(equation, options.anderson),
         callback=callback,
     )
 
@@ -265,13 +264,14 @@ def _run_ours(
     case: _Case, watch: _Watch, inner_dtype: torch.dtype | None = None
 ) -> None:
     watch.start()
-    equation = replace(case.pose().equation, inner_dtype=inner_dtype)
-    equation = _counting(equation, watch)
+    equation = case.pose().equation
+    options = replace(equation.options, inner_dtype=inner_dtype)
+    equation = _counting(replace(equation, options=options), watch)
 
     def callback(_k: int, _: Tensor, x: Tensor) -> None:
         watch.look(x)
 
-    _solve(equation, min(watch.targets), case.model, callback)
+    _solve(equation, min(watch.targets), callback)
 
 
 def _run_published(case: _Case, watch: _Watch) -> None:
@@ -287,12 +287,12 @@ def _run_published(case: _Case, watch: _Watch) -> None:
     eps_in = 1e-6 if case.task.sigma is None else 1e-8
     total = 1 + float(equation.lambda_reg)
     x = equation.start(None)
-    b = equation.b / total
+    b = equation.data.b / total
     for _ in range(60):
         squared_mask = equation.regularizer.squared_mask(x)
 
         def normal(v: Tensor, squared_mask: Tensor = squared_mask) -> Tensor:
-            return (equation.H(v) + equation.force(v, squared_mask)) / total
+            return (equation.data.normal(v) + equation.force(v, squared_mask)) / total
 
         previous = x
         r = b - normal(x)
@@ -311,7 +311,7 @@ def _run_published(case: _Case, watch: _Watch) -> None:
 
 
 def _run_deepinv(case: _Case, watch: _Watch) -> None:
-    model = deepinv_model(case.model.prior[0])
+    model = deepinv_model(case.model.prior)
     model.sigma_denoiser = case.settings["sigma"]
     model.lambda_reg = case.settings.get("lambda_reg", 1.0)
     inner = model.model
@@ -386,20 +386,14 @@ def compare_speed(
     :param bool reference: compute the solution to 1e-10 in double precision, from which
         distances are measured.
     """
-    iterator = model.fixed_point.iterator
     real = DEAL(
-        prior=model.prior[0],
-        pretrained=None,
-        device=next(model.parameters()).device,
+        prior=model.prior,
         scale=None,
         complex_mode="real",
-        inner_max_iter=iterator.inner_max_iter,
-        preconditioner=iterator.preconditioner,
-        forcing=model.forcing,
-        anderson=model.anderson,
+        solver=model.solver,
         warn=False,
     )
-    takes = model.prior[0].normalization == "published" and name != "mri"
+    takes = model.prior.normalization == "published" and name != "mri"
     left_out = {BFLOAT16: not bfloat16, DEEPINV: not takes}
     # Convolutions in TF32 would be judged by their own rounding.
     with torch.backends.cudnn.flags(allow_tf32=False):
@@ -537,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = DEAL(pretrained=args.pretrained, warn=False, device=args.device)
-    image = picture(args.image, args.size, model.prior[0].in_channels)
+    image = picture(args.image, args.size, model.prior.in_channels)
     times = application_times(model, args.size)
     print(
         f"One application of W^T M^2 W at {args.size} x {args.size}: "

@@ -17,7 +17,7 @@ import argparse
 import torch
 from operators import psnr
 
-from deepinv_deal import DEAL, MMR, SAFI
+from deepinv_deal import DEAL, MMR, SAFI, SolverOptions
 from deepinv_deal._batch import central
 from deepinv_deal.files import load_images
 
@@ -43,7 +43,7 @@ def main() -> None:
         pretrained=args.pretrained,
         rtol=args.rtol,
         max_iter=args.max_iter,
-        forcing=args.forcing,
+        solver=SolverOptions(forcing=args.forcing),
         warn=False,
     )
     rng, sigma = torch.Generator().manual_seed(0), args.sigma / 255

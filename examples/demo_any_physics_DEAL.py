@@ -74,7 +74,7 @@ for name, physics in problems.items():
     titles.append(name)
     print(
         f"{name:18s} lambda {found.lambda_reg:5.3g}, {info.n_iter.item()} iterations,"
-        f" {info.cg_iter.item():4d} CG steps, converged: {info.converged.item()},"
+        f" {info.inner_iter.item():4d} CG steps, converged: {info.converged.item()},"
         f" {psnr(x_hat, x).item():.2f} dB"
         f" (least squares {psnr(x_adjoint, x).item():.2f} dB)"
     )
@@ -112,4 +112,4 @@ dinv.utils.plot(
     subtitles=[f"{psnr(z[None], x).item():.2f} dB" for z in batch],
     figsize=(10, 3),
 )
-print(f"iterations {info.n_iter.tolist()}, CG steps {info.cg_iter.tolist()}")
+print(f"iterations {info.n_iter.tolist()}, CG steps {info.inner_iter.tolist()}")

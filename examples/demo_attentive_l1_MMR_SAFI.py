@@ -122,7 +122,7 @@ physics = dinv.physics.Inpainting(
     noise_model=dinv.physics.GaussianNoise(10 / 255, rng=rng),
 )
 y = physics(x)
-weights = torch.tensor([0.1, 0.2, 0.4, 0.8]) * models["SAFI"].prior[0].lambda_reg.item()
+weights = torch.tensor([0.1, 0.2, 0.4, 0.8]) * models["SAFI"].prior.lambda_reg.item()
 with torch.no_grad():
     batch = models["SAFI"](y.repeat(4, 1, 1, 1), physics, lambda_reg=weights)
 dinv.utils.plot(

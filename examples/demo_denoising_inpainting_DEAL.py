@@ -70,9 +70,8 @@ dinv.utils.plot(
 
 print(f"PSNR {psnr(x_hat, x).item():.2f} dB")
 print(f"converged: {info.converged.item()}, imbalance {info.imbalance.item():.1e}")
-print(
-    f"{info.n_iter.item()} systems, {info.cg_iter.item()} steps of conjugate gradients"
-)
+n_iter, inner_iter = info.n_iter.item(), info.inner_iter.item()
+print(f"{n_iter} systems, {inner_iter} steps of conjugate gradients")
 
 # %%
 # The same model as a denoiser in deepinv's sense: the second argument is the noise

@@ -80,7 +80,7 @@ dinv.utils.plot(
     figsize=(9, 3),
 )
 print(
-    f"DEAL: {info.n_iter.item()} systems, {info.cg_iter.item()} steps of conjugate "
+    f"DEAL: {info.n_iter.item()} systems, {info.inner_iter.item()} steps of conjugate "
     f"gradients, converged: {info.converged.item()}"
 )
 

@@ -75,7 +75,7 @@ with torch.no_grad():
 # term of the equation. Where deepinv's gradient descent converges, it converges to the
 # same image; it takes more applications of the filters.
 
-deal_prior: DEALPrior = model.prior[0]
+deal_prior: DEALPrior = model.prior
 descent = dinv.optim.GD(
     prior=deal_prior,
     data_fidelity=dinv.optim.L2(),
@@ -88,7 +88,7 @@ descent = dinv.optim.GD(
 with torch.no_grad():
     x_gd = descent(y, physics)
 distance = float((x_gd - x_deal).norm() / x_deal.norm())
-steps = int(info.cg_iter.item() + info.n_iter.item())
+steps = int(info.inner_iter.item() + info.n_iter.item())
 print(f"gradient descent, 200 steps: {distance:.1e} from DEAL's {steps} applications")
 
 # %%
