@@ -11,7 +11,7 @@ from torch import Tensor
 from deepinv_deal.problems.bounds import Bounds, clamp
 from deepinv_deal.problems.data_term import DataTerm
 from deepinv_deal.problems.options import SolverOptions
-from deepinv_deal.problems.synthesis import SynthesisProblem
+from deepinv_deal.problems.synthesis import SynthesisProblem, TiedMeans
 from deepinv_deal.problems.synthesis_solvers import (
     Observer,
     coordinate_descent,
@@ -96,8 +96,12 @@ class DictionaryEquation:
         return DEFAULT_RTOLS.get(self.method, DEFAULT_OTHER_RTOL)
 
     def start(self, x: Tensor | None) -> Tensor:
-        r"""Returns the first image: the given one, :math:`b` if ``None``."""
-        return clamp(self.data.b if x is None else x, self.bounds)
+        r"""Returns the first image: the given one, :math:`A^{\top} y` if ``None``."""
+        if x is None:
+            # With tied means, b holds these as well, many times the image.
+            H = self.data.H
+            x = H.data.b if isinstance(H, TiedMeans) else self.data.b
+        return clamp(x, self.bounds)
 
     def image(self, x: Tensor) -> Tensor:
         """Returns the image of an unknown: itself."""
