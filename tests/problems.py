@@ -47,6 +47,12 @@ def images(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
     return x + 0.1 * torch.rand(shape, generator=g, dtype=dtype)
 
 
+def noisy_images(n=2, height=9, width=8, seed=3) -> Tensor:
+    """Gray images with noise of 0.1."""
+    noise = torch.randn(n, 1, height, width, generator=generator(seed), dtype=DOUBLE)
+    return images(n, 1, height, width, seed=seed) + 0.1 * noise
+
+
 def random_prior(
     in_channels: int = 1,
     num_filters: int = 4,

@@ -18,15 +18,22 @@ import numpy as np
 import pretend_accelerator
 import pytest
 import torch
-from deepinv.optim import DEQConfig
 from deepinv.physics.functional.blur import gaussian_blur
 from PIL import Image
 from problems import DOUBLE, MODELS, generator, images, random_prior, relative_error
 from torch import Tensor
 from trainers import KINDS, take, weights_after
 
-from deepinv_deal import DEAL, MMR, SAFI, PatchSynthesis, SmoothPlusSparse
-from deepinv_deal.solvers import AdjointOptions, conjugate_gradient
+from deepinv_deal import (
+    DEAL,
+    MMR,
+    SAFI,
+    AdjointOptions,
+    PatchSynthesis,
+    SmoothPlusSparse,
+    SolverOptions,
+)
+from deepinv_deal.solvers import conjugate_gradient
 from deepinv_deal.training.data import DenoisingSampler, Prefetched
 
 NAME = os.environ.get("DEEPINV_DEAL_DEVICE", "")
@@ -96,19 +103,15 @@ TASKS = {
 SLOW = {"MMR", "NCPR", "PatchSynthesis"}
 
 #: A few iterations are enough to compare, and rounding cannot change their number.
-FEW = {"max_iter": 3, "inner_max_iter": 8, "rtol": 0.0, "warn": False}
-BACKWARD = {"eps_backward": 1e-1, "max_iter_backward": 2}
+FEW = {"max_iter": 3, "rtol": 0.0, "solver": SolverOptions(inner_max_iter=8)}
+BACKWARD = AdjointOptions(rtol=1e-1, max_iter=2)
 SETTINGS = {
     **{
-        name: {**FEW, "DEQ": DEQConfig(anderson_acceleration_backward=True, **BACKWARD)}
+        name: {**FEW, "warn": False, "adjoint": BACKWARD}
         for name in ("DEAL", "SAFI", "MMR")
     },
     **{
-        name: {
-            "max_iter": 4,
-            "warn": False,
-            "adjoint": AdjointOptions(rtol=1e-1, max_iter=2),
-        }
+        name: {"max_iter": 4, "warn": False, "adjoint": BACKWARD}
         for name in ("CPR", "NCPR", "two-step", "PatchSynthesis")
     },
 }
@@ -134,7 +137,7 @@ def answer(name: str, task: str, device, dtype):
     x, info = model(y.to(device), physics, return_info=True, **settings)
     assert x.device == info.converged.device == y.to(device).device
     x.square().sum().backward()
-    weights = [p for p in _prior_of(model).parameters() if p.grad is not None]
+    weights = [p for p in model.prior.parameters() if p.grad is not None]
     assert weights
     return x.detach().cpu(), torch.cat([p.grad.flatten().cpu() for p in weights])
 
@@ -168,24 +171,19 @@ def test_images_and_gradients_are_those_of_the_cpu(device, name, task, dtype):
 @pytest.mark.parametrize("form", [DEAL, SAFI, MMR, SmoothPlusSparse, PatchSynthesis])
 def test_a_model_leaves_a_given_prior_where_it_is(device, form):
     size = {"num_filters": 2} if form in (DEAL, SAFI, MMR) else {}
-    prior = _prior_of(form(pretrained=None, **size)).to(device)
+    prior = form(pretrained=None, **size).prior.to(device)
     model = form(prior=prior)
     assert next(prior.parameters()).device.type == device.type
-    assert _prior_of(model) is prior
+    assert model.prior is prior
     form(prior=prior, device="cpu")
     assert next(prior.parameters()).device.type == "cpu"
-
-
-def _prior_of(model):
-    return (
-        model.prior[0] if isinstance(model.prior, torch.nn.ModuleList) else model.prior
-    )
 
 
 def test_inner_solves_in_bfloat16(device):
     y, _ = problem("denoising")
     prior = random_prior(dtype=torch.float32)
-    settings = {"pretrained": None, "inner_dtype": torch.bfloat16, "warn": False}
+    solver = SolverOptions(inner_dtype=torch.bfloat16)
+    settings = {"pretrained": None, "solver": solver, "warn": False}
     y = y.float()
     expected = DEAL(prior=copy.deepcopy(prior), **settings)(y, sigma=0.1)
     x = DEAL(prior=prior.to(device), **settings)(y.to(device), sigma=0.1)

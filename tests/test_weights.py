@@ -87,7 +87,7 @@ def test_bundled_weights_load_and_denoise_without_network(entry):
     name, form = entry.name, FORMS[entry.prior]
     model = form(pretrained=name)
     if form in (MMR, SAFI):
-        assert float(model.prior[0].sigma) == pytest.approx(entry.level / 255)
+        assert float(model.prior.sigma) == pytest.approx(entry.level / 255)
     card = (Path(files.__file__).parent / f"{name}.md").read_text()
     for part in ("hardware", "## Results", "## Limits", "## Licence"):
         assert part in card
@@ -220,7 +220,7 @@ def test_unknown_names_and_missing_files_are_named():
 
 @pytest.mark.parametrize(("in_channels", "name"), [(1, "gray"), (3, "color")])
 def test_the_bundled_weights_fit_the_channels(in_channels, name):
-    assert_same_weights(DEAL(in_channels).prior[0], load(f"deal_{name}", DEALPrior))
+    assert_same_weights(DEAL(in_channels).prior, load(f"deal_{name}", DEALPrior))
 
 
 @pytest.mark.parametrize("pretrained", ["bundled", "download"])

@@ -22,6 +22,10 @@ from deepinv_deal.training import (
 )
 
 
+#: The solver of all trainings, for a stand-in.
+SOLVE = "deepinv_deal.solvers.implicit.fixed_point"
+
+
 def stopping_at(*factors: float, kept: float):
     """
     Returns a stand-in for ``fixed_point`` that visits multiples of the first iterate.

@@ -35,19 +35,16 @@ def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     train = commands.add_parser("train", help="train a model on a folder of images")
     models = train.add_subparsers(required=True, metavar="MODEL")
     deal = _add_model(models, DEALRecipe, DEALTrainer, "deal", "DEAL, on noisy patches")
-    deal.add_argument(
-        "--prior",
-        metavar="FILE.py:CLASS",
-        help="your own AttentiveQuadraticPrior instead, in a file or, as MODULE:CLASS, "
-        "in a module, which is imported; its constructor gets no arguments",
-    )
+    _add_prior(deal, "AttentiveQuadraticPrior", "no arguments")
     for name, text in (
         ("safi", "SAFI, for one noise level"),
         ("mmr", "MMR, its special case with an energy, for one noise level"),
     ):
-        _add_model(
+        command = _add_model(
             models, AttentiveL1Recipe, AttentiveL1Trainer, name, text, model=name
         )
+        if name == "safi":
+            _add_prior(command, "AttentiveL1Prior", "num_filters and sigma")
     for name, text in (
         ("cpr", "CPR, convex smooth-plus-sparse patches, for one noise level"),
         ("ncpr", "NCPR, its weakly convex version, for one noise level"),
@@ -112,6 +109,16 @@ def _add_model(
     return command
 
 
+def _add_prior(command: argparse.ArgumentParser, base: str, arguments: str) -> None:
+    """Adds the option to train a prior of the user."""
+    command.add_argument(
+        "--prior",
+        metavar="FILE.py:CLASS",
+        help=f"your own {base} instead, in a file or, as MODULE:CLASS, in a module, "
+        f"which is imported; its constructor gets {arguments}",
+    )
+
+
 def _plain(text: str) -> str:
     """Turns the markup of a docstring into words for the terminal."""
     text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text)
@@ -126,19 +133,27 @@ def _train(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {f.name: getattr(args, f.name) for f in fields(args.recipe)}
-    trainer = args.trainer if args.prior is None else _own_trainer(args.prior)
+    trainer = args.trainer
+    if args.prior is not None:
+        trainer = _own_trainer(args.prior, trainer)
     with process_group(args.device) as settings["device"]:
         return _run(trainer(args.recipe(**settings), resume=not args.restart))
 
 
-def _own_trainer(text: str) -> type[Trainer[Any, Any]]:
-    """Returns the trainer of a prior of the user."""
-    from deepinv_deal.priors import AttentiveQuadraticPrior
-    from deepinv_deal.training import AttentiveQuadraticTrainer
+def _own_trainer(
+    text: str, trainer: type[Trainer[Any, Any]]
+) -> type[Trainer[Any, Any]]:
+    """Returns the trainer of a prior of the user, in place of that of its family."""
+    from deepinv_deal.priors import AttentiveL1Prior, AttentiveQuadraticPrior
+    from deepinv_deal.training import AttentiveL1Trainer, AttentiveQuadraticTrainer
 
     kind = load_class(text)
-    if not issubclass(kind, AttentiveQuadraticPrior):
-        raise ValueError(f"--prior {text} must be an AttentiveQuadraticPrior.")
+    for_l1 = issubclass(trainer, AttentiveL1Trainer)
+    base = AttentiveL1Prior if for_l1 else AttentiveQuadraticPrior
+    if not issubclass(kind, base):
+        raise ValueError(f"--prior {text} must be an {base.__name__}.")
+    if for_l1:
+        return type("OwnTrainer", (trainer,), {"prior_type": kind})
 
     class OwnTrainer(AttentiveQuadraticTrainer[Any]):
         def new_prior(self) -> Any:

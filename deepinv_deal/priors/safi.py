@@ -166,8 +166,14 @@ class BoundPotential:
 
 
 class AttentiveL1Prior(Prior, Configurable):
-    """
-    What SAFI's and MMR's priors have in common; use these.
+    r"""
+    Base class of l1 regularizers :math:`\|m(x) \odot W x\|_1` whose mask follows the
+    image: what SAFI's and MMR's priors have in common.
+
+    A subclass says what the mask is, in :meth:`bind_mask`, and how it is rescaled, in
+    :meth:`stretch_mask`; all else works unchanged: :class:`deepinv_deal.SAFI` solves
+    inverse problems with it, :class:`deepinv_deal.training.AttentiveL1Trainer` trains
+    it. ``examples/own_attentive_l1.py`` is one.
 
     :param int num_filters: number of filters and masks.
     :param float sigma: noise level that the weights are trained for, in [0, 1] units.
@@ -189,6 +195,7 @@ class AttentiveL1Prior(Prior, Configurable):
         super().__init__()
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma must be positive and finite, got {sigma}.")
+        self.explicit_prior = False
         self.in_channels, self.num_filters = 1, num_filters
         self.register_buffer("sigma", torch.tensor(float(sigma)))
         self.W = MultiConv(
@@ -200,8 +207,18 @@ class AttentiveL1Prior(Prior, Configurable):
         self.lambda_reg = nn.Parameter(torch.tensor(INITIAL_LAMBDA))
 
     def bind_mask(self, nu: Tensor) -> MaskFunction:
-        """Fixes the weights of the mask, for filters divided by ``nu``."""
-        raise NotImplementedError
+        r"""
+        Fixes the weights of the mask: a function of an image and its filter responses.
+
+        :param torch.Tensor nu: number by which the responses are divided.
+        :return: ``mask(x, Wx)`` of images ``(B, 1, H, W)`` and responses :math:`W x /
+            \nu`, values in [0, 1] of the shape of the latter.
+        :raises NotImplementedError: in the base class.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define bind_mask(nu), which returns the mask "
+            "as a function of an image and its filter responses."
+        )
 
     def bind(self) -> AttentiveL1:
         """Fixes the current weights: the regularizer as a function of tensors."""
@@ -209,14 +226,16 @@ class AttentiveL1Prior(Prior, Configurable):
         nu = self.W.sqnorm("exact").detach().sqrt()
         return AttentiveL1(self.W.operator(nu), nu, self.bind_mask(nu))
 
-    def default_lambda(self, sigma: object, x: Tensor) -> Tensor:  # noqa: ARG002
+    def default_lambda(self, sigma: float | Tensor | None, x: Tensor) -> Tensor:
         r"""
         Returns the learned :math:`\lambda \geq 0` for denoising, shape ``(B,)``.
 
-        :param object sigma: no noise level is needed: the weights serve one.
+        :param float, torch.Tensor sigma: noise level in [0, 1] units, one or ``(B,)``,
+            to which the weights are rescaled; ``None``: the one that they serve.
         :param torch.Tensor x: image batch; its values do not matter.
         """
-        return self.lambda_reg.clamp_min(0).expand(len(x))
+        learned = self.lambda_reg.clamp_min(0).expand(len(x))
+        return learned if sigma is None else as_batch(sigma, x) / self.sigma * learned
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
@@ -234,11 +253,27 @@ class AttentiveL1Prior(Prior, Configurable):
             raise ValueError(f"factor must be positive, got {factor}.")
         self.lambda_reg.mul_(factor)
         self.sigma.mul_(factor)
-        self._stretch_mask(factor)
+        self.stretch_mask(factor)
 
-    def _stretch_mask(self, factor: float) -> None:
-        """Gives ``factor`` times an image the mask that the image had."""
-        raise NotImplementedError
+    def stretch_mask(self, factor: float) -> None:
+        """
+        Gives ``factor`` times an image the mask that the image had, in place.
+
+        :param float factor: the factor, positive.
+        :raises NotImplementedError: in the base class.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define stretch_mask(factor) to serve another "
+            "noise level."
+        )
+
+    def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Raises: no function has the fixed points as minimisers. See frozen_fn."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no energy: its mask depends on the image, and "
+            "no function has its fixed points as minimisers. frozen_fn(x, z) evaluates "
+            "the regularizer with the mask frozen at z; MMRPrior has an energy."
+        )
 
     def splines(self) -> list[LinearSpline]:
         """Returns all learned splines."""
@@ -364,24 +399,15 @@ class SAFIPrior(AttentiveL1Prior):
 
     def __init__(self, num_filters: int = 64, sigma: float = 25 / 255):
         super().__init__(num_filters, sigma)
-        self.explicit_prior = False
         self.mask_network = AttentiveMask(num_filters)
 
     def bind_mask(self, nu: Tensor) -> MaskFunction:  # noqa: ARG002 - the mask sees x
         """Fixes the weights of the mask network."""
         return self.mask_network.bind()
 
-    def _stretch_mask(self, factor: float) -> None:
+    def stretch_mask(self, factor: float) -> None:
+        """Gives ``factor`` times an image the mask that the image had, in place."""
         self.mask_network.V[0].div_(factor)
-
-    @full_precision
-    def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Raises: SAFI minimises no function. See ``frozen_fn``."""
-        raise NotImplementedError(
-            "SAFIPrior has no energy: its mask depends on the image, and no function "
-            "has its fixed points as minimisers. frozen_fn(x, z) evaluates the "
-            "regularizer with the mask frozen at z; MMRPrior has an energy."
-        )
 
 
 class MMRPrior(AttentiveL1Prior):
@@ -420,7 +446,8 @@ class MMRPrior(AttentiveL1Prior):
         """Fixes the weights of the potential."""
         return self.potential.bind(nu)
 
-    def _stretch_mask(self, factor: float) -> None:
+    def stretch_mask(self, factor: float) -> None:
+        """Gives ``factor`` times an image the mask that the image had, in place."""
         self.potential.scale.div_(factor)
 
     @full_precision

@@ -170,14 +170,22 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
     Trains a :class:`deepinv_deal.priors.SAFIPrior` or
     :class:`deepinv_deal.priors.MMRPrior`; see :class:`Trainer`.
 
+    A subclass of :class:`deepinv_deal.priors.AttentiveL1Prior` of one's own, whose
+    constructor takes ``num_filters`` and ``sigma``, is trained by a subclass that has
+    it as ``prior_type``.
+
     :param AttentiveL1Recipe recipe: settings.
     :param bool resume: go on from ``state.pt`` if there is one.
     """
 
+    #: Class of the prior; ``None``: that of the recipe's model.
+    prior_type: ClassVar[type[AttentiveL1Prior] | None] = None
+
     def new_prior(self) -> AttentiveL1Prior:
         """Returns a prior whose filters are those of the discrete cosine transform."""
         recipe = self.recipe
-        prior = MODELS[recipe.model].prior_type(recipe.num_filters, recipe.sigma)
+        kind = self.prior_type or MODELS[recipe.model].prior_type
+        prior = kind(recipe.num_filters, recipe.sigma)
         start_from_cosines(prior, recipe.sigma)
         return prior
 
@@ -221,8 +229,8 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
             curves.append(self.prior.potential.scale)
         grouped = {id(p) for p in (weight, *curves)}
         kernels = [p for p in self.prior.parameters() if id(p) not in grouped]
-        dense = [p for p in kernels if p.shape[1] > 1]
-        thin = [p for p in kernels if p.shape[1] == 1]
+        dense = [p for p in kernels if p.ndim == 4 and p.shape[1] > 1]
+        thin = [p for p in kernels if p.ndim != 4 or p.shape[1] == 1]
         return [(1.0, thin), (0.1, dense), (5.0, curves), (0.01, [weight])]
 
     def after_step(self) -> None:

@@ -98,8 +98,9 @@ def tune(
     :param deepinv.models.Reconstructor model: a model of this package; or any other,
         called as ``model(y, physics, lambda_reg=...)``, to tune a rival with the same
         care: ``converged`` and ``n_iter`` are then NaN, and candidates are tried one by
-        one. Models of others need a ``lambda_reg`` to start at. Only models like DEAL,
-        whose prior needs it, have a ``sigma``, only dictionaries a ``beta`` to choose.
+        one. Models of others need a ``lambda_reg`` to start at. Only DEAL and,
+        which rescale their weights, SAFI and MMR have a ``sigma`` to choose, only
+        dictionaries a ``beta``.
     :param deepinv.physics.LinearPhysics physics: forward operator with its noise.
         ``None`` to denoise given pairs.
     :param Dataset, DataLoader, Iterable, torch.Tensor dataset: ground-truth images

@@ -53,7 +53,7 @@ def check_parameters(
         isinstance(model, ReconstructionModel) or own_values(model)[2].needs_sigma
     )
     has = {
-        "sigma": (adapts, "models such as DEAL"),
+        "sigma": (adapts, "DEAL, SAFI and MMR"),
         "beta": (dictionary, "PatchSynthesis and SmoothPlusSparse"),
     }
     for name, (present, owners) in has.items():
@@ -110,7 +110,7 @@ def first_values(
         weight = prior.default_lambda(level, problem.y)
     start = {
         "lambda_reg": 1.0 if weight is None else weight,
-        "sigma": DEFAULT_SIGMA if level is None else level,
+        "sigma": getattr(prior, "sigma", DEFAULT_SIGMA) if level is None else level,
     }
     return _positive({name: start[name] for name in names})
 

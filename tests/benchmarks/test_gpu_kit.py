@@ -43,6 +43,6 @@ def test_the_kit_runs_from_an_empty_folder(tmp_path):
     for row in blocks:  # other ways to compute the same
         assert row["error"] < (2e-2 if "bf16" in row["name"] else 1e-5)
     assert report["train"][0]["steps"] == 4
-    assert DEAL(pretrained=out / "best.safetensors").prior[0].num_filters == 3
+    assert DEAL(pretrained=out / "best.safetensors").prior.num_filters == 3
     files = [path.name for path in out.iterdir()]
     assert len(files) <= 8 and {"state.pt", "log.jsonl", "report.txt"} <= set(files)

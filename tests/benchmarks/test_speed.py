@@ -28,7 +28,7 @@ from speed import SOLVERS, _Case, _Watch, compare_speed, main, picture, speed_ta
 
 from deepinv_deal import DEAL
 from deepinv_deal.priors import AttentiveQuadratic, DEALPrior
-from deepinv_deal.weights import save_prior
+from deepinv_deal.weights import save
 
 IMAGE = (255 * images(1, 1, 16, 16)[0]).clamp(0, 255).round().byte()
 
@@ -162,7 +162,7 @@ def test_mri_is_not_asked_of_deepinv(model):
 
 def test_table_file_and_figure(model, tmp_path, capsys):
     weights, table = tmp_path / "w.safetensors", tmp_path / "runs.csv"
-    save_prior(model.prior[0], weights)
+    save(model.prior, weights)
     args = ["--size", "20", "--task", "denoising", "--target", "1e-3", "--no-reference"]
     args += ["--csv", str(table), "--figure", str(tmp_path / "runs.png"), "--bfloat16"]
     assert main(["--pretrained", str(weights), *args]) == 0
@@ -183,7 +183,7 @@ def test_a_picture_that_is_too_small_is_named(tmp_path):
 
 
 def test_plain_convolutions_are_the_same_operator(model):
-    prior, x = model.prior[0], images(1, 1, 21, 17).float()
+    prior, x = model.prior, images(1, 1, 21, 17).float()
     squared_mask = torch.rand(1, 4, 21, 17)
     with torch.no_grad():
         expected = prior.bind(0.1, x).normal(x, squared_mask)

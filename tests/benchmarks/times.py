@@ -40,9 +40,9 @@ def image():
 def test_application(benchmark, model, implementation):
     x = torch.rand(1, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        regularizer = model.prior[0].bind(25 / 255, x)
+        regularizer = model.prior.bind(25 / 255, x)
         squared_mask = regularizer.squared_mask(x)
-        inner = deepinv_model(model.prior[0]).model
+        inner = deepinv_model(model.prior).model
         inner.W1.spectral_norm()
         inner.mask = squared_mask.sqrt()
         if implementation == "deepinv_deal":
@@ -58,7 +58,7 @@ def test_application(benchmark, model, implementation):
 def test_mask(benchmark, model):
     x = torch.rand(1, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        benchmark(model.prior[0].bind(25 / 255, x).squared_mask, x)
+        benchmark(model.prior.bind(25 / 255, x).squared_mask, x)
 
 
 @pytest.mark.benchmark(group="reconstruction at the default tolerance")
@@ -71,7 +71,7 @@ def test_reconstruction(benchmark, model, image, name):
     settings = {"sigma": (task.sigma or condition.noise) / 255}
     if task.sigma is not None:
         settings["lambda_reg"] = condition.lambda_reg
-    model = DEAL(prior=model.prior[0], pretrained=None, complex_mode="real", warn=False)
+    model = DEAL(prior=model.prior, pretrained=None, complex_mode="real", warn=False)
     with torch.no_grad():
         benchmark.pedantic(model, (y, physics), settings, rounds=2, warmup_rounds=1)
 
@@ -81,7 +81,7 @@ def test_reconstruction(benchmark, model, image, name):
 def test_gradient(benchmark, model, image, max_iter):
     task = SPEED_TASKS["denoising"]
     y, _ = task.conditions[0].measure(task.ground_truth(image))
-    limited = DEAL(prior=model.prior[0], pretrained=None, max_iter=max_iter, rtol=1e-9)
+    limited = DEAL(prior=model.prior, pretrained=None, max_iter=max_iter, rtol=1e-9)
     limited.warn = False
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""SAFI's and MMR's priors and equation: formulas, convex solvers, gradients."""
+"""SAFI's and MMR's equation: convex solvers, fixed point, gradients."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from problems import DOUBLE, dense, generator, images, random_l1_prior
+from problems import DOUBLE, dense, generator, noisy_images, random_l1_prior
 from torch import Tensor
-from torch.nn import functional as F
 
-from deepinv_deal._batch import inner, norm
+from deepinv_deal import SolverOptions
+from deepinv_deal._batch import norm
 from deepinv_deal.priors import MMRPrior, SAFIPrior
-from deepinv_deal.priors.attentive_l1 import FrozenL1
+from deepinv_deal.problems import (
+    DataTerm,
+    ImageLayout,
+    NormalOperator,
+    operator_term,
+)
+from deepinv_deal.problems.l1 import FrozenL1
 from deepinv_deal.solvers import (
     AdjointOptions,
-    ConvergenceWarning,
     attach_gradient,
     fixed_point,
 )
@@ -26,12 +31,6 @@ KINDS = [pytest.param(SAFIPrior, id="safi"), pytest.param(MMRPrior, id="mmr")]
 #: For what does not depend on where the mask comes from, and takes long.
 ONE_KIND = [KINDS[0], pytest.param(MMRPrior, id="mmr", marks=pytest.mark.slow)]
 INNER = ["admm", "fista"]
-
-
-def noisy_images(n=2, height=9, width=8, seed=3) -> Tensor:
-    g = generator(seed)
-    noise = torch.randn(n, 1, height, width, generator=g, dtype=DOUBLE)
-    return images(n, 1, height, width, seed=seed) + 0.1 * noise
 
 
 def coupled(n=72, seed=5):
@@ -68,133 +67,6 @@ def solve(equation, rtol=1e-11, **kwargs):
     return result
 
 
-# -- formulas ------------------------------------------------------------------
-
-
-def plain_filters(prior):
-    kernels = [w.detach() for w in prior.W.weight]
-    return [k - k.mean((2, 3), keepdim=True) for k in kernels]
-
-
-def plain_analysis(prior, x):
-    for kernel in plain_filters(prior):
-        x = F.conv2d(x, kernel, padding=3)
-    return x
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_rescaled_weights_denoise_rescaled_images(kind):
-    prior, y = random_l1_prior(kind), noisy_images()
-    expected = prior.prox(y, gamma=prior.lambda_reg.item(), rtol=1e-8)
-    mask = prior.mask(y)
-    prior.rescale(0.4)
-    assert float(prior.sigma) == pytest.approx(10 / 255)
-    torch.testing.assert_close(prior.mask(0.4 * y), mask)
-    actual = prior.prox(0.4 * y, gamma=prior.lambda_reg.item(), rtol=1e-8)
-    torch.testing.assert_close(actual, 0.4 * expected, rtol=1e-6, atol=1e-7)
-    assert (expected - y).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_filters_are_two_convolutions_with_zero_mean_kernels(kind):
-    prior, x = random_l1_prior(kind), noisy_images()
-    bound = prior.bind()
-    expected = plain_analysis(prior, x)
-    torch.testing.assert_close(bound.nu * bound.analyse(x), expected)
-    w = noisy_images(2)[:, :1].expand_as(expected) + expected
-    torch.testing.assert_close(
-        inner(bound.analyse(x), w), inner(x, bound.adjoint(w)), rtol=1e-10, atol=1e-10
-    )
-    torch.testing.assert_close(
-        bound.normal(x), bound.adjoint(bound.analyse(x)), rtol=1e-10, atol=1e-12
-    )
-
-
-def test_safi_mask_follows_its_formula():
-    prior, x = random_l1_prior(SAFIPrior), noisy_images()
-    expected = x
-    network = prior.mask_network
-    for V, spline in zip(network.V, network.splines, strict=True):
-        expected = spline(F.conv2d(expected, V, padding=3))
-    expected = torch.sigmoid(expected)
-    torch.testing.assert_close(prior.mask(x), expected)
-    assert expected.std() > 0.05, "the mask must depend on the image"
-
-
-def test_safi_mask_starts_at_one_half():
-    x = torch.rand(1, 1, 9, 9, generator=generator())
-    assert (SAFIPrior(4).mask(x) == 0.5).all()
-
-
-def test_mmr_mask_follows_its_formula():
-    prior, x = random_l1_prior(MMRPrior), noisy_images()
-    potential = prior.potential
-    averages = []
-    for weight in potential.G:
-        kernel = weight.detach().abs()
-        averages.append(kernel / kernel.sum((2, 3), keepdim=True))
-    g = plain_analysis(prior, x).abs()
-    for kernel in averages:
-        g = F.conv2d(g, kernel, padding=3, groups=3)
-    g = potential.spline(potential.scale.abs().view(1, -1, 1, 1) * g).clamp(0, 1)
-    assert ((g > 0) & (g < 1)).any(), "the splines must matter"
-    for kernel in reversed(averages):
-        g = F.conv_transpose2d(g, kernel, padding=3, groups=3)
-    torch.testing.assert_close(prior.mask(x), g)
-    assert (g >= 0).all() and (g <= 1 + 1e-12).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_channels_are_regularized_alike(kind):
-    prior = random_l1_prior(kind)
-    a, b = noisy_images(seed=1), noisy_images(seed=2)
-    both = torch.cat([a, b], 1)
-    assert prior.mask(both).shape == (2, 6, 9, 8)
-    torch.testing.assert_close(prior.mask(both)[:, :3], prior.mask(a))
-    torch.testing.assert_close(prior.grad(both)[:, 1:], prior.grad(b))
-    total = prior.frozen_fn(a, a) + prior.frozen_fn(b, b)
-    torch.testing.assert_close(prior.frozen_fn(both, both), total)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_frozen_value_is_the_weighted_l1_norm(kind):
-    prior, x, z = random_l1_prior(kind), noisy_images(seed=1), noisy_images(seed=2)
-    expected = (prior.mask(z) * plain_analysis(prior, x)).abs().flatten(1).sum(1)
-    torch.testing.assert_close(prior.frozen_fn(x, z), expected)
-
-
-def test_safi_has_no_energy_and_says_so():
-    prior = random_l1_prior(SAFIPrior)
-    assert not prior.explicit_prior
-    with pytest.raises(NotImplementedError, match="no energy"):
-        prior(noisy_images())
-
-
-def test_the_gradient_of_the_energy_of_mmr_is_the_field_of_its_mask():
-    prior, x = random_l1_prior(MMRPrior), noisy_images().requires_grad_()
-    assert prior.explicit_prior
-    (expected,) = torch.autograd.grad(prior(x).sum(), x)
-    torch.testing.assert_close(prior.grad(x), expected, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_mask_of_mmr_majorises_its_energy(seed):
-    prior = random_l1_prior(MMRPrior, seed=seed)
-    x, z = noisy_images(seed=seed), noisy_images(seed=seed + 50)
-    majoriser = prior(z) + prior.frozen_fn(x, z) - prior.frozen_fn(z, z)
-    assert (majoriser >= prior(x)).all()
-    assert (majoriser > prior(x) + 1e-3).any(), "touching everywhere proves nothing"
-
-
-def test_a_scale_of_zero_gives_the_l1_norm():
-    prior, x = random_l1_prior(MMRPrior), noisy_images(height=30, width=30)
-    with torch.no_grad():
-        prior.potential.scale.zero_()
-    g = plain_analysis(prior, x).abs()
-    expected = prior.potential.bind(torch.ones(())).average(g).flatten(1).sum(1)
-    torch.testing.assert_close(prior(x), expected)
-
-
 # -- the frozen problem against generic solvers --------------------------------
 
 
@@ -202,7 +74,7 @@ def random_frozen(
     kind,
     seed,
     inner_solver,
-    box=(0.0, 1.0),
+    bounds=(0.0, 1.0),
     H=None,
     rtol=1e-10,
     size=(9, 8),
@@ -213,7 +85,10 @@ def random_frozen(
     y = y + 0.3 * (seed % 3 - 1)  # some touch the box
     nu = float(prior.bind().nu)
     equation = prior.equation(
-        H, y, lambda_reg=weight / nu, box=box, inner=inner_solver, inner_max_iter=20000
+        operator_term(y, H),
+        lambda_reg=weight / nu,
+        bounds=bounds,
+        options=SolverOptions(inner_solver, inner_max_iter=20000),
     )
     with torch.no_grad():
         frozen = FrozenL1(equation, equation.pair(y, y.new_zeros(1, 3, *size)))
@@ -229,22 +104,22 @@ def random_frozen(
     [pytest.param(i, marks=[pytest.mark.slow] * (i >= 12)) for i in range(20)],
 )
 def test_both_inner_solvers_agree_with_a_bounded_quasi_newton_method(seed):
-    box = None if seed % 4 == 3 else (0.0, 1.0)
+    bounds = None if seed % 4 == 3 else (0.0, 1.0)
     kind = (SAFIPrior, MMRPrior)[seed % 2]
     images_found = []
     for name in INNER:
-        equation, frozen, result, matrix = random_frozen(kind, seed, name, box)
+        equation, frozen, result, matrix = random_frozen(kind, seed, name, bounds)
         images_found.append(equation.image(result.x))
     torch.testing.assert_close(*images_found, rtol=0, atol=1e-6)
     if seed >= 6:
         return
     # The dual: maximise min_x 1/2 |x - b|^2 + <w, W x> over |w| <= c.
-    W, b = matrix.numpy(), equation.b.flatten().numpy()
+    W, b = matrix.numpy(), equation.data.b.flatten().numpy()
     c = frozen.bound.flatten().numpy()
 
     def dual(w):
         x = b - W.T @ w
-        x = x if box is None else np.clip(x, *box)
+        x = x if bounds is None else np.clip(x, *bounds)
         return -(0.5 * np.sum((x - b) ** 2) + w @ W @ x), -W @ x
 
     best = scipy.optimize.minimize(
@@ -256,7 +131,7 @@ def test_both_inner_solvers_agree_with_a_bounded_quasi_newton_method(seed):
         options={"ftol": 1e-18, "gtol": 1e-12, "maxiter": 50000, "maxfun": 50000},
     )
     x = b - W.T @ best.x
-    x = x if box is None else np.clip(x, *box)
+    x = x if bounds is None else np.clip(x, *bounds)
     found = images_found[0].flatten().numpy()
     np.testing.assert_allclose(found, x, rtol=0, atol=1e-5)
     # Strong duality: the primal value at our image is the dual value at theirs.
@@ -264,10 +139,10 @@ def test_both_inner_solvers_agree_with_a_bounded_quasi_newton_method(seed):
     assert abs(primal + best.fun) < 1e-7 * abs(primal)
 
 
-@pytest.mark.parametrize("box", [None, (0.0, 1.0)], ids=["free", "box"])
-def test_the_duality_gap_bounds_the_distance_from_the_minimum(box):
-    equation, frozen, best, matrix = random_frozen(SAFIPrior, 1, "fista", box)
-    W, b = matrix.numpy(), equation.b.flatten().numpy()
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)], ids=["free", "box"])
+def test_the_duality_gap_bounds_the_distance_from_the_minimum(bounds):
+    equation, frozen, best, matrix = random_frozen(SAFIPrior, 1, "fista", bounds)
+    W, b = matrix.numpy(), equation.data.b.flatten().numpy()
     c = frozen.bound.flatten().numpy()
 
     def primal(x):
@@ -281,7 +156,7 @@ def test_the_duality_gap_bounds_the_distance_from_the_minimum(box):
     p = equation.pair(equation.image(rough), torch.from_numpy(w).view(1, 3, 9, 8))
     inside = w.clip(-c, c)
     dual = b - W.T @ inside
-    dual = dual if box is None else dual.clip(*box)
+    dual = dual if bounds is None else dual.clip(*bounds)
     expected = primal(x) - 0.5 * np.sum((dual - b) ** 2) - inside @ W @ dual
     assert float(frozen.gap(p).detach()) == pytest.approx(expected, rel=1e-9)
     assert expected >= primal(x) - minimum > 1e-6 * minimum
@@ -307,7 +182,7 @@ def test_admm_solves_problems_with_an_operator(operator, size, weight):
     x, w = (v.flatten() for v in equation.unpair(result.x))
     c = frozen.bound.flatten()
     # Karush-Kuhn-Tucker conditions of the dense problem.
-    gradient = matrix_H @ x - equation.b.flatten() + matrix.T @ w
+    gradient = matrix_H @ x - equation.data.b.flatten() + matrix.T @ w
     inside = (x > 1e-9) & (x < 1 - 1e-9)
     assert 0 < int(inside.sum()) < len(x)
     assert gradient[inside].abs().max() < 1e-8
@@ -330,7 +205,8 @@ def test_circular_physics_needs_one_application_per_iteration(
     H, _ = operator()
     prior, y = random_l1_prior(SAFIPrior), noisy_images(1, *size)
     weight = 0.005 / float(prior.bind().nu)
-    equation = prior.equation(H, y, lambda_reg=weight, inner_max_iter=400)
+    options = SolverOptions(inner_max_iter=400)
+    equation = prior.equation(operator_term(y, H), lambda_reg=weight, options=options)
     frozen = equation.freeze(equation.start(y))
     analyse, count = equation.regularizer.W.__class__.__call__, 0
 
@@ -363,7 +239,10 @@ def test_the_preconditioner_knows_circulant_physics(channels):
     x[..., 14:26, 14:24] = torch.rand(size, generator=generator(2), dtype=DOUBLE)
     prior = random_l1_prior(SAFIPrior)
     with torch.no_grad():
-        equation = prior.equation(H, H(x) + 0.1, lambda_reg=1e-3)
+        b, pair = H(x) + 0.1, channels == 2
+        layout = ImageLayout.of(b, 1, "real_imag")
+        data = DataTerm(b, NormalOperator(H, b, complex_pair=pair), layout)
+        equation = prior.equation(data, lambda_reg=1e-3)
         frozen = equation.freeze(equation.start(x))
         rho, rho_s = frozen.rho
         Ax = H(x) + rho * equation.regularizer.normal(x) + rho_s * x
@@ -375,19 +254,17 @@ def blind_to_the_mean(v):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
-@pytest.mark.parametrize("box", [None, (0.0, 1.0)], ids=["free", "box"])
-def test_what_neither_physics_nor_filters_see_is_found(box, scale):
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)], ids=["free", "box"])
+def test_what_neither_physics_nor_filters_see_is_found(bounds, scale):
     """The mean: only borders tell it. And the units of the physics do not matter."""
     prior, y = random_l1_prior(SAFIPrior), noisy_images(1, 26, 25)
     weight = 0.02 * scale / float(prior.bind().nu)
     n_inner = []
     for s in (scale, 1.0):
-        equation = prior.equation(
-            lambda v, s=s: s * blind_to_the_mean(v),
-            s * blind_to_the_mean(y),
-            lambda_reg=weight * s / scale,
-            box=box,
+        data = operator_term(
+            s * blind_to_the_mean(y), lambda v, s=s: s * blind_to_the_mean(v)
         )
+        equation = prior.equation(data, lambda_reg=weight * s / scale, bounds=bounds)
         n_inner.append(int(solve(equation, rtol=1e-2, forcing=0.5).n_inner))
     assert n_inner[0] == pytest.approx(n_inner[1], rel=0.3)
 
@@ -395,11 +272,11 @@ def test_what_neither_physics_nor_filters_see_is_found(box, scale):
 def test_an_unknown_inner_solver_is_refused():
     prior, y = random_l1_prior(SAFIPrior), noisy_images()
     with pytest.raises(ValueError, match="'newton'"):
-        prior.equation(None, y, inner="newton")
+        prior.equation(operator_term(y), options=SolverOptions("newton"))
     with pytest.raises(ValueError, match="denoising problems only"):
-        prior.equation(lambda v: v, y, inner="fista")
+        prior.equation(operator_term(y, lambda v: v), options=SolverOptions("fista"))
     with pytest.raises(ValueError, match="leave sigma out"):
-        prior.equation(None, y, sigma=0.1)
+        prior.equation(operator_term(y), sigma=0.1)
 
 
 # -- the fixed point -----------------------------------------------------------
@@ -408,8 +285,9 @@ def test_an_unknown_inner_solver_is_refused():
 def equations(kind, H, inner_solver, n=2, lambda_reg=0.3, **kwargs):
     prior, y = random_l1_prior(kind), noisy_images(n)
     nu = float(prior.bind().nu)
+    options = SolverOptions(inner_solver, inner_max_iter=5000)
     return prior, prior.equation(
-        H, y, lambda_reg=lambda_reg / nu, inner=inner_solver, inner_max_iter=5000
+        operator_term(y, H), lambda_reg=lambda_reg / nu, options=options
     )
 
 
@@ -439,11 +317,9 @@ def test_a_batch_gives_what_its_samples_give_alone(kind, inner_solver):
     batch = solve(equation, rtol=1e-6)
     for i in range(3):
         single = prior.equation(
-            None,
-            equation.b[i : i + 1],
+            operator_term(equation.data.b[i : i + 1]),
             lambda_reg=equation.lambda_reg[i : i + 1],
-            inner=inner_solver,
-            inner_max_iter=5000,
+            options=SolverOptions(inner_solver, inner_max_iter=5000),
         )
         alone = solve(single, rtol=1e-6)
         assert alone.n_iter[0] == batch.n_iter[i]
@@ -454,10 +330,10 @@ def test_a_batch_gives_what_its_samples_give_alone(kind, inner_solver):
 def test_the_residual_of_the_equation_is_that_of_the_frozen_problem():
     _, equation = equations(SAFIPrior, coupled()[0], "admm")
     p = equation.start(None)
-    size = norm(equation(p)) / norm(equation.b)
+    size = norm(equation(p)) / norm(equation.data.b)
     torch.testing.assert_close(equation.freeze(p).residual, size)
     _, _, equation, solution = solved(SAFIPrior, "operator")
-    assert (norm(equation(solution)) <= 1e-10 * norm(equation.b)).all()
+    assert (norm(equation(solution)) <= 1e-10 * norm(equation.data.b)).all()
 
 
 @cache
@@ -474,7 +350,7 @@ def test_the_energy_of_mmr_falls_monotonically():
 
     def energy(p):
         x = equation.image(p)
-        data = 0.5 * norm(x - equation.b).square()
+        data = 0.5 * norm(x - equation.data.b).square()
         return data + weight * prior(x)
 
     energies = []
@@ -488,19 +364,6 @@ def test_the_energy_of_mmr_falls_monotonically():
     assert len(energies) > 3
     assert (energies.diff(dim=0) <= 1e-12 * energies[0]).all()
     assert (energies[-1] < energies[0] - 1e-6).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_prox_is_denoising_without_a_box(kind):
-    prior, y = random_l1_prior(kind), noisy_images() - 0.4
-    gamma = 0.1 / float(prior.bind().nu)
-    z = prior.prox(y, gamma=gamma, rtol=1e-6)
-    equation = prior.equation(None, y, lambda_reg=gamma, box=None)
-    expected = equation.image(solve(equation, rtol=1e-9).x)
-    torch.testing.assert_close(z, expected, rtol=0, atol=1e-5)
-    assert (z < 0).any()
-    with pytest.warns(ConvergenceWarning, match=rf"{kind.__name__}\.prox"):
-        prior.prox(y, gamma=gamma, rtol=1e-9, max_iter=1)
 
 
 # -- gradients -----------------------------------------------------------------
@@ -529,7 +392,8 @@ def test_exact_gradients_are_finite_differences(kind, problem):
         prior.lambda_reg.fill_(0.3 / float(prior.bind().nu))
 
     def equation(b, inner_solver="admm"):
-        return prior.equation(H, b, inner_max_iter=5000, inner=inner_solver)
+        options = SolverOptions(inner_solver, inner_max_iter=5000)
+        return prior.equation(operator_term(b, H), options=options)
 
     # Both inner solvers find the same image; this one sooner, where it may be used.
     fast = "fista" if H is None else "admm"
@@ -576,7 +440,8 @@ def test_jacobian_free_gradients_are_those_with_the_mask_frozen(kind, problem):
     prior, H, equation, start = solved(kind, problem)
     b, lam = noisy_images(1).requires_grad_(), equation.lambda_reg.clone()
     lam.requires_grad_()
-    equation = prior.equation(H, b, lambda_reg=lam, inner_max_iter=5000)
+    options = SolverOptions(inner_max_iter=5000)
+    equation = prior.equation(operator_term(b, H), lambda_reg=lam, options=options)
     with torch.no_grad():
         x = equation.image(start)
         mask = equation.regularizer.mask(x, equation.regularizer.analyse(x))
@@ -585,7 +450,8 @@ def test_jacobian_free_gradients_are_those_with_the_mask_frozen(kind, problem):
 
     @torch.no_grad()
     def value(b, lam):
-        e = prior.equation(H, b, lambda_reg=lam, inner_max_iter=2000)
+        options = SolverOptions(inner_max_iter=2000)
+        e = prior.equation(operator_term(b, H), lambda_reg=lam, options=options)
         frozen = FrozenL1(e, start.expand(4, -1, -1, -1), mask.expand(4, -1, -1, -1))
         everyone = torch.ones(4, dtype=torch.bool)
         rtol = 1e-12 / frozen.residual
@@ -616,7 +482,8 @@ def test_small_and_large_weights_are_solved_too(kind, weight):
     weight = torch.tensor([weight], dtype=DOUBLE)
     solutions = []
     for inner_solver in INNER:
-        equation = prior.equation(None, y, lambda_reg=weight, inner=inner_solver)
+        options = SolverOptions(inner_solver)
+        equation = prior.equation(operator_term(y), lambda_reg=weight, options=options)
         problem = equation.freeze(equation.start(y))
         result = problem.solve(weight.new_full((1,), 1e-6), weight > 0)
         assert result.converged.all()
@@ -631,7 +498,11 @@ def test_stiff_and_soft_samples_of_a_batch_are_solved_as_alone(kind):
     weights = torch.tensor([0.01, 0.25], dtype=DOUBLE)
 
     def first_solve(rows):
-        equation = prior.equation(None, y[rows], lambda_reg=weights[rows], inner="admm")
+        equation = prior.equation(
+            operator_term(y[rows]),
+            lambda_reg=weights[rows],
+            options=SolverOptions("admm"),
+        )
         problem = equation.freeze(equation.start(y[rows]))
         rtol = torch.full_like(weights[rows], 1e-3)
         with torch.no_grad():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from deepinv_deal._batch import inner
-from deepinv_deal.priors import GroupPenalty, L1Penalty, WeaklyConvexPenalty
+from deepinv_deal.problems import GroupPenalty, L1Penalty, WeaklyConvexPenalty
 
 DOUBLE = torch.float64
 THRESHOLD = torch.tensor([0.3, 0.7], dtype=DOUBLE).view(1, 2, 1, 1)

@@ -12,8 +12,10 @@ from problems import (
     relative_error,
 )
 
+from deepinv_deal import SolverOptions
 from deepinv_deal.operators import MultiConv
-from deepinv_deal.priors.preconditioning import PRECONDITIONERS, Preconditioning
+from deepinv_deal.problems import Preconditioning, operator_term
+from deepinv_deal.problems.options import PRECONDITIONERS
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,8 @@ def test_circulant_inverts_a_convolutional_system_exactly(filters, channels):
         parts = v.reshape(-1, 1, *v.shape[2:])
         return filters.adjoint(squared * filters(parts)).view_as(v)
 
-    P = Preconditioning("circulant", blurred, x, weight, filters).at(squared)
+    data = operator_term(x, blurred)
+    P = Preconditioning("circulant", data, weight, filters).at(squared)
     image = blurred(x) + weight.view(2, 1, 1, 1) * regularizer(x)
     assert relative_error(P(image), x) < 1e-10
 
@@ -69,7 +72,7 @@ def test_circulant_wraps_kernels_larger_than_the_image(filters):
     for size in ((12, 10), (6, 5)):
         b = torch.zeros(1, 1, *size, dtype=DOUBLE)
         weight = torch.ones(1, dtype=DOUBLE)
-        own = Preconditioning("circulant", identity, b, weight, filters)
+        own = Preconditioning("circulant", operator_term(b, identity), weight, filters)
         symbols.append(own._filter_symbol(squared.expand(1, 3, *size)))
     torch.testing.assert_close(symbols[0][..., ::2, ::2], symbols[1])
 
@@ -81,7 +84,8 @@ def test_diagonal_is_that_of_the_system(filters):
     mask = torch.rand(1, 1, 24, 24, generator=generator(), dtype=DOUBLE)
     weight = torch.tensor([2.0], dtype=DOUBLE)
     squared = torch.full((1, 3, 24, 24), 0.3, dtype=DOUBLE)
-    P = Preconditioning("diagonal", lambda v: mask * v, x, weight, filters).at(squared)
+    data = operator_term(x, lambda v: mask * v)
+    P = Preconditioning("diagonal", data, weight, filters).at(squared)
     entry = mask[..., 12, 12] + 2 * (filters.adjoint(squared * filters(x)) * x).sum()
     torch.testing.assert_close(1 / P(x)[..., 12, 12], entry)
 
@@ -93,7 +97,7 @@ def test_diagonal_is_that_of_the_system(filters):
 def test_auto_considers_what_fits(filters, H, circulant, kept):
     b = torch.zeros(2, 1, 12, 12, dtype=DOUBLE)
     weight = torch.ones(2, dtype=DOUBLE)
-    own = Preconditioning("auto", H, b, weight, filters)
+    own = Preconditioning("auto", operator_term(b, H), weight, filters)
     assert own.solver.candidates.tolist() == [kept, kept]
     if kept:
         assert (own.use_circulant == circulant).all()
@@ -116,17 +120,19 @@ def test_a_convolution_is_applied_by_its_fourier_transform(
             return (1 - (name == "mask") * (x > 0).to(v)) * v
         return blurred(v) + (name == "nearly a blur") * 1e-3 * (x > 0) * v
 
-    own = Preconditioning("auto", H, x, torch.ones(2, dtype=dtype), filters.to(dtype))
+    data, weight = operator_term(x, H), torch.ones(2, dtype=dtype)
+    own = Preconditioning("auto", data, weight, filters.to(dtype))
     # Two random images tell a convolution; others take four, and four for the diagonal.
     assert len(calls) == (2 if name in ("blur", "identity") else 8)
-    assert (own.H is not H) == replaced
+    assert (own.H is not data.H) == replaced
     assert relative_error(own.H(x), H(x)) < (1e-6 if dtype == torch.float32 else 1e-13)
 
 
 def test_auto_prefers_the_diagonal_for_masks(filters):
     mask = torch.rand(2, 1, 12, 12, generator=generator(), dtype=DOUBLE).round()
     weight = torch.ones(2, dtype=DOUBLE)
-    own = Preconditioning("auto", lambda x: mask * x, mask, weight, filters)
+    data = operator_term(mask, lambda x: mask * x)
+    own = Preconditioning("auto", data, weight, filters)
     assert own.solver.candidates.all() and not own.use_circulant.any()
 
 
@@ -145,7 +151,7 @@ def test_the_first_system_needs_few_iterations_if_masks_are_flat(filters, H):
                 squared * filters(v)
             )
 
-        own = Preconditioning(choice, H, b, weight, filters)
+        own = Preconditioning(choice, operator_term(b, H), weight, filters)
         for _ in range(n_solves):
             result = own.solve(A, b, rtol, 100, squared, everyone)
             assert result.converged.all()
@@ -172,7 +178,7 @@ def test_the_first_system_is_plain_where_the_model_is_not_exact(filters):
         return H(v) + 50 * filters.adjoint(squared * filters(v)) + 0.1 * v
 
     results = [
-        Preconditioning(choice, H, mask, weight, filters).solve(
+        Preconditioning(choice, operator_term(mask, H), weight, filters).solve(
             A, mask, 0.1 * weight, 100, squared, weight > 0
         )
         for choice in ("auto", "none", "circulant")
@@ -198,13 +204,13 @@ def test_the_solution_does_not_depend_on_the_preconditioner(name):
     y = physics(images(2, 1, 12, 11))
     answers = []
     for choice in PRECONDITIONERS:
-        model = random_model(prior, preconditioner=choice)
+        model = random_model(prior, solver=SolverOptions(preconditioner=choice))
         with torch.no_grad():
             answers.append(model(y, physics, lambda_reg=0.5, return_info=True))
     for x_hat, info in answers:
         assert info.converged.all()
         assert relative_error(x_hat, answers[-1][0]) < 1e-7
-    work = {int(info.cg_iter.sum()) for _, info in answers}
+    work = {int(info.inner_iter.sum()) for _, info in answers}
     assert len(work) >= 3  # none, circulant and diagonal differ
 
 
@@ -213,7 +219,7 @@ def test_gradients_do_not_depend_on_the_preconditioner():
     y = physics(images(2, 1, 12, 11))
     gradients = []
     for choice in ("none", "circulant"):
-        model = random_model(prior, preconditioner=choice)
+        model = random_model(prior, solver=SolverOptions(preconditioner=choice))
         weight = torch.full((2,), 0.5, dtype=DOUBLE, requires_grad=True)
         model(y, physics, lambda_reg=weight).square().sum().backward()
         gradients.append(weight.grad)

@@ -8,7 +8,15 @@ from linearized import PROBLEMS, SIZE, small_problem
 from matplotlib.figure import Figure
 from problems import DOUBLE, generator, images, random_l1_prior, relative_error
 
-from deepinv_deal import DEAL, MMR, SAFI, MMRPrior, PatchSynthesis, SAFIPrior
+from deepinv_deal import (
+    DEAL,
+    MMR,
+    SAFI,
+    MMRPrior,
+    PatchSynthesis,
+    SAFIPrior,
+    SolverOptions,
+)
 from deepinv_deal.interpret import (
     asymptotic_rate,
     divergence,
@@ -141,7 +149,8 @@ def test_the_rate_of_a_geometric_sequence_is_found_above_rounding():
     ("form", "kind"), [(SAFI, SAFIPrior), (MMR, MMRPrior)], ids=["safi", "mmr"]
 )
 def test_the_rate_of_attentive_l1_models_is_predicted_too(form, kind):
-    model = form(prior=random_l1_prior(kind), max_iter=300, inner_max_iter=5000)
+    solver = SolverOptions(inner_max_iter=5000)
+    model = form(prior=random_l1_prior(kind), max_iter=300, solver=solver)
     y = images(1, 1, SIZE, SIZE)
     at = linearize(model, y, rtol=1e-5)
     radius = spectral_radius(at)

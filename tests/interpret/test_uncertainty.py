@@ -39,7 +39,8 @@ def at():
 def inverse(at):
     equation = at.problem.equation
     squared = equation.mask(at.x).square()
-    B = dense(lambda v: equation.H(v) + equation.force(v, squared), (1, N, N))
+    H, force = equation.data.normal, equation.force
+    B = dense(lambda v: H(v) + force(v, squared), (1, N, N))
     return torch.linalg.inv(B.detach())
 
 
@@ -105,7 +106,7 @@ def test_samples_and_variance_are_in_the_units_of_the_data():
     model, y = random_model(rtol=1e-8), images(1, 1, SIZE, SIZE)
     small = linearize(model, y, sigma=0.05, rtol=1e-8)
     large = linearize(model, 1000 * y, sigma=50.0, rtol=1e-8)
-    assert float(large.problem.scale) == 1000
+    assert float(large.problem.data.intensity) == 1000
     a, b = (posterior_variance(at, s) for at, s in ((small, 0.1), (large, 100.0)))
     torch.testing.assert_close(1e6 * a, b, rtol=1e-5, atol=0)
     a, b = (posterior_samples(at, s, 2) for at, s in ((small, 0.1), (large, 100.0)))
@@ -160,7 +161,7 @@ def test_kernels_are_rows_of_the_inverse_and_average_the_data(at, inverse):
     for kernel, (row, column) in zip(kernels, pixels, strict=True):
         expected = inverse[row * N + column].view(1, N, N)
         assert relative_error(kernel, expected) < 1e-6
-        average = (kernel * at.problem.equation.b[0]).sum()
+        average = (kernel * at.problem.data.b[0]).sum()
         assert float(average) == pytest.approx(float(at.image[0, 0, row, column]))
     with pytest.raises(IndexError, match=r"16 x 16, got \(16, 0\)"):
         averaging_kernels(at, [(16, 0)])

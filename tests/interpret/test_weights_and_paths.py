@@ -67,7 +67,7 @@ def test_filtering_with_the_kernels_is_the_operator_away_from_the_border(model):
     kernels = effective_filters(model).detach()
     size = kernels.shape[-1]
     x = images(1, 1, 3 * size, 3 * size + 1)
-    bound = model.prior[0].bind(*((0.1, x) if isinstance(model, DEAL) else ()))
+    bound = model.prior.bind(*((0.1, x) if isinstance(model, DEAL) else ()))
     # The true kernels are impulse responses: conv2d does not flip.
     pad = size // 2
     found = torch.nn.functional.conv2d(x, kernels.flip(-2, -1), padding=pad)
@@ -136,7 +136,7 @@ def test_the_noise_level_and_the_channels_are_checked():
 
 def test_curves_are_the_values_of_the_splines(model):
     curves = learned_splines(model)
-    splines = model.prior[0].splines()
+    splines = model.prior.splines()
     assert len(curves) == len(splines)
     for curve, spline in zip(curves, splines, strict=True):
         channels = len(curve.values)
@@ -149,7 +149,7 @@ def test_mask_curves_are_the_last_layer_of_the_mask():
     (curve,) = mask_curves(model, [0.1], t_max=0.5, num_points=11)
     assert curve.values.shape == (4, 11)
     assert float(curve.t[-1]) == 0.5
-    bound = model.prior[0].mask_network.bind(torch.tensor([25.5], dtype=DOUBLE))
+    bound = model.prior.mask_network.bind(torch.tensor([25.5], dtype=DOUBLE))
     t = curve.t.view(1, 1, 1, -1).expand(1, 4, 1, -1)
     expected = bound.phi[2](bound.alpha * t).clamp(0.01, 1)[0, :, 0]
     assert relative_error(curve.values, expected) < 1e-12
@@ -309,7 +309,7 @@ def test_without_mask_deal_is_one_linear_system():
     y = images(1, 1, 12, 13)
     with torch.no_grad():
         x_hat, info = without_mask(model)(y, sigma=0.05, return_info=True)
-        W = model.prior[0].W.operator()
+        W = model.prior.W.operator()
         rest = x_hat + info.lambda_reg * W.normal(x_hat) - y
         assert float(rest.abs().max()) < 1e-8
         assert bool((info.mask == 1).all())

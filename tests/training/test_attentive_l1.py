@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from skimage.data import astronaut
-from trainers import KINDS, slopes_of_the_loss, stopping_at, weights_after
+from trainers import KINDS, SOLVE, slopes_of_the_loss, stopping_at, weights_after
 
-from deepinv_deal.training import attentive_l1, mask_drift
+from deepinv_deal.problems import operator_term
+from deepinv_deal.training import mask_drift
 
 
 def start(folder, out, **changes):
@@ -105,7 +106,7 @@ def test_drift_counts_the_change_of_the_mask(folder, tmp_path):
 
     training, problems, p, value = loss(0.0)
     other, _, _, with_drift = loss(2.0)
-    equation = training.prior.equation(None, problems.y, inner_max_iter=20)
+    equation = training.prior.equation(operator_term(problems.y))
     with torch.no_grad():
         first = equation.start(None)
     change = mask_drift(equation.mask(p), equation.mask(first))
@@ -128,11 +129,11 @@ def test_drift_is_that_of_the_last_step_even_if_it_was_none_to_keep(
     for drift in (0.0, 2.0):
         training = start(folder, tmp_path, drift=drift, model=model)
         problems = training.sampler.batch(0, 2)
-        equation = training.prior.equation(None, problems.y)
+        equation = training.prior.equation(operator_term(problems.y))
         with torch.no_grad():
             p = equation.start(None)
         with monkeypatch.context() as patch:
-            patch.setattr(attentive_l1, "fixed_point", stopping_at(1, 0.5, kept=1))
+            patch.setattr(SOLVE, stopping_at(1, 0.5, kept=1))
             losses.append(training.loss(problems, p)[0].detach())
     change = mask_drift(equation.mask(0.5 * p), equation.mask(p)).detach()
     assert change.mean() > 0
@@ -147,9 +148,9 @@ def test_a_pair_that_is_not_finite_does_not_spoil_the_loss(
     training = start(folder, tmp_path, drift=2.0)
     problems = training.sampler.batch(0, 2)
     with torch.no_grad():
-        p = training.prior.equation(None, problems.y).start(None)
+        p = training.prior.equation(operator_term(problems.y)).start(None)
     stub = stopping_at(1, *times * [torch.nan], kept=1)
-    monkeypatch.setattr(attentive_l1, "fixed_point", stub)
+    monkeypatch.setattr(SOLVE, stub)
     loss, _ = training.loss(problems, p)
     loss.backward()
     assert loss.isfinite()

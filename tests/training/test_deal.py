@@ -15,17 +15,17 @@ import torch
 from matplotlib import image
 from PIL import Image
 from problems import random_prior
-from trainers import SMALL, options, stopping_at, weights_after
+from trainers import SMALL, SOLVE, options, stopping_at, weights_after
 
-from deepinv_deal import DEAL
+from deepinv_deal import DEAL, AdjointOptions
 from deepinv_deal.cli import main
+from deepinv_deal.problems import operator_term
 from deepinv_deal.splines import LinearSpline
 from deepinv_deal.training import (
     DEALRecipe,
     DEALTrainer,
     DenoisingSampler,
     color_from_gray,
-    deal,
     deal_loss,
     grow,
     load_image,
@@ -316,17 +316,6 @@ def test_other_settings_refuse_to_resume(folder, tmp_path):
     assert DEALTrainer(recipe(folder, tmp_path, lr=0.1), resume=False).step == 0
 
 
-def test_a_checkpoint_without_a_newer_setting_had_its_default(folder, tmp_path):
-    trainer = DEALTrainer(recipe(folder, tmp_path))
-    trainer.save()
-    state = torch.load(trainer.state_path, weights_only=True)
-    del state["recipe"]["skew"]
-    torch.save(state, trainer.state_path)
-    assert DEALTrainer(recipe(folder, tmp_path)).recipe.skew == 1
-    with pytest.raises(ValueError, match=r"skew: 1.0 -> 2.0"):
-        DEALTrainer(recipe(folder, tmp_path, skew=2.0))
-
-
 def test_training_writes_a_log_and_the_best_weights(folder, tmp_path):
     trainer = DEALTrainer(recipe(folder, tmp_path))
     best = trainer.train()
@@ -335,7 +324,7 @@ def test_training_writes_a_log_and_the_best_weights(folder, tmp_path):
     picture = image.imread(tmp_path / "curve.png")
     assert picture[..., :3].std() > 0.05
     model = DEAL(pretrained=tmp_path / "best.safetensors")
-    assert model.prior[0].num_filters == 4
+    assert model.prior.num_filters == 4
     assert np.isfinite(best)
 
 
@@ -437,7 +426,7 @@ def test_an_iterate_that_is_not_finite_does_not_spoil_the_loss(
 ):
     """The solver returns the iterate before it."""
     stub = stopping_at(1, *times * [torch.nan], kept=1)
-    monkeypatch.setattr(deal, "fixed_point", stub)
+    monkeypatch.setattr(SOLVE, stub)
     trainer = DEALTrainer(recipe(folder, tmp_path))
     problems = trainer.sampler.batch(0, 2)
     assert trainer.loss(problems, problems.y)[0].isfinite()
@@ -449,13 +438,14 @@ def test_drift_is_that_of_the_last_step_even_if_it_was_none_to_keep(
 ):
     """The solver returns its best iterate, which may be the one before."""
 
-    monkeypatch.setattr(deal, "fixed_point", stopping_at(1, 0.5, kept=kept))
+    monkeypatch.setattr(SOLVE, stopping_at(1, 0.5, kept=kept))
     losses = []
     for drift in (0.0, 2.0):
         trainer = DEALTrainer(recipe(folder, tmp_path, drift=drift))
         problems = trainer.sampler.batch(0, 2)
         losses.append(trainer.loss(problems, problems.y)[0].detach())
-    equation = trainer.prior.equation(lambda x: x, problems.y, problems.sigma)
+    data = operator_term(problems.y)
+    equation = trainer.prior.equation(data, sigma=problems.sigma)
     masks = [equation.regularizer.mask(a * problems.y).detach() for a in (0.5, 1)]
     change = mask_drift(*masks)
     assert (change > 0).all()
@@ -535,10 +525,10 @@ def test_deal_trains_in_deepinvs_trainer(tmp_path):
         prior=random_prior(1, 4, dtype=torch.float32),
         pretrained=None,
         rtol=1e-3,
-        DEQ=dinv.optim.DEQConfig(jacobian_free=True),
+        adjoint=AdjointOptions(jacobian_free=True),
         warn=False,
     )
-    before = model.prior[0].W.weight[0].detach().clone()
+    before = model.prior.W.weight[0].detach().clone()
     trainer = dinv.Trainer(
         model=model,
         physics=physics,
@@ -555,4 +545,4 @@ def test_deal_trains_in_deepinvs_trainer(tmp_path):
         non_blocking_transfers=False,
     )
     trainer.train()
-    assert not torch.equal(model.prior[0].W.weight[0], before)
+    assert not torch.equal(model.prior.W.weight[0], before)
