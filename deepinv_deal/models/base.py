@@ -237,16 +237,20 @@ class ReconstructionModel(Reconstructor, Denoiser):
             y, physics, sigma, lambda_reg=lambda_reg, init=init, **hyperparameters
         )
         if x_gt is not None:
-            x_gt = problem.data.unknown("x_gt", x_gt)
-        equation, start = problem.equation, problem.start()
+            x_gt = problem.data.unscaled(problem.data.unknown("x_gt", x_gt))
+        start = problem.start()
         metrics, recorder = None, self._recorder(problem, start)
+
+        def seen(unknown: Tensor) -> Tensor:
+            # In the units of the caller, and complex images as two channels.
+            return problem.data.unscaled(problem.equation.image(unknown))
+
         if compute_metrics:
-            first = equation.image(start.detach())
-            metrics = IterationMetrics(first, x_gt, self.custom_metrics)
+            metrics = IterationMetrics(seen(start.detach()), x_gt, self.custom_metrics)
 
         def observe(_k: int, before: Tensor, after: Tensor) -> None:
             if metrics is not None:
-                metrics.observe(equation.image(before), equation.image(after))
+                metrics.observe(seen(before), seen(after))
             if recorder is not None:
                 recorder.observe(after)
 

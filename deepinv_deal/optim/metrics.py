@@ -23,8 +23,8 @@ class IterationMetrics:
 
     :param torch.Tensor x: first image, ``(B, C, H, W)``.
     :param torch.Tensor x_gt: ground truth, or ``None``.
-    :param dict custom_metrics: functions of the list so far, the image before and the
-        image after an iteration, both ``(C, H, W)``, by name.
+    :param dict custom_metrics: by name, functions of the lists so far, one for every
+        sample, and of the images ``(C, H, W)`` before and after an iteration.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class IterationMetrics:
         self._judge(after)
         for name, function in self.custom.items():
             for i, values in enumerate(self.values[name]):
-                values.append(function(values, before[i], after[i]))
+                values.append(function(self.values[name], before[i], after[i]))
 
     def finish(self, result: SolverResult) -> dict[str, list[list[Any]]]:
         """Returns everything, with the history of the solver."""

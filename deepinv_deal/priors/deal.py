@@ -148,6 +148,10 @@ class DEALPrior(AttentiveQuadraticPrior):
         channels = (in_channels, 4 * in_channels, 8 * in_channels, num_filters)
         self.W = MultiConv(channels, normalization=normalization)
         self.mask_network = MaskNetwork(channels)
+        # Last, as ever: the state of an optimizer counts the parameters.
+        kappa = self.kappa
+        del self.kappa
+        self.kappa = kappa
 
     @property
     def normalization(self) -> Normalization:

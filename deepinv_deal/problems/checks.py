@@ -113,7 +113,9 @@ def per_sample(
             raise TypeError(
                 f"{name} must be a number or a tensor, got {type(value).__name__}."
             )
-        values = torch.as_tensor(value).to(like).reshape(-1)
+        # Not by way of float32, which is what torch makes of a list.
+        values = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        values = values.reshape(-1)
         checked = values.detach().tolist()
     if len(values) not in (1, len(like)):
         raise ValueError(

@@ -203,8 +203,12 @@ class DataTerm:
 
     def image(self, x: Tensor) -> Tensor:
         """Turns an unknown into an image of the physics."""
-        x = x if self.scale is None else x * expand(self.scale, x)
+        x = self.unscaled(x)
         return x if self.layout is None else self.layout.embed(x)
+
+    def unscaled(self, x: Tensor) -> Tensor:
+        """Returns an unknown in the units of the physics."""
+        return x if self.scale is None else x * expand(self.scale, x)
 
     def unknown(self, name: str, image: object) -> Tensor:
         """

@@ -4,7 +4,6 @@ import deepinv as dinv
 import pytest
 import torch
 import torch.nn.functional as F
-from deepinv.optim import DEQConfig
 from problems import (
     DOUBLE,
     dense,
@@ -15,12 +14,13 @@ from problems import (
     relative_error,
 )
 
+from deepinv_deal import AdjointOptions, ConvergenceWarning
 from deepinv_deal.priors.deal import MASK_MAX, MASK_MIN
 
 #: Small, to keep the distance to the next kink large.
 HEIGHT, WIDTH = 7, 6
 EXACT = {"rtol": 1e-13, "max_iter": 1000, "scale": None}
-JACOBIAN_FREE = DEQConfig(jacobian_free=True, eps_backward=1e-13)
+JACOBIAN_FREE = AdjointOptions(jacobian_free=True, rtol=1e-13)
 
 
 def blur():
@@ -58,7 +58,7 @@ class Problem:
             self.inputs[f"physics.{name}"] = getattr(self.physics, name)
         for value in self.inputs.values():
             value.requires_grad_()
-        prior = self.model.prior[0]
+        prior = self.model.prior
         weights = {n: p for n, p in prior.named_parameters()}
         if self.physics is not None:
             weights.pop("kappa.coefficients")  # the learned weight for denoising only
@@ -70,7 +70,7 @@ class Problem:
         inputs = {k: v for k, v in self.inputs.items() if "." not in k}
         model = self.model
         if rtol is not None:
-            model = random_model(model.prior[0], **{**EXACT, "rtol": rtol})
+            model = random_model(model.prior, **{**EXACT, "rtol": rtol})
         return model(
             inputs.pop("y"), self.physics, init=init, return_info=True, **inputs
         )
@@ -83,7 +83,7 @@ class Problem:
 
     def kinks(self, x_hat, info) -> list[torch.Tensor]:
         """On which side of every knot, absolute value, clip and maximum we are."""
-        prior = self.model.prior[0]
+        prior = self.model.prior
         network, levels = prior.mask_network, 255 * info.sigma
         bound = network.bind(levels)
         sides = []
@@ -181,7 +181,7 @@ def test_exact_gradients_differ_from_jacobian_free_ones():
     problem = Problem("inpainting", 2)
     variables = tuple(problem.variables.values())
     exact = torch.autograd.grad(problem.loss(problem.solve()[0]), variables)
-    problem.model.DEQ_config = JACOBIAN_FREE
+    problem.model.adjoint = JACOBIAN_FREE
     free = torch.autograd.grad(problem.loss(problem.solve()[0]), variables)
     errors = [relative_error(f, e) for f, e in zip(free, exact, strict=True)]
     assert max(errors) > 1e-2
@@ -191,14 +191,14 @@ def test_exact_gradients_differ_from_jacobian_free_ones():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_jacobian_free_gradients_are_those_of_one_step(physics, batch):
     problem = Problem(physics, batch)
-    problem.model.DEQ_config = JACOBIAN_FREE
+    problem.model.adjoint = JACOBIAN_FREE
     x_hat, info = problem.solve()
     variables = tuple(problem.variables.values())
     gradients = torch.autograd.grad(problem.loss(x_hat), variables)
 
     # One step T(x) by a dense solve, differentiated by autograd; the image that the
     # mask is computed from is held fixed.
-    prior, x = problem.model.prior[0], x_hat.detach()
+    prior, x = problem.model.prior, x_hat.detach()
     y, sigma = problem.inputs["y"], problem.inputs["sigma"]
     weight = problem.inputs.get("lambda_reg")
     if weight is None:
@@ -251,7 +251,7 @@ def test_gradients_of_a_batch_are_those_of_its_samples():
 
 @pytest.mark.parametrize("jacobian_free", [False, True])
 def test_several_training_steps_lower_the_loss(jacobian_free):
-    model = random_model(DEQ=DEQConfig(jacobian_free=jacobian_free), rtol=1e-6).train()
+    model = random_model(adjoint=AdjointOptions(jacobian_free), rtol=1e-6).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     x = images(2, 1, HEIGHT, WIDTH)
     y = x + 0.1 * torch.randn(x.shape, generator=generator(), dtype=DOUBLE)
@@ -294,9 +294,7 @@ def test_nothing_is_tracked_without_need():
 
 
 def test_loose_adjoint_warns():
-    from deepinv_deal import ConvergenceWarning
-
-    model = random_model(DEQ=DEQConfig(eps_backward=1e-12, max_iter_backward=1))
+    model = random_model(adjoint=AdjointOptions(rtol=1e-12, max_iter=1))
     loss = model(images(1, 1, HEIGHT, WIDTH), sigma=0.1).sum()
     with pytest.warns(
         ConvergenceWarning, match="adjoint system.*Gradients are inaccurate"

@@ -14,10 +14,9 @@ import warnings
 import deepinv as dinv
 import pytest
 import torch
-from deepinv.optim import DEQConfig
 from problems import images, random_prior
 
-from deepinv_deal import DEAL, ConvergenceWarning
+from deepinv_deal import DEAL, AdjointOptions, ConvergenceWarning, SolverOptions
 
 # What the tests and deepinv warn about is not ours; what DEAL warns about is.
 pytestmark = [
@@ -183,7 +182,7 @@ def smoothing_denoiser(channels: int, kappa: float = 3.0) -> DEAL:
     The masks are 1, and W holds the differences of neighbours, divided by their norm.
     """
     model = small_model(channels, rtol=1e-5)
-    prior = model.prior[0]
+    prior = model.prior
     with torch.no_grad():
         prior.mask_network.phi3.coefficients.fill_(1.0)
         prior.kappa.coefficients.fill_(kappa)
@@ -275,7 +274,7 @@ class Counting(DEAL):
             prior=random_prior(1, 4, dtype=torch.float32),
             pretrained=None,
             rtol=1e-2,
-            DEQ=DEQConfig(jacobian_free=True),
+            adjoint=AdjointOptions(jacobian_free=True),
         )
         self.eval_count = self.train_count = 0
 
@@ -324,7 +323,11 @@ def test_trainer_data_formats(
         imsize=(1, 17, 16),
         device=CPU,
         dummy_model=small_model(
-            1, rtol=0.1, max_iter=3, inner_max_iter=5, DEQ=DEQConfig(jacobian_free=True)
+            1,
+            rtol=0.1,
+            max_iter=3,
+            solver=SolverOptions(inner_max_iter=5),
+            adjoint=AdjointOptions(jacobian_free=True),
         ),
         generate_params=generate_params,
         ground_truth=ground_truth,
@@ -353,7 +356,7 @@ def test_trainer_identity():
         1, sigma=0.1, lambda_reg=0.3, trainable_params=["lambda_reg"], rtol=1e-3
     )
     model.prior.requires_grad_(False)
-    weight = model.params_algo["lambda"][0]
+    weight = model.lambda_reg
     trainer = dinv.Trainer(
         model=model,
         physics=dinv.physics.Denoising(dinv.physics.ZeroNoise()),

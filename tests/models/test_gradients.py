@@ -6,7 +6,7 @@ import deepinv as dinv
 import pytest
 import torch
 from helpers import gradients_equal_finite_differences, random
-from problems import MODELS, TIGHT, generator, images
+from problems import ACCURATE_INNER, MODELS, TIGHT, generator, images
 from torch.func import functional_call
 
 from deepinv_deal.solvers import AdjointOptions
@@ -15,9 +15,14 @@ SIZE = (4, 5)
 
 #: So accurate that a difference of two losses means something.
 ACCURATE = {
-    "DEAL": {"rtol": 1e-12, "max_iter": 500, "DEQ": TIGHT},
-    "SAFI": {"rtol": 1e-10, "max_iter": 500, "forcing": 0.05, "DEQ": TIGHT},
-    "MMR": {"rtol": 1e-10, "max_iter": 500, "forcing": 0.05, "DEQ": TIGHT},
+    "DEAL": {"rtol": 1e-12, "max_iter": 500, "adjoint": TIGHT},
+    "SAFI": {
+        "rtol": 1e-10,
+        "max_iter": 500,
+        "solver": ACCURATE_INNER,
+        "adjoint": TIGHT,
+    },
+    "MMR": {"rtol": 1e-10, "max_iter": 500, "solver": ACCURATE_INNER, "adjoint": TIGHT},
     "CPR": {"rtol": 1e-12, "adjoint": AdjointOptions(True, 1e-11), "solver": "fista"},
     "PatchSynthesis": {"rtol": 1e-12, "adjoint": AdjointOptions(True, 1e-11)},
 }
@@ -79,8 +84,8 @@ def test_gradients_of_a_reconstruction_are_finite_differences(name, kind, rng):
         k: p for k, p in model.named_parameters() if p.requires_grad and p.numel()
     }
     for unused in (
-        "prior.0.kappa.coefficients",
-        "prior.0.lambda_reg",
+        "prior.kappa.coefficients",
+        "prior.lambda_reg",
         "prior.log_beta",
     ):
         weights.pop(unused, None)

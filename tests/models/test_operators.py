@@ -30,7 +30,7 @@ from problems import (
 )
 
 from deepinv_deal._batch import inner
-from deepinv_deal.models.image_operator import ImageOperator
+from deepinv_deal.problems import DataTerm
 
 SIZE = (8, 10)
 
@@ -139,17 +139,18 @@ def test_every_linear_physics_is_solved_for_every_batch(name, channels):
         exact = name not in ("compressed sensing", "blur, valid", "tomography")
         assert relative_error(x_hat[i : i + 1], alone) < (1e-7 if exact else 1e-3)
         if exact:
-            assert (own.n_iter, own.cg_iter) == (info.n_iter[i], info.cg_iter[i])
+            assert (own.n_iter, own.inner_iter) == (info.n_iter[i], info.inner_iter[i])
 
 
 @pytest.mark.parametrize(("name", "channels"), CASES)
 def test_the_normal_operator_is_symmetric_and_not_negative(name, channels):
     physics = PHYSICS[name](channels)
     y = physics.A(images(1, channels, *SQUARE.get(name, SIZE)))
-    operator = ImageOperator(physics, y, 3 if channels == 3 else 1, "real_imag")
+    filters = 3 if channels == 3 else 1
+    data = DataTerm.of(y, physics, torch.empty(0, dtype=DOUBLE), in_channels=filters)
     for seed in range(20):
-        u, v = torch.randn(2, *operator.b.shape, generator=generator(seed)).double()
-        Hu, Hv = operator.A_adjoint_A(u), operator.A_adjoint_A(v)
+        u, v = torch.randn(2, *data.b.shape, generator=generator(seed)).double()
+        Hu, Hv = data.normal(u), data.normal(v)
         size = float(inner(Hu, Hu) * inner(v, v)) ** 0.5
         assert abs(float(inner(Hu, v) - inner(u, Hv))) <= 1e-6 * size
         assert inner(Hu, u) >= 0

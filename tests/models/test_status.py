@@ -7,7 +7,6 @@ import warnings
 import deepinv as dinv
 import pytest
 import torch
-from deepinv.optim import DEQConfig
 from helpers import random
 from problems import EACH_MODEL, MODELS, generator, images, random_model
 
@@ -86,9 +85,6 @@ def test_a_strict_model_that_converges_is_no_other_model(name):
 
 
 def rough_adjoint(name, **settings):
-    if name in ("DEAL", "SAFI"):
-        config = DEQConfig(eps_backward=1e-12, max_iter_backward=1)
-        return MODELS[name](DEQ=config, **settings)
     return MODELS[name](adjoint=AdjointOptions(rtol=1e-12, max_iter=1), **settings)
 
 
