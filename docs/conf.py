@@ -89,9 +89,8 @@ nitpick_ignore_regex = [
     # Short names in `:param Callable A:` and in annotations, absent from inventories.
     # Type variables.
     (r"py:.*", r".*\.(weights\.\w+|training\.deal)\.Prior|.*\.engine\.[RP]"),
-    (r"py:.*", r".*\.problem\.AnyEquation"),
     # Annotations with internal classes.
-    (r"py:.*", r"AttentiveQuadratic|AttentiveL1|ImageSystem|ImageOperator"),
+    (r"py:.*", r"AttentiveQuadratic|AttentiveL1|DataTerm|Bounds"),
     (
         r"py:.*",
         r"Callable|Iterable|Iterator|Mapping|Sequence|Path|Tensor|Generator|abc\.ABC",

@@ -83,16 +83,20 @@ interpret.plot_decomposition(parts)
 y_small = y[..., 30:66, 30:66].double()
 steps = [2, 5, 10, 20, 50, 100, 200]
 checks = {"admm": [], "fista": [], "ipalm": []}
-solve = SmoothPlusSparse(pretrained="cpr_25", rtol=0.0, warn=False).double()
+
+
+def energy_after(max_iter, solver):
+    solve = SmoothPlusSparse(
+        pretrained="cpr_25", solver=solver, max_iter=max_iter, rtol=0.0, warn=False
+    ).double()
+    with torch.no_grad():
+        _, info = solve(y_small, sigma=sigma, return_info=True)
+    return info.objective.item()
+
+
 for solver, energies in checks.items():
-    for solve.max_iter in steps:
-        with torch.no_grad():
-            _, info = solve(y_small, sigma=sigma, solver=solver, return_info=True)
-        energies.append(info.objective.item())
-solve.max_iter = 1000
-with torch.no_grad():
-    _, info = solve(y_small, sigma=sigma, solver="admm", return_info=True)
-least = info.objective.item()
+    energies += [energy_after(max_iter, solver) for max_iter in steps]
+least = energy_after(1000, "admm")
 
 _, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
 for solver, energies in checks.items():

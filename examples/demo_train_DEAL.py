@@ -25,7 +25,7 @@ import torch
 from skimage import data
 from torch.utils.data import DataLoader, Dataset
 
-from deepinv_deal import DEAL
+from deepinv_deal import DEAL, AdjointOptions
 
 rng = torch.Generator().manual_seed(0)
 torch.manual_seed(0)
@@ -61,14 +61,14 @@ physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(25 / 255))
 # A small model
 # -------------
 #
-# ``DEQConfig(jacobian_free=True)`` replaces the inverse by the identity: a little less
+# ``AdjointOptions(jacobian_free=True)`` replaces the inverse by the identity: a little less
 # exact, a good deal faster, as in the paper. The trainer is deepinv's.
 
 model = DEAL(
     pretrained=None,
     num_filters=8,
     rtol=0.05,
-    DEQ=dinv.optim.DEQConfig(jacobian_free=True),
+    adjoint=AdjointOptions(jacobian_free=True),
 )
 trainer = dinv.Trainer(
     model,
