@@ -135,7 +135,7 @@ class MultiConvOperator:
         dirac = self.layers[0].kernel.new_zeros(
             channels, channels, 2 * centre + 1, 2 * centre + 1
         )
-        dirac[range(channels), range(channels), centre, centre] = 1.0
+        dirac[:, :, centre, centre].fill_diagonal_(1.0)
         return self(dirac)
 
 
@@ -263,7 +263,7 @@ class CollapsedOperator(MultiConvOperator):
         super().__init__(kernels)
         r, c = self.reach, self.in_channels
         dirac = kernels[0].new_zeros(c, c, 2 * r + 1, 2 * r + 1)
-        dirac[range(c), range(c), r, r] = 1.0
+        dirac[:, :, r, r].fill_diagonal_(1.0)
         # The response to a Dirac is the flipped kernel: conv2d is a correlation.
         kernel = super().__call__(dirac).flip(-2, -1).transpose(0, 1)
         self.whole = Convolution(kernel)
