@@ -107,7 +107,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = MODELS[args.model](
-        pretrained=args.pretrained, complex_mode="real", warn=False
+        pretrained=args.pretrained, complex_mode="real", scale=None, warn=False
     )
     shape = (args.size, args.size)
     physics = MRI(mask=line_mask(shape, 4, 0.08), img_size=shape)

@@ -344,7 +344,7 @@ def _run_tv(case: _Case) -> SpeedRun:
         watch.start()
         x = model(case.y, case.physics, lambda_reg=TV_WEIGHTS[case.task.name])
         watch.stop()
-    psnr = case.psnr(case.judge.unknown("x", x))
+    psnr = case.psnr(case.judge.data.unknown("x", x))
     return replace(watch.now, reached=True, psnr=psnr)
 
 

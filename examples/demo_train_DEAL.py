@@ -61,8 +61,8 @@ physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(25 / 255))
 # A small model
 # -------------
 #
-# ``AdjointOptions(jacobian_free=True)`` replaces the inverse by the identity: a little less
-# exact, a good deal faster, as in the paper. The trainer is deepinv's.
+# ``AdjointOptions(jacobian_free=True)`` replaces the inverse by the identity: a little
+# less exact, a good deal faster, as in the paper. The trainer is deepinv's.
 
 model = DEAL(
     pretrained=None,

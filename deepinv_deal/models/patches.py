@@ -163,7 +163,7 @@ class SmoothPlusSparse(SynthesisModel):
     smaller, as if the coefficients were padded by one row or column of zeros.
 
     **Gradients** flow to the weights, ``y``, ``beta``, ``lambda_reg``, ``sigma`` and
-    the physics by implicit differentiation, unless ``bounds`` are given. **Complex
+    the physics by implicit differentiation; a pixel at a bound has none. **Complex
     images** (two channels): as :class:`DEAL`.
 
     |sep|

@@ -400,7 +400,7 @@ class SmoothPlusSparsePrior(PatchPrior):
 
     * ``"group"``: norms of blocks of 2 x 2 positions, as trained for CPR;
     * ``"l1"``: the l1 norm;
-    * ``"weakly_convex"``: :class:`~deepinv_deal.priors.WeaklyConvexPenalty`, as trained
+    * ``"weakly_convex"``: :class:`~deepinv_deal.problems.WeaklyConvexPenalty`, as trained
       for NCPR.
 
     Patches continue circularly. With odd numbers of rows or columns, the last blocks
