@@ -156,9 +156,9 @@ class PatchPrior(Prior, Configurable):
     needs_sigma = False
 
     @staticmethod
-    def methods(bounds: Bounds | None) -> tuple[str, ...]:
-        """Returns the names of the methods that minimise."""
-        return ("admm", "fista", "ipalm") if bounds is None else ("admm", "ipalm")
+    def methods(bounds: Bounds | None) -> tuple[str, ...]:  # noqa: ARG004
+        """Returns the names of the methods that minimise; the equation judges bounds."""
+        return ("admm", "fista", "ipalm")
 
     def equation(
         self,

@@ -9,14 +9,15 @@ import torch
 from deepinv.utils import TensorList
 from problems import DOUBLE, MODELS, images, random_model, random_prior
 
-from deepinv_deal import DEAL
+from deepinv_deal import DEAL, SolverOptions
 
 SHAPE = (1, 6, 7)
 
 
-@pytest.fixture(scope="module")
-def gray():
-    return random_model(rtol=1e-4)
+@pytest.fixture(scope="module", params=list(MODELS))
+def gray(request):
+    """Every model, with a weight where it has none of its own."""
+    return MODELS[request.param](lambda_reg=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +170,12 @@ def test_noise_levels_and_weights(gray, name, physics, value, error, message):
 @pytest.mark.parametrize("name", ["sigma", "lambda_reg"])
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_noise_levels_and_weights_of_the_constructor(name, value):
-    with pytest.raises(ValueError, match=f"{name} must not be negative"):
-        random_model(**{**LEVEL, name: value})(image())
+    for make in MODELS.values():
+        with pytest.raises(ValueError, match=f"{name} must not be negative"):
+            make(**{**LEVEL, name: value})(image())
 
 
 OTHERS = {
-    "no sigma": ({}, ValueError, r"sigma is missing.*model\(y, sigma=\.\.\.\)"),
     "word": ({"sigma": "guess"}, ValueError, r"sigma='guess'"),
     "estimate": (
         {"sigma": "estimate", "physics": PHYSICS},
@@ -202,6 +203,11 @@ OTHERS = {
     ),
     "two sigmas": ({"physics": 0.1, "sigma": 0.2}, TypeError, r"physics must be"),
 }
+
+
+def test_a_missing_noise_level_is_named():
+    with pytest.raises(ValueError, match=r"sigma is missing.*model\(y, sigma=\.\.\.\)"):
+        random_model()(image())
 
 
 @pytest.mark.parametrize(
@@ -232,58 +238,38 @@ SETTINGS = {
         ValueError,
         r"complex_mode must be .*'abs'",
     ),
-    "normalization": (
-        {"normalization": "fast", "prior": None},
-        ValueError,
-        r"normalization must be one of .*'fast'",
-    ),
-    "in_channels": ({"in_channels": 3}, ValueError, r"in_channels=3 .*in_channels=1"),
-    "num_filters": ({"num_filters": 9}, ValueError, r"num_filters=9 .*num_filters=4"),
     "rtol": ({"rtol": -1e-3}, ValueError, r"rtol.*-0.001"),
     "rtol nan": ({"rtol": math.nan}, ValueError, r"rtol.*nan"),
     "max_iter": ({"max_iter": -1}, ValueError, r"max_iter.*-1"),
-    "inner_max_iter": ({"inner_max_iter": -1}, ValueError, r"inner_max_iter.*-1"),
-    "preconditioner": (
-        {"preconditioner": "jacobi"},
-        ValueError,
-        r"preconditioner must be one of .*auto.*got 'jacobi'",
-    ),
-    "inner_dtype": (
-        {"inner_dtype": "bfloat16"},
-        ValueError,
-        r"inner_dtype must be one of \(None, torch.bfloat16, .*got 'bfloat16'",
-    ),
-    "inner_dtype of 8 bits": (
-        {"inner_dtype": torch.float8_e4m3fn},
-        ValueError,
-        r"inner_dtype must be one of .*got torch.float8_e4m3fn",
+    "bounds": ({"bounds": (1, 0)}, ValueError, r"smallest < largest"),
+    "bounds number": ({"bounds": 1.0}, ValueError, r"bounds must be None or .*got 1.0"),
+    "bounds word": ({"bounds": "none"}, ValueError, r"bounds must be one of .*'none'"),
+    "solver": ({"solver": "newton"}, ValueError, r"solver='newton' is no method of"),
+    "solver type": (
+        {"solver": {"anderson": 0}},
+        TypeError,
+        r"solver must be .*SolverOptions, got dict",
     ),
     "lambda_mode": (
         {"lambda_mode": "norm"},
         ValueError,
-        r"lambda_mode must be 'absolute' or 'relative', got 'norm'",
+        r"lambda_mode must be one of .*'absolute', 'relative'.*got 'norm'",
     ),
-    "custom_init": (
-        {"custom_init": "ones"},
-        ValueError,
-        r"custom_init must be one of .*zero.*got 'ones'",
+    "init": ({"init": "ones"}, ValueError, r"init must be one of .*zero.*got 'ones'"),
+    "adjoint": (
+        {"adjoint": True},
+        TypeError,
+        r"adjoint must be AdjointOptions, got bool",
     ),
-    "anderson": ({"anderson": -1}, ValueError, r"anderson.*-1"),
-    "forcing one": (
-        {"forcing": 1.0},
-        ValueError,
-        r"forcing must lie in \(0, 1\), got 1",
-    ),
-    "forcing zero": (
-        {"forcing": 0.0},
-        ValueError,
-        r"forcing must lie in \(0, 1\), got 0",
-    ),
-    "DEQ": ({"DEQ": True}, TypeError, r"DEQ must be a DEQConfig, got bool"),
     "trainable_params": (
         {"trainable_params": ["stepsize"]},
         ValueError,
         r"trainable_params.*'stepsize'",
+    ),
+    "nothing to train": (
+        {"trainable_params": ["lambda_reg"]},
+        ValueError,
+        r"trainable_params.*'lambda_reg'.*no value to start from",
     ),
     "unknown": ({"regularization": 1}, TypeError, r"regularization"),
 }
@@ -292,10 +278,73 @@ SETTINGS = {
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"), SETTINGS.values(), ids=list(SETTINGS)
 )
-def test_settings(kwargs, error, message):
-    settings = {"prior": random_prior(), "pretrained": None, **kwargs}
+@pytest.mark.parametrize("name", MODELS)
+def test_settings(name, kwargs, error, message):
     with pytest.raises(error, match=message):
-        DEAL(**settings)(image(), **({} if "sigma" in kwargs else LEVEL))
+        MODELS[name](**kwargs)(image(), **({} if "sigma" in kwargs else LEVEL))
+
+
+SHAPES = {
+    "normalization": (
+        {"normalization": "fast", "prior": None},
+        r"normalization must be one of .*'fast'",
+    ),
+    "in_channels": ({"in_channels": 3}, r"in_channels=3 .*in_channels=1"),
+    "num_filters": ({"num_filters": 9}, r"num_filters=9 .*num_filters=4"),
+}
+
+
+@pytest.mark.parametrize(("kwargs", "message"), SHAPES.values(), ids=list(SHAPES))
+def test_shapes(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DEAL(**{"prior": random_prior(), "pretrained": None, **kwargs})
+
+
+OPTIONS = {
+    "inner_max_iter": ({"inner_max_iter": -1}, r"inner_max_iter.*-1"),
+    "preconditioner": (
+        {"preconditioner": "jacobi"},
+        r"preconditioner must be one of .*auto.*got 'jacobi'",
+    ),
+    "inner_dtype": (
+        {"inner_dtype": "bfloat16"},
+        r"inner_dtype must be one of \(None, torch.bfloat16, .*got 'bfloat16'",
+    ),
+    "inner_dtype of 8 bits": (
+        {"inner_dtype": torch.float8_e4m3fn},
+        r"inner_dtype must be one of .*got torch.float8_e4m3fn",
+    ),
+    "anderson": ({"anderson": -1}, r"anderson.*-1"),
+    "forcing one": ({"forcing": 1.0}, r"forcing must lie in \(0, 1\), got 1"),
+    "forcing zero": ({"forcing": 0.0}, r"forcing must lie in \(0, 1\), got 0"),
+}
+
+
+@pytest.mark.parametrize(("kwargs", "message"), OPTIONS.values(), ids=list(OPTIONS))
+def test_options_of_the_solver(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SolverOptions(**kwargs)
+
+
+#: Options that not every model has: the models without them.
+DICTIONARIES = ("CPR", "NCPR", "two-step", "PatchSynthesis")
+ABSENT = {
+    "anderson": (2, ("SAFI", "MMR", *DICTIONARIES)),
+    "preconditioner": ("none", ("SAFI", "MMR", *DICTIONARIES)),
+    "inner_dtype": (torch.bfloat16, ("SAFI", "MMR", *DICTIONARIES)),
+    "forcing": (0.1, DICTIONARIES),
+    "inner_max_iter": (5, DICTIONARIES),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, option) for option, (_, names) in ABSENT.items() for name in names],
+)
+def test_an_option_that_a_model_has_not_is_refused(name, option):
+    model = MODELS[name](solver=SolverOptions(**{option: ABSENT[option][0]}))
+    with pytest.raises(ValueError, match=f"{option}=.* is no setting of"):
+        model(image(), sigma=0.1)
 
 
 def test_error_leaves_the_model_usable(gray):

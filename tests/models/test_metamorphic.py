@@ -88,7 +88,9 @@ def test_the_weight_leads_from_the_data_away_from_them(name):
 @thorough(*MODELS)
 def test_the_identity_as_physics_is_denoising(name):
     solver = {"two-step": {"solver": "two-step"}, "CPR": {"solver": "fista"}}
-    settings = {"rtol": 1e-7, **solver.get(name, {})}
+    settings = solver.get(name, {})
+    if name != "two-step":  # which has no tolerance
+        settings = {"rtol": 1e-7, **settings}
     model, y = MODELS[name](**settings), images(*SHAPE)
     expected = model(y, sigma=SIGMA, lambda_reg=0.02)
     actual = model(y, identity(), sigma=SIGMA, lambda_reg=0.02)

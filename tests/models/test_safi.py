@@ -10,7 +10,7 @@ import torch
 from problems import DOUBLE, generator, images, random_l1_prior
 from problems import random_l1_model as random_model
 
-from deepinv_deal import MMR, SAFI
+from deepinv_deal import MMR, SAFI, SolverOptions
 from deepinv_deal.priors import MMRPrior, SAFIPrior
 from deepinv_deal.weights import from_authors, load, to_authors
 
@@ -21,6 +21,10 @@ def noisy(n=2, height=9, width=8, channels=1):
     g = generator(3)
     noise = torch.randn(n, channels, height, width, generator=g, dtype=DOUBLE)
     return images(n, channels, height, width, seed=3) + 0.1 * noise
+
+
+def forcing(factor):
+    return SolverOptions(forcing=factor, inner_max_iter=5000)
 
 
 def inpainting():
@@ -34,7 +38,7 @@ def test_the_result_solves_the_frozen_problem_at_itself(kind):
     x, info = model(y, return_info=True)
     assert info.converged.all() and x.shape == y.shape
     assert x.min() == 0 and x.max() == 1
-    prior = model.prior[0]
+    prior = model.prior
     # No better image of the frozen problem nearby: a convex function, checked along
     # random directions that stay in the box.
     weight = info.lambda_reg
@@ -54,10 +58,34 @@ def test_the_result_solves_the_frozen_problem_at_itself(kind):
 def test_no_physics_and_the_denoising_physics_agree(kind):
     model, y = random_model(kind), noisy()
     expected = model(y)
-    assert torch.equal(model(y, dinv.physics.Denoising()), expected)
-    assert torch.equal(model(y, 0.1), expected), "sigma is no input of these models"
-    _, info = model(y, sigma=0.1, return_info=True)
-    assert "sigma was ignored" in info.notes[0]
+    silent = dinv.physics.Denoising(dinv.physics.ZeroNoise())
+    assert torch.equal(model(y, silent), expected)
+    trained = float(model.prior.sigma)
+    _, info = model(y, sigma=trained, return_info=True)
+    assert torch.equal(model(y, trained), expected) and not info.notes
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("bounds", [None, "auto"])
+def test_another_noise_level_rescales_the_weights(kind, bounds):
+    y = noisy()
+    model = random_model(kind, rtol=1e-6, bounds=bounds, scale=None)
+    other = random_model(kind, rtol=1e-6, bounds=None, scale=None)
+    results = [model(y, sigma) for sigma in (0.01, 0.1, 0.9)]
+    assert all(
+        (a - b).abs().max() > 1e-2
+        for a, b in zip(results[:-1], results[1:], strict=True)
+    )
+    _, info = model(y, 0.9, return_info=True)
+    assert "rescaled to sigma=0.9" in info.notes[0]
+    a = 0.9 / float(model.prior.sigma)
+    if bounds is None:
+        torch.testing.assert_close(results[2], a * other(y / a), rtol=0, atol=1e-5)
+    else:
+        assert results[0].min() >= 0 and results[0].max() <= 1
+    # The same weight means the same regularizer: the one of a call is divided, too.
+    _, info = model(y, 0.9, lambda_reg=0.3, return_info=True)
+    assert info.lambda_reg.tolist() == pytest.approx([0.3 / a] * 2)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +119,17 @@ def test_a_batch_gives_what_its_samples_give_alone(kind):
         {"lambda_reg": 0.002},
         {"rtol": 1e-2},
         {"max_iter": 1, "warn": False},
-        {"inner_max_iter": 5, "max_iter": 2, "warn": False},
-        {"inner": "fista"},
-        {"forcing": 1e-4},
-        {"box": None},
+        {
+            "solver": SolverOptions(inner_max_iter=5, forcing=0.05),
+            "max_iter": 2,
+            "warn": False,
+        },
+        {"solver": "fista"},
+        {"solver": SolverOptions(forcing=1e-4, inner_max_iter=5000)},
+        {"bounds": None},
+        {"bounds": (0.2, 0.7)},
+        {"sigma": 0.2},
+        {"init": "zero"},
         {"scale": 0.5},
     ],
     ids=str,
@@ -107,7 +142,11 @@ def test_every_setting_changes_the_result(settings):
 def test_inner_solvers_and_starts_change_the_way_not_the_end():
     y = noisy()
     expected = random_model(SAFI)(y)
-    for model in (random_model(SAFI, inner="fista"), random_model(SAFI, forcing=0.3)):
+    for options in (
+        SolverOptions("fista", 5000, 0.05),
+        SolverOptions(forcing=0.3, inner_max_iter=5000),
+    ):
+        model = random_model(SAFI, solver=options)
         torch.testing.assert_close(model(y), expected, rtol=0, atol=1e-6)
     started = random_model(SAFI)(y, init=torch.full_like(y, 0.5))
     assert not torch.equal(started, expected)
@@ -117,9 +156,11 @@ def test_inner_solvers_and_starts_change_the_way_not_the_end():
 def test_complex_modes():
     y = noisy(channels=2)
     both = random_model(SAFI)(y)
-    torch.testing.assert_close(
-        both[:, :1], random_model(SAFI)(y[:, :1]), rtol=0, atol=1e-6
-    )
+    # Real and imaginary part have no bounds unless these are given.
+    alone = random_model(SAFI, bounds=None)(y[:, :1])
+    torch.testing.assert_close(both[:, :1], alone, rtol=0, atol=1e-6)
+    bounded = random_model(SAFI, bounds=(0, 1))(y)
+    assert both.max() > 1 >= bounded.max()
     real = random_model(SAFI, complex_mode="real")(y)
     assert (real[:, 1] == 0).all() and not torch.equal(real, both)
     with pytest.raises(ValueError, match="complex_mode"):
@@ -139,7 +180,7 @@ def test_metrics_follow_the_image():
 
 def test_the_energy_falls_and_is_recorded():
     y = noisy()
-    model = random_model(MMR, verify_energy=True, rtol=1e-3, forcing=1e-3)
+    model = random_model(MMR, verify_energy=True, rtol=1e-3, solver=forcing(1e-3))
     x, info = model(y, return_info=True)
     assert info.energy.shape == (int(info.n_iter.max()) + 1, 2)
     torch.testing.assert_close(info.energy[-1], model.energy(x, y))
@@ -148,21 +189,24 @@ def test_the_energy_falls_and_is_recorded():
     assert info.energy is None
 
 
-@pytest.mark.parametrize("forcing", [0.9, 1e-3])
-def test_the_energy_rises_at_most_by_the_duality_gap(forcing):
-    y = noisy()
-    model = random_model(
-        MMR, verify_energy=True, rtol=1e-4, forcing=forcing, warn=False
-    )
+@pytest.mark.parametrize("factor", [0.9, 1e-3])
+def test_the_energy_rises_at_most_by_the_duality_gap(factor):
+    y, settings = noisy(), {"verify_energy": True, "warn": False}
+    model = random_model(MMR, rtol=1e-4, max_iter=3, solver=forcing(factor), **settings)
     info = model(y, return_info=True)[1]
     assert info.gap.shape == (len(info.energy) - 1, len(y)) and (info.gap >= 0).all()
     assert (info.energy.diff(dim=0) <= info.gap + 1e-12).all()
     # Rough solutions are told from accurate ones.
     largest = float((info.gap / info.energy[0]).max())
-    assert (largest > 1e-3) if forcing > 0.5 else (largest < 1e-4)
+    assert (largest > 1e-3) if factor > 0.5 else (largest < 1e-4)
+
+
+def test_there_is_no_gap_with_a_physics():
+    y, settings = noisy(), {"verify_energy": True, "warn": False}
     physics = dinv.physics.Blur(torch.ones(1, 1, 3, 3, dtype=y.dtype) / 9)
-    other = model(physics.A(y), physics, lambda_reg=0.02, return_info=True)[1]
-    assert other.gap is None and other.energy is not None
+    model = random_model(MMR, max_iter=1, solver=forcing(0.9), **settings)
+    info = model(physics.A(y), physics, lambda_reg=0.02, return_info=True)[1]
+    assert info.gap is None and len(info.energy) == 2
 
 
 def test_an_image_without_energy_is_no_trouble():
@@ -178,7 +222,7 @@ def test_the_energy_holds_the_data_term_of_the_physics():
     model, physics, x = random_model(MMR), inpainting(), images(2, 1, 9, 8)
     x, y = x.clamp(0, 1), physics.A(noisy())
     data = 0.5 * (physics.A(x) - y).square().flatten(1).sum(1)
-    expected = data + 0.02 * model.prior[0](x)
+    expected = data + 0.02 * model.prior(x)
     torch.testing.assert_close(model.energy(x, y, physics, 0.02), expected)
 
 
@@ -186,7 +230,8 @@ def test_a_rising_energy_is_told():
     y = noisy()
     solution = random_model(MMR)(y)
     # One rough step from the solution with a cold dual goes up.
-    rough = {"rtol": 1e-6, "max_iter": 1, "inner_max_iter": 1, "verify_energy": True}
+    rough = {"rtol": 1e-6, "max_iter": 1, "verify_energy": True}
+    rough["solver"] = SolverOptions(inner_max_iter=1, forcing=0.05)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         random_model(MMR, **rough)(y, init=solution)
@@ -200,7 +245,7 @@ def test_the_energy_is_infinite_outside_the_box_and_scales():
     model, y = random_model(MMR), noisy()
     x = model(y)
     assert model.energy(x + 1, y).isinf().all()
-    assert random_model(MMR, box=None).energy(x + 1, y).isfinite().all()
+    assert random_model(MMR, bounds=None).energy(x + 1, y).isfinite().all()
     scaled = random_model(MMR, scale=10.0)
     torch.testing.assert_close(scaled.energy(10 * x, 10 * y), model.energy(x, y))
     torch.testing.assert_close(scaled(10 * y), 10 * x, rtol=0, atol=1e-6)
@@ -228,14 +273,14 @@ def test_weights_of_the_authors_are_converted(kind, tmp_path):
     content = {"state_dict": theirs | {"W1.W1T.weight": theirs["W1.W1.weight"]}}
     torch.save(content, path)
     model = kind(pretrained=path)
-    assert float(model.prior[0].sigma) == pytest.approx(25 / 255)  # nobody said it
+    assert float(model.prior.sigma) == pytest.approx(25 / 255)  # nobody said it
     own = load(path, kind.prior_type, sigma=0.02)
     assert float(own.sigma) == pytest.approx(0.02)
     torch.save({**content, "config": {"sigma": 15}}, path)
     own = load(path, kind.prior_type)
     assert float(own.sigma) == pytest.approx(15 / 255)
     for name, value in prior.float().state_dict().items():
-        assert torch.equal(model.prior[0].state_dict()[name], value), name
+        assert torch.equal(model.prior.state_dict()[name], value), name
     torch.testing.assert_close(model(y), kind(prior=prior.float())(y))
 
 
@@ -257,9 +302,9 @@ def test_foreign_weights_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"box": (1.0, 0.0)}, "box"),
+        ({"bounds": (1.0, 0.0)}, "bounds"),
         ({"scale": -1.0}, "scale"),
-        ({"inner": "newton"}, "inner"),
+        ({"solver": "newton"}, "solver='newton'"),
         ({"num_filters": 5}, "num_filters=5"),
     ],
     ids=str,
