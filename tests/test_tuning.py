@@ -15,11 +15,11 @@ from deepinv.physics import (
     Inpainting,
     StackedLinearPhysics,
 )
-from problems import DOUBLE, generator, images, random_model
+from problems import DOUBLE, generator, images, random_l1_model, random_model
 from skimage.data import camera
 from skimage.transform import resize
 
-from deepinv_deal import DEAL, MMR, SmoothPlusSparse
+from deepinv_deal import DEAL, MMR, SAFI, SmoothPlusSparse, SolverOptions
 from deepinv_deal.priors import SmoothPlusSparsePrior
 from deepinv_deal.tuning import tune
 from deepinv_deal.tuning.search import minimise, vertex
@@ -447,14 +447,40 @@ def test_a_progress_bar_is_drawn_on_request(model, x, capsys):
         assert ("Tuning" in capsys.readouterr().err) == progress
 
 
-def test_models_without_noise_level_are_tuned_too():
-    physics = Denoising(GaussianNoise(0.1))
+def test_models_for_one_noise_level_are_tuned_too():
+    physics = Denoising(GaussianNoise(0.2))
     model = MMR(num_filters=4, warn=False)
     with pytest.warns(RuntimeWarning, match="max_trials=2"):
         result = tune(model, physics, torch.rand(1, 1, 12, 12), max_trials=2)
-    own = float(model.prior.lambda_reg.detach())
+    # Rescaled to this noise, as a call without lambda_reg is.
+    own = float(model.prior.lambda_reg.detach()) * 0.2 / float(model.prior.sigma)
     assert result.trials[0].lambda_reg == pytest.approx(own)
     assert len({trial.score for trial in result.trials}) == 2
+    y = torch.rand(1, 1, 12, 12, generator=generator())
+    with torch.no_grad():
+        plain, told = model(y, sigma=0.2), model(y, sigma=0.2, lambda_reg=own)
+    torch.testing.assert_close(plain, told)
+
+
+@pytest.mark.filterwarnings("ignore:At the best setting")
+@pytest.mark.parametrize("kind", [SAFI, MMR])
+def test_the_noise_level_of_rescaled_models_is_chosen_or_fixed_on_request(x, kind):
+    # Few iterations are enough to compare.
+    few = {"max_iter": 2, "solver": SolverOptions(inner_max_iter=5), "warn": False}
+    model, physics = random_l1_model(kind, **few), blur()
+    own = float(model.prior.sigma)
+    both = tune(model, physics, [x], tune_sigma=True, max_trials=9)
+    assert {round(t.sigma / own, 6) for t in both.trials} == {0.5, 1, 2}
+    assert set(both.settings) == {"lambda_reg", "sigma"}
+    fixed = {}
+    for sigma in (None, own, 2 * own):
+        found = tune(model, physics, [x], sigma=sigma, lambda_reg=0.1, max_trials=1)
+        assert found.sigma is None and found.settings.get("sigma") == sigma
+        fixed[sigma] = found.best.score
+    assert fixed[None] == pytest.approx(fixed[own]) != pytest.approx(fixed[2 * own])
+    with torch.no_grad():
+        x_hat = model(physics(x), physics, lambda_reg=0.1, sigma=2 * own)
+    assert fixed[2 * own] == pytest.approx(float(PSNR()(x_hat, x).mean()))
 
 
 def test_dictionaries_are_tuned_from_their_own_weight(x):

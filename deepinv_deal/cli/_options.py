@@ -246,16 +246,17 @@ def add_outcome_options(parser: argparse.ArgumentParser) -> None:
 
 
 def report(name: str, info: ReconstructionInfo, seconds: float) -> bool:
-    """Prints how a reconstruction went; returns whether all of it converged."""
-    converged = bool(info.converged.all())
+    """Prints how a reconstruction went; returns whether all of it succeeded."""
+    succeeded = bool(info.succeeded.all())
+    end = "converged" if bool(info.converged.all()) else "finished"
     inner = int(info.inner_iter.sum())
     print(
         f"{name}: {int(info.n_iter.max())} iterations, "
         + (f"{inner} inner iterations, " if inner else "")
         + f"{'imbalance' if info.has_mask else 'change'} "
         f"{float(info.criterion.max()):.1e} "
-        f"({'converged' if converged else 'NOT converged'}), {seconds:.1f} s"
+        f"({end if succeeded else 'NOT converged'}), {seconds:.1f} s"
     )
     for note in info.notes:
         print(f"  {note}", file=sys.stderr)
-    return converged
+    return succeeded

@@ -40,7 +40,7 @@ class Score:
     :param int cg_iter: iterations of the inner solver, conjugate gradients for DEAL; 0
         for other methods.
     :param float residual: nonlinear residual, NaN for other methods.
-    :param bool converged: whether the solver met its tolerance.
+    :param bool converged: whether the solver met its tolerance, or has none.
     :param str setting: operator, if the task has several.
     :param float lambda_reg: regularization weight, NaN if there was none.
     :param float beta: coupling, NaN for methods other than dictionaries.
@@ -155,7 +155,7 @@ def evaluate(
                 "n_iter": int(info.n_iter),
                 "cg_iter": int(info.inner_iter),
                 "residual": float(info.residual),
-                "converged": bool(info.converged),
+                "converged": bool(info.succeeded),
                 "lambda_reg": float(info.lambda_reg),
             }
             if isinstance(info, SynthesisInfo):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from deepinv_deal.solvers import SolverResult
+from deepinv_deal.solvers import SolverResult, Status
 
 Info = TypeVar("Info", bound="ReconstructionInfo")
 
@@ -68,6 +68,14 @@ class ReconstructionInfo:
             history=result.history,
             **settings,
         )
+
+    @property
+    def succeeded(self) -> Tensor:
+        """
+        Whether each sample ended as was asked, ``(B,)``: it converged, or ran the fixed
+        number of passes of its method.
+        """
+        return self.status <= Status.CONVERGED
 
     @property
     def imbalance(self) -> Tensor:

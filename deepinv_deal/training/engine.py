@@ -481,7 +481,7 @@ class Trainer(ABC, Generic[R, P]):
                 mse = (x_hat.cpu().clamp(0, 1) - x).square().mean()
                 scores.append(-10 * math.log10(float(mse)))
                 n_iter.append(float(info.n_iter.double().mean()))
-                converged.append(float(info.converged.double().mean()))
+                converged.append(float(info.succeeded.double().mean()))
             psnr[f"{255 * sigma:g}"] = sum(scores) / len(scores)
         mean = sum(psnr.values()) / len(psnr)
         entry = {

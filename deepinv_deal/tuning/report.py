@@ -32,7 +32,8 @@ class Trial:
     :param float sigma: noise level of the model; ``None`` if it was not tuned.
     :param float beta: coupling of a dictionary; ``None`` if it was not tuned.
     :param float score: mean of the metric over the images.
-    :param float converged: share of the images whose solver met its tolerance.
+    :param float converged: share of the images whose solver met its tolerance, or has
+        none.
     :param float n_iter: mean number of outer iterations.
     :param float seconds: wall time; that of the batch divided by its candidates.
     """

@@ -219,7 +219,7 @@ def _evaluate(
                 # A metric that averages itself counts once per image all the same.
                 scores[i] += score.double().expand(size).tolist()
                 if info is not None:
-                    converged[i] += info.converged[own].tolist()
+                    converged[i] += info.succeeded[own].tolist()
                     n_iter[i] += info.n_iter[own].tolist()
     seconds = (time.perf_counter() - start) / len(candidates)
     return [

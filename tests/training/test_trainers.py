@@ -82,7 +82,7 @@ def test_the_help_has_no_markup(capsys, name):
 def test_a_validation_that_fails_does_not_become_the_best(folder, tmp_path):
     trainer = KINDS["deal"].start(folder, tmp_path)
     trainer.best = 10.0
-    info = SimpleNamespace(n_iter=torch.ones(1), converged=torch.zeros(1))
+    info = SimpleNamespace(n_iter=torch.ones(1), succeeded=torch.zeros(1))
     trainer.new_model = lambda _: lambda y, **_: (torch.nan * y, info)
     trainer._validate(0.0)
     assert trainer.best == 10.0
