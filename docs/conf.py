@@ -41,7 +41,10 @@ autosummary_generate = True
 # A room of the package lists what its __all__ names, re-exported names included.
 autosummary_ignore_module_all = False
 autosummary_imported_members = True
-autosummary_context = {"top_level": list(deepinv_deal.__all__)}
+autosummary_context = {
+    "top_level": list(deepinv_deal.__all__),
+    "of_problems": list(deepinv_deal.problems.__all__),
+}
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -88,9 +91,9 @@ nitpick_ignore_regex = [
 ] + [
     # Short names in `:param Callable A:` and in annotations, absent from inventories.
     # Type variables.
-    (r"py:.*", r".*\.(weights\.\w+|training\.deal)\.Prior|.*\.engine\.[RP]"),
+    (r"py:.*", r".*\.(weights\.\w+|training\.deal)\.(Prior|P)|.*\.engine\.[RP]"),
     # Annotations with internal classes.
-    (r"py:.*", r"AttentiveQuadratic|AttentiveL1|DataTerm|Bounds"),
+    (r"py:.*", r"Penalty|Prior|(.*\.)?(BlockedNormal|IterativeEquation|Bounds)"),
     (
         r"py:.*",
         r"Callable|Iterable|Iterator|Mapping|Sequence|Path|Tensor|Generator|abc\.ABC",

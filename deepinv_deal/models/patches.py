@@ -26,6 +26,8 @@ class SynthesisModel(ReconstructionModel):
 
     :param PatchPrior prior: the learned prior.
     :param float, torch.Tensor beta: default coupling; the learned one if ``None``.
+    :param float rtol: tolerance of the method; ``None``: what suits it.
+    :param int max_iter: largest number of iterations; ``None``: what suits the model.
     :param object settings: see :class:`ReconstructionModel`.
     """
 
@@ -182,14 +184,14 @@ class SmoothPlusSparse(SynthesisModel):
     :param int patch_size: rows (and columns) of a patch, without weights.
     :param int num_free_atoms: number of free atoms, without weights.
     :param float order: exponent of the weakly convex penalty.
-    :param float, torch.Tensor beta: default coupling; the learned one if ``None``.
     :param SmoothPlusSparsePrior prior: use this prior instead of ``pretrained``.
     :param str pretrained: ``"cpr_5"``, ``"cpr_25"``, ``"ncpr_5"`` or ``"ncpr_25"``
         (bundled, for as many gray levels of noise), the authors' own with
         ``"download_"`` before (needs network), path of a ``.safetensors`` file of this
         package or of a ``.pth`` file of the authors, or ``None`` for random weights.
-    :param object settings: see :class:`ReconstructionModel`. ``rtol`` is a tolerance of
-        the method; ``None``: ``3e-3`` for ``"admm"``, else ``1e-4``, as published.
+    :param object settings: see :class:`ReconstructionModel`; and ``beta``, the default
+        coupling, the learned one if ``None``. ``rtol`` is a tolerance of the method;
+        ``None``: ``3e-3`` for ``"admm"``, else ``1e-4``, as published.
     :raises ValueError: for bad settings or a checkpoint of another model.
     :raises FileNotFoundError: for a missing checkpoint.
     """
@@ -262,14 +264,14 @@ class PatchSynthesis(SynthesisModel):
         ``"circular"``, without weights.
     :param str mean: ``"free"``, ``"fixed"`` or ``None``, see above; ``"fixed"`` needs
         patches inside the image.
-    :param float, torch.Tensor beta: default coupling; the learned one if ``None``.
     :param PatchSynthesisPrior prior: use this prior instead of ``pretrained``.
     :param str pretrained: ``"patch_25"`` (bundled, for noise of 25 gray levels),
         ``"download_5"``, ``"download_25"``, ``"download_5++"`` or ``"download_25++"``
         (the authors' own, needs network), path of a ``.safetensors`` file of this
         package or of a ``.pth`` file of the authors, or ``None`` for random weights.
-    :param object settings: see :class:`ReconstructionModel`. ``rtol`` is a tolerance of
-        the method; ``None``: ``3e-3`` for ``"admm"``, else ``1e-4``, as published.
+    :param object settings: see :class:`ReconstructionModel`; and ``beta``, the default
+        coupling, the learned one if ``None``. ``rtol`` is a tolerance of the method;
+        ``None``: ``3e-3`` for ``"admm"``, else ``1e-4``, as published.
     :raises ValueError: for bad settings or a checkpoint of another model.
     :raises FileNotFoundError: for a missing checkpoint.
     """

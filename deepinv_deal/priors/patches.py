@@ -157,7 +157,7 @@ class PatchPrior(Prior, Configurable):
 
     @staticmethod
     def methods(bounds: Bounds | None) -> tuple[str, ...]:  # noqa: ARG004
-        """Returns the names of the methods that minimise; the equation judges bounds."""
+        """Returns the names of the methods that minimise, some without bounds."""
         return ("admm", "fista", "ipalm")
 
     def equation(
@@ -367,7 +367,8 @@ class PatchSynthesisPrior(PatchPrior):
             trained for denoising, and free otherwise.
         :param SolverOptions options: the method; ``"auto"`` is ``"two-step"`` for
             denoising.
-        :param object settings: see :meth:`PatchPrior.equation`.
+        :param object settings: see
+            :meth:`deepinv_deal.priors.PatchPrior.equation`.
         """
         if data.identity and options.method == "auto":
             options = replace(options, method="two-step")
@@ -400,8 +401,8 @@ class SmoothPlusSparsePrior(PatchPrior):
 
     * ``"group"``: norms of blocks of 2 x 2 positions, as trained for CPR;
     * ``"l1"``: the l1 norm;
-    * ``"weakly_convex"``: :class:`~deepinv_deal.problems.WeaklyConvexPenalty`, as trained
-      for NCPR.
+    * ``"weakly_convex"``: :class:`~deepinv_deal.problems.WeaklyConvexPenalty`, as
+      trained for NCPR.
 
     Patches continue circularly. With odd numbers of rows or columns, the last blocks
     of ``"group"`` are smaller.

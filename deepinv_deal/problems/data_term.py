@@ -35,7 +35,7 @@ class DataTerm:
         \qquad H = A^{\top} A, \quad b = A^{\top} y
 
     The unknown :math:`x` is real, ``(B, C, H, W)``, and in the units of the model,
-    about [0, 1]: an image of the physics is ``scale`` times what :attr:`layout` makes
+    about [0, 1]: an image of the physics is ``scale`` times what ``layout`` makes
     of it.
 
     :param torch.Tensor b: right-hand side, shape of the unknown.
