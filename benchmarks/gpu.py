@@ -50,11 +50,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepinv_deal import DEAL, SolverOptions
+from deepinv_deal.files import load_image
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.problems import operator_term
 from deepinv_deal.solvers import conjugate_gradient
 from deepinv_deal.training import DEALRecipe, DEALTrainer
-from deepinv_deal.training.data import load_image
 from deepinv_deal.weights.files import replacing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
