@@ -12,6 +12,7 @@ from deepinv.models import Denoiser, Reconstructor
 from deepinv.optim.prior import Prior
 from torch import Tensor, nn
 
+from deepinv_deal._batch import expand
 from deepinv_deal.models.info import ReconstructionInfo
 from deepinv_deal.models.noise import estimated_level
 from deepinv_deal.optim.metrics import IterationMetrics
@@ -450,8 +451,16 @@ class ReconstructionModel(Reconstructor, Denoiser):
         """Returns the bounds in the units of the model."""
         if not isinstance(self.bounds, str):
             return divided(self.bounds, data.scale, data.b)
-        # Real and imaginary part of an image have either sign.
-        return None if data.complex_pair else self.own_bounds
+        own = self.own_bounds
+        if own is None or data.complex_pair:
+            # Real and imaginary part of an image have either sign.
+            return None
+        guessed = data.intensity != 1
+        if self.scale != "auto" or not guessed.any():
+            return own
+        # Where the intensity was guessed, nobody knows which value is white.
+        high = torch.full_like(data.intensity, own[1]).masked_fill(guessed, math.inf)
+        return own[0], expand(high, data.b)
 
     def _level(
         self, sigma: float | Tensor | str | None, physics: Any, data: DataTerm

@@ -2,6 +2,7 @@ r"""The data term: what is known of measurements, physics and units, in one obje
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +22,15 @@ from deepinv_deal.problems.normal_operator import (
     check_linear,
     is_identity,
 )
+from deepinv_deal.solvers import conjugate_gradient
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
+
+#: Intensities, as the largest absolute value of an image, that are left alone.
+SMALLEST_INTENSITY, LARGEST_INTENSITY = 0.2, 2.0
+
+#: How an image is guessed whose intensity seems to be another, and which share of its
+#: pixels must be bright for the image to be.
+GUESS_RTOL, GUESS_MAX_ITER, GUESS_QUANTILE = 1e-2, 10, 0.99
 
 
 @dataclass(frozen=True)
@@ -252,13 +261,31 @@ def _intensity(data: DataTerm, scale: float | str) -> Tensor:
         return scale * ones
     with torch.no_grad():
         # x is about t A^T y with the step t of steepest descent, whatever ||A|| is.
-        size = data.step * b.abs().flatten(1).amax(1)
-        decade = 10 ** (size / 2).log10().ceil()
-    factor = decade.where((size > 0) & size.isfinite(), ones)
-    values = factor.tolist()
-    if any(value != 1 for value in values):
+        largest = high = data.step * b.abs().flatten(1).amax(1)
+        if data.H is not None and not all(map(_usual, largest.tolist())):
+            # Much less than the truth where A^T blurs, as in tomography.
+            x = conjugate_gradient(
+                data.normal, b, rtol=GUESS_RTOL, max_iter=GUESS_MAX_ITER, verify=False
+            ).x
+            magnitudes = x.abs().flatten(1)
+            largest = magnitudes.amax(1)
+            rank = max(1, int(GUESS_QUANTILE * magnitudes.shape[1]))
+            high = magnitudes.kthvalue(rank).values
+    factors = []
+    for most, many in zip(largest.tolist(), high.tolist(), strict=True):
+        # A guess must not spoil a good case: dark only if no pixel is bright, bright
+        # only if not just a few of them are.
+        size = most if most < SMALLEST_INTENSITY else many
+        usual = size <= 0 or not math.isfinite(size) or _usual(size)
+        factors.append(1.0 if usual else 10.0 ** math.ceil(math.log10(size / 2)))
+    if any(factor != 1 for factor in factors):
         data.notes.append(
             "The intensity is far from [0, 1]: data were divided by "
-            f"{values} and the result multiplied by it (scale='auto')."
+            f"{[float(f'{f:g}') for f in factors]} and the result multiplied by it "
+            "(scale='auto')."
         )
-    return factor
+    return torch.tensor(factors, dtype=b.dtype, device="cpu").to(b.device)
+
+
+def _usual(size: float) -> bool:
+    return SMALLEST_INTENSITY <= size <= LARGEST_INTENSITY
