@@ -44,7 +44,9 @@ def solver_precision(device: torch.device) -> Iterator[None]:
 
     :param torch.device device: where the arguments are.
     """
-    with torch.autocast(device.type, enabled=False), tf32_convolutions(device, False):
+    # "meta" has none: the checks of the arguments then say what is wrong.
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    with torch.autocast(kind, enabled=False), tf32_convolutions(device, False):
         yield
 
 
