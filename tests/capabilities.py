@@ -17,7 +17,7 @@ COLUMNS = {
     "SAFI": ("SAFI", {}),
     "MMR": ("MMR", {}),
     "CPR": ("CPR", {"rtol": 1e-2}),
-    "NCPR": ("NCPR", {"rtol": 1e-2}),
+    "NCPR": ("NCPR", {}),  # gradients need a solution near its minimum
     "PatchSynthesis": ("two-step", {"rtol": 1e-2}),
 }
 ATTENTIVE, L1 = ("DEAL", "SAFI", "MMR"), ("SAFI", "MMR")
