@@ -236,6 +236,16 @@ class FixedPointOptim(BaseOptim):
         self.rtol, self.warn, self.strict = rtol, warn, strict
         self.adjoint = _adjoint_options(DEQ).made_strict(strict)
 
+    @property
+    def lambda_reg(self) -> float | Tensor | None:
+        """The regularization weight of the constructor."""
+        return self.init_params_algo["lambda"][0]
+
+    @property
+    def sigma(self) -> float | Tensor | None:
+        """The noise level of the constructor."""
+        return self.init_params_algo["g_param"][0]
+
     def equation(
         self,
         y: Tensor,

@@ -117,10 +117,9 @@ def first_values(
 
 def own_values(model: Any) -> tuple[Any, Any, Any]:
     """Returns the weight and noise level that a model was made with, and its prior."""
-    if isinstance(model, FixedPointOptim):
-        params = model.init_params_algo
-        return params["lambda"][0], params["g_param"][0], model.prior[0]
-    return model.lambda_reg, model.sigma, model.prior
+    iterator = isinstance(model, FixedPointOptim)  # with a list of priors, as deepinv
+    prior = model.prior[0] if iterator else model.prior
+    return model.lambda_reg, model.sigma, prior
 
 
 def _positive(start: dict[str, Any]) -> np.ndarray:
