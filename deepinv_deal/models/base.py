@@ -55,9 +55,9 @@ class ReconstructionModel(Reconstructor, Denoiser):
     :math:`\|A\|_2^2`, so that one value serves operators of any norm.
 
     **Intensity.** The weights expect images in about [0, 1]. With ``scale="auto"``,
-    data whose intensity is far from that (a largest absolute value above 2 or below
-    0.2) are divided by a power of ten before and multiplied after, see ``info.scale``.
-    A number fixes the scale, ``None`` switches it off.
+    data whose intensity is far from that (all but a few pixels below 0.25, or more than
+    a few above 2.5) are divided by a power of ten before and multiplied after, see
+    ``info.scale``. A number fixes the scale, ``None`` switches it off.
 
     **Complex images** (MRI: two channels, real and imaginary part) with a gray model:
     ``complex_mode="real_imag"`` regularizes both parts alike, ``"real"`` assumes a

@@ -25,12 +25,13 @@ from deepinv_deal.problems.normal_operator import (
 from deepinv_deal.solvers import conjugate_gradient
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 
-#: Intensities, as the largest absolute value of an image, that are left alone.
-SMALLEST_INTENSITY, LARGEST_INTENSITY = 0.2, 2.0
+#: Intensities that are left alone: one decade, so that the guess for images in another
+#: unit is that for these, times a power of ten.
+SMALLEST_INTENSITY, LARGEST_INTENSITY = 0.25, 2.5
 
-#: How an image is guessed whose intensity seems to be another, and which share of its
-#: pixels must be bright for the image to be.
-GUESS_RTOL, GUESS_MAX_ITER, GUESS_QUANTILE = 1e-2, 10, 0.99
+#: How an image is guessed for its intensity, and the quantile of its absolute values
+#: that counts as that.
+GUESS_RTOL, GUESS_MAX_ITER, GUESS_QUANTILE = 1e-2, 8, 0.999
 
 
 @dataclass(frozen=True)
@@ -260,24 +261,25 @@ def _intensity(data: DataTerm, scale: float | str) -> Tensor:
     if not isinstance(scale, str):
         return scale * ones
     with torch.no_grad():
-        # x is about t A^T y with the step t of steepest descent, whatever ||A|| is.
-        largest = high = data.step * b.abs().flatten(1).amax(1)
-        if data.H is not None and not all(map(_usual, largest.tolist())):
-            # Much less than the truth where A^T blurs, as in tomography.
+        # Not the back-projection itself, which is much darker than the image where A
+        # blurs, as in tomography.
+        x = b
+        if data.H is not None:
             x = conjugate_gradient(
                 data.normal, b, rtol=GUESS_RTOL, max_iter=GUESS_MAX_ITER, verify=False
             ).x
-            magnitudes = x.abs().flatten(1)
-            largest = magnitudes.amax(1)
-            rank = max(1, int(GUESS_QUANTILE * magnitudes.shape[1]))
-            high = magnitudes.kthvalue(rank).values
+        magnitudes = x.abs().flatten(1)
+        # A few hot pixels are no image.
+        rank = max(1, int(GUESS_QUANTILE * magnitudes.shape[1]))
+        sizes = magnitudes.kthvalue(rank).values.tolist()
     factors = []
-    for most, many in zip(largest.tolist(), high.tolist(), strict=True):
-        # A guess must not spoil a good case: dark only if no pixel is bright, bright
-        # only if not just a few of them are.
-        size = most if most < SMALLEST_INTENSITY else many
-        usual = size <= 0 or not math.isfinite(size) or _usual(size)
-        factors.append(1.0 if usual else 10.0 ** math.ceil(math.log10(size / 2)))
+    for size in sizes:
+        known = 0 < size < math.inf
+        usual = SMALLEST_INTENSITY < size <= LARGEST_INTENSITY
+        decade = (
+            0 if usual or not known else math.ceil(math.log10(size / LARGEST_INTENSITY))
+        )
+        factors.append(10.0**decade)
     if any(factor != 1 for factor in factors):
         data.notes.append(
             "The intensity is far from [0, 1]: data were divided by "
@@ -285,7 +287,3 @@ def _intensity(data: DataTerm, scale: float | str) -> Tensor:
             "(scale='auto')."
         )
     return torch.tensor(factors, dtype=b.dtype, device="cpu").to(b.device)
-
-
-def _usual(size: float) -> bool:
-    return SMALLEST_INTENSITY <= size <= LARGEST_INTENSITY
