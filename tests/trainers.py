@@ -21,7 +21,6 @@ from deepinv_deal.training import (
     DictionaryTrainer,
 )
 
-
 #: The solver of all trainings, for a stand-in.
 SOLVE = "deepinv_deal.solvers.implicit.fixed_point"
 

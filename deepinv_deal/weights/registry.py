@@ -77,6 +77,7 @@ class Official(Named):
 BUNDLED = (
     Named("deal_gray", "DEALPrior", alias="bundled"),
     Named("deal_gray_64", "DEALPrior"),
+    Named("deal_gray_128", "DEALPrior"),
     Named("deal_color", "DEALPrior", in_channels=3, alias="bundled"),
     *(Named(f"mmr_{n}", "MMRPrior", n) for n in (5, 15, 25)),
     *(Named(f"safi_{n}", "SAFIPrior", n) for n in (5, 15, 25)),
