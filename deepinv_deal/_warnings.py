@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import torch
 
 #: Files whose frames are skipped: ours, and those by which torch calls a module.
-_INSIDE = tuple(str(Path(module).parent) for module in (__file__, torch.__file__))
+_INSIDE = tuple(
+    str(Path(module).parent) + os.sep for module in (__file__, torch.__file__)
+)
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pretend_accelerator
 import pytest
 import torch
 from hypothesis import settings
@@ -15,6 +16,11 @@ settings.load_profile("repeatable")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores; threads on top of that only wait for each other.
     torch.set_num_threads(1)
+
+
+if pretend_accelerator.AVAILABLE:
+    # The first backward pass of a process fixes which devices there are.
+    pretend_accelerator.register()
 
 
 @pytest.fixture

@@ -76,6 +76,13 @@ def linearize(
     with torch.no_grad():
         problem = model.pose(y, physics, sigma, lambda_reg=lambda_reg, init=init)
         problem = problem.precise
+        if problem.equation.bounds is not None and isinstance(
+            problem.equation, AttentiveEquation
+        ):
+            raise ValueError(
+                "model has bounds, with which DEAL's frozen problems are no linear "
+                "systems. Linearise a model without."
+            )
         b = problem.data.b
         if len(b) != 1:
             raise ValueError(

@@ -17,7 +17,7 @@ from deepinv_deal.models.info import ReconstructionInfo
 from deepinv_deal.models.noise import estimated_level
 from deepinv_deal.optim.metrics import IterationMetrics
 from deepinv_deal.problems import DataTerm, KnownPhysics, Problem, SolverOptions
-from deepinv_deal.problems.bounds import Bounds, check_bounds, divided
+from deepinv_deal.problems.bounds import Bounds, check_bounds, clamp, divided
 from deepinv_deal.problems.checks import (
     check_choice,
     doubt_noise_level,
@@ -28,6 +28,7 @@ from deepinv_deal.problems.layout import COMPLEX_MODES, ComplexMode
 from deepinv_deal.problems.options import DEFAULT_RTOL
 from deepinv_deal.solvers import AdjointOptions, SolverResult, full_precision
 from deepinv_deal.solvers.fixed_point import Callback
+from deepinv_deal.solvers.precision import solver_precision
 
 LambdaMode = Literal["absolute", "relative"]
 LAMBDA_MODES: tuple[str, ...] = ("absolute", "relative")
@@ -68,7 +69,8 @@ class ReconstructionModel(Reconstructor, Denoiser):
     (``adjoint=AdjointOptions(jacobian_free=True)``).
 
     :param deepinv.optim.Prior prior: the learned prior.
-    :param float, torch.Tensor, str sigma: default noise level, see above.
+    :param float, torch.Tensor, str sigma: default noise level: for denoising in units
+        of the image, for all other physics in the model's unit, images in [0, 1].
     :param float, torch.Tensor lambda_reg: default regularization weight, see above.
     :param float rtol: tolerance of the solver; ``None``: what suits the model.
     :param int max_iter: largest number of outer iterations; ``None``: likewise.
@@ -163,6 +165,10 @@ class ReconstructionModel(Reconstructor, Denoiser):
         self.rtol = self.default_rtol if rtol is None else rtol
         self.max_iter = self.default_max_iter if max_iter is None else max_iter
         self.bounds, self.solver = bounds, SolverOptions.of(solver)
+        if hasattr(prior, "methods"):
+            methods = dict.fromkeys([*prior.methods(None), *prior.methods((0, 1))])
+            name, settings = type(self).__name__, prior.solver_settings
+            self.solver.check(name, tuple(methods), settings)
         self.lambda_mode, self.scale, self.complex_mode = (
             lambda_mode,
             scale,
@@ -257,7 +263,10 @@ class ReconstructionModel(Reconstructor, Denoiser):
 
         watched = metrics is not None or recorder is not None
         unknown, result = self.solve(problem, start, observe if watched else None)
-        answer: list[Any] = [problem.image(unknown)]
+        image = problem.image(unknown)
+        if isinstance(self.bounds, tuple) and not image.is_complex():
+            image = clamp(image, self.bounds)  # met up to rounding in another unit
+        answer: list[Any] = [image]
         if metrics is not None:
             answer.append(metrics.finish(result))
         if recorder is not None and self.warn:
@@ -267,6 +276,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
             answer.append(self._info(problem, unknown, result, **more))
         return answer[0] if len(answer) == 1 else tuple(answer)
 
+    @full_precision
     def pose(
         self,
         y: Tensor,
@@ -313,6 +323,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
         """
         return self.pose(y, physics, **settings).equation
 
+    @full_precision
     def examine(self, y: Tensor, physics: Any) -> KnownPhysics:
         """
         Tries out a physics once, for many measurements of images of one shape.
@@ -331,6 +342,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
             raise ValueError("physics only adds noise: there is nothing to examine.")
         return H
 
+    @full_precision
     def solve(
         self,
         problem: Problem,
@@ -414,7 +426,8 @@ class ReconstructionModel(Reconstructor, Denoiser):
         equation, solution = problem.equation, unknown.detach()
 
         def compute_mask() -> Tensor:
-            mask = equation.mask(solution)
+            with solver_precision(solution.device):
+                mask = equation.mask(solution)
             return mask.reshape(len(solution), -1, *mask.shape[2:])
 
         return self.info_type.of(
@@ -526,10 +539,10 @@ class ReconstructionModel(Reconstructor, Denoiser):
             return torch.zeros_like(data.b)
         if isinstance(init, str) and (init == "adjoint" or data.identity):
             return data.b.detach()
+        physics = physics.physics if isinstance(physics, KnownPhysics) else physics
         if isinstance(init, str):
-            raw = physics.physics if isinstance(physics, KnownPhysics) else physics
             with torch.no_grad():
-                init = raw.A_dagger(y)
+                init = physics.A_dagger(y)
         elif callable(init):
             init = init(y, physics)
         return data.unknown("init", init)

@@ -49,6 +49,12 @@ class SynthesisModel(ReconstructionModel):
     ):
         super().__init__(prior, rtol=rtol, max_iter=max_iter, **settings)
         self._keep("beta", beta, [])
+        if self.lambda_mode == "relative":
+            raise ValueError(
+                "lambda_mode='relative' is for weights; lambda_reg of a dictionary is "
+                "a threshold of its coefficients, which does not grow with the physics."
+                " Multiply beta by the squared norm instead."
+            )
         if self.solver.method == "two-step" and (rtol, max_iter) != (None, None):
             raise ValueError(
                 "solver='two-step' runs two passes: neither rtol nor max_iter changes "
@@ -100,7 +106,8 @@ class SynthesisModel(ReconstructionModel):
         return super()._equation(data, sigma=sigma, beta=coupling, **settings)
 
     def _used_rtol(self, problem: Problem, rtol: float | None) -> float:
-        return problem.equation.default_rtol if rtol is None else rtol
+        fixed = problem.equation.method == "two-step"
+        return problem.equation.default_rtol if rtol is None or fixed else rtol
 
     def _info(
         self,

@@ -56,7 +56,8 @@ class AttentiveL1Model(ReconstructionModel):
         if level is None:
             return data, None, None
         a = level / self.prior.sigma
-        if bool(((a - 1).abs() <= SAME_LEVEL).all()):
+        differentiable = torch.is_grad_enabled() and level.requires_grad
+        if not differentiable and bool(((a - 1).abs() <= SAME_LEVEL).all()):
             return data, None, None
         if not bool((a > 0).all()):
             raise ValueError(
@@ -178,19 +179,27 @@ class MMR(AttentiveL1Model):
         y: Tensor,
         physics: Any = None,
         lambda_reg: float | Tensor | None = None,
+        sigma: float | Tensor | str | None = None,
     ) -> Tensor:
         """
         Returns E(x) of every sample, ``(B,)``; infinity outside the box.
+
+        It is that of the problem which is solved: where data are divided by a scale
+        (``info.scale``), the energy is divided by its square.
 
         :param torch.Tensor x: images ``(B, C, H, W)``.
         :param torch.Tensor y: measurements.
         :param deepinv.physics.LinearPhysics physics: forward operator; ``None`` for
             denoising.
         :param float, torch.Tensor lambda_reg: weight instead of the model's.
+        :param float, torch.Tensor, str sigma: noise level, as for the model.
         """
-        problem = self.pose(y, physics, lambda_reg=lambda_reg)
+        problem = self.pose(y, physics, sigma, lambda_reg=lambda_reg)
         image = problem.data.unknown("x", x)
-        inside = (image == problem.equation.clamp(image)).flatten(1).all(1)
+        # Bounds in another unit are met up to rounding only.
+        slack = 8 * torch.finfo(image.dtype).eps * image.abs().clamp_min(1)
+        outside = (image - problem.equation.clamp(image)).abs() > slack
+        inside = ~outside.flatten(1).any(1)
         return _energy(image, problem.equation, self.prior).where(inside, torch.inf)
 
     def _recorder(self, problem: Problem, start: Tensor) -> _EnergyRecord | None:

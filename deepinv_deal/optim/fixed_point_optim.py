@@ -13,6 +13,7 @@ from deepinv.optim.prior import Prior
 from torch import Tensor
 
 from deepinv_deal.optim.metrics import IterationMetrics
+from deepinv_deal.priors import PatchPrior
 from deepinv_deal.problems import AttentiveEquation, DataTerm, SolverOptions
 from deepinv_deal.problems.options import DEFAULT_RTOL
 from deepinv_deal.problems.quadratic import FrozenSystem
@@ -89,8 +90,20 @@ class FrozenIteration(OptimIterator):
         data = DataTerm.of(
             y, physics, reference, in_channels=prior.in_channels, trial=trial
         )
+        if data_fidelity.norm != 1 and isinstance(prior, PatchPrior):
+            raise ValueError(
+                f"data_fidelity has the factor {data_fidelity.norm:g}, which no weight "
+                "of a dictionary can stand for: its lambda_reg is a threshold. Scale "
+                "the physics instead."
+            )
+        # A box around 0 to 1 is for images, not for real and imaginary part.
+        settings: dict[str, Any] = {"bounds": None} if data.complex_pair else {}
         return prior.equation(
-            data, sigma=params["g_param"], lambda_reg=lambda_reg, options=self.solver
+            data,
+            sigma=params["g_param"],
+            lambda_reg=lambda_reg,
+            options=self.solver,
+            **settings,
         )
 
     def forward(
@@ -167,7 +180,7 @@ class FixedPointOptim(BaseOptim):
     :param deepinv.optim.L2 data_fidelity: :class:`deepinv.optim.L2` if ``None``.
     :param int max_iter: largest number of outer iterations.
     :param float rtol: tolerance of the solver, for attentive priors on the imbalance of
-        forces.
+        forces; ``None``: what suits the equation.
     :param str, SolverOptions solver: name of a method, or all settings of the solver.
     :param deepinv.optim.DEQConfig DEQ: settings of the backward pass in deepinv's
         words: ``jacobian_free``, ``eps_backward`` (tolerance), ``max_iter_backward``,
@@ -190,7 +203,7 @@ class FixedPointOptim(BaseOptim):
         sigma: float | Tensor | None = None,
         data_fidelity: L2 | None = None,
         max_iter: int = 100,
-        rtol: float | None = DEFAULT_RTOL,
+        rtol: float | None = None,
         solver: str | SolverOptions = "auto",
         DEQ: DEQConfig | None = None,
         trainable_params: list[str] | None = None,
@@ -322,10 +335,9 @@ class FixedPointOptim(BaseOptim):
         )
         self.has_converged = bool(result.converged.all())
         if self.warn or self.strict:
-            rtol = getattr(equation, "default_rtol", 0.0)
             result.report(
                 type(self).__name__,
-                rtol if self.rtol is None else self.rtol,
+                equation.default_rtol if self.rtol is None else self.rtol,
                 "The image is the best iterate found. Raise max_iter, or relax rtol.",
                 strict=self.strict,
             )

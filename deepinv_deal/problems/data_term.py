@@ -230,6 +230,11 @@ class DataTerm:
         """
         assert self.layout is not None
         x = self.layout.checked(name, image)
+        if x.dtype != self.b.dtype or x.device != self.b.device:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}, the measurements are "
+                f"{self.b.dtype} on {self.b.device}. Convert one of them."
+            )
         return x if self.scale is None else x / expand(self.scale, x)
 
 

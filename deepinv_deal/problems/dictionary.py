@@ -122,12 +122,14 @@ class DictionaryEquation:
         :param torch.Tensor start: first image.
         :param float rtol: tolerance of the method; ``None``: what suits it.
         :param int max_iter: largest number of iterations.
-        :param AdjointOptions adjoint: settings of the backward pass.
+        :param AdjointOptions adjoint: settings of the backward pass; of two-step and
+            coordinate descent only ``strict``, since their systems are solved exactly.
         :param Callable callback: called as ``callback(k, before, after)`` with the
             images before and after every iteration.
         :return: the image, and how it was found, with the coefficients in ``state[0]``.
         """
-        p, bounds = self.problem, self.bounds
+        options = adjoint or DICTIONARY_ADJOINT
+        p, bounds = replace(self.problem, strict=options.strict), self.bounds
         a = self.start_coefficients
         a = p.zero_coefficients() if a is None else a
         limits: dict[str, Any] = {
@@ -150,15 +152,17 @@ class DictionaryEquation:
         else:
             r = ADMM_WEAKLY_CONVEX if p.penalty.weak_convexity else ADMM_CONVEX
             result = joint_admm(p, start, a, r=r, bounds=bounds, **limits)
-        options = adjoint or DICTIONARY_ADJOINT
-        image, _ = self._held(result).differentiable(result.x, result.state[0], options)
+        image, _ = self._held(result, options.strict).differentiable(
+            result.x, result.state[0], options
+        )
         return image, result
 
-    def _held(self, result: SolverResult) -> SynthesisProblem:
+    def _held(self, result: SolverResult, strict: bool) -> SynthesisProblem:
         """Returns the problem with the pixels that have met a bound held there."""
+        p = replace(self.problem, strict=strict)
         if self.bounds is None or not torch.is_grad_enabled():
-            return self.problem
-        x, p = result.x, self.problem
+            return p
+        x = result.x
         with torch.no_grad():
             descent = p.data.force(x) - p.features_adjoint(
                 p.features(x) - p.synthesis(result.state[0])

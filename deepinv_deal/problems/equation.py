@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from deepinv_deal.problems.options import DEFAULT_RTOL, SolverOptions
 from deepinv_deal.solvers import AdjointOptions, SolverResult, solve_equation
 from deepinv_deal.solvers.fixed_point import Callback
-
-if TYPE_CHECKING:
-    from deepinv_deal.problems.options import SolverOptions
 
 
 class IterativeEquation:
@@ -23,11 +21,14 @@ class IterativeEquation:
 
     options: SolverOptions
 
+    #: Tolerance that suits it.
+    default_rtol: ClassVar[float] = DEFAULT_RTOL
+
     def solve(
         self: Any,
         start: Tensor,
         *,
-        rtol: float,
+        rtol: float | None = None,
         max_iter: int,
         adjoint: AdjointOptions | None = None,
         callback: Callback | None = None,
@@ -36,7 +37,7 @@ class IterativeEquation:
         Solves the equation, with implicit gradients.
 
         :param torch.Tensor start: first unknown.
-        :param float rtol: tolerance on the imbalance of forces.
+        :param float rtol: tolerance on the imbalance of forces; ``None``: what suits.
         :param int max_iter: largest number of outer iterations.
         :param AdjointOptions adjoint: settings of the backward pass.
         :param Callable callback: called as ``callback(k, before, after)`` with the
@@ -46,7 +47,7 @@ class IterativeEquation:
         return solve_equation(
             self,
             start,
-            rtol=rtol,
+            rtol=self.default_rtol if rtol is None else rtol,
             max_iter=max_iter,
             forcing=self.options.forcing,
             anderson=self.options.anderson,

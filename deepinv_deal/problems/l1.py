@@ -185,13 +185,13 @@ class AttentiveL1Equation(IterativeEquation):
             return eigenvalues.where(expand(exact, eigenvalues), gain), exact
 
     @property
-    def weight(self) -> Tensor:
+    def strength(self) -> Tensor:
         r""":math:`\lambda \nu`, ``(B,)``."""
         return self.lambda_reg * self.regularizer.nu
 
     def bound(self, mask: Tensor) -> Tensor:
         r"""Returns :math:`c = \lambda \nu m`, shape of the mask."""
-        return expand(self.weight, mask) * mask
+        return expand(self.strength, mask) * mask
 
     def residuals(
         self, x: Tensor, w: Tensor, Wx: Tensor, force: Tensor, bound: Tensor
@@ -371,7 +371,7 @@ class FrozenL1:
             denoising = equation.data.identity
             threshold = DENOISING_THRESHOLD if denoising else THRESHOLD
             # Without regularization any positive penalty will do.
-            rho = (equation.weight / threshold).where(equation.weight > 0, gain)
+            rho = (equation.strength / threshold).where(equation.strength > 0, gain)
             if equation.bounds is None:
                 return rho, torch.zeros_like(rho)
             return rho, gain if denoising else BOX_PENALTY * gain

@@ -92,7 +92,6 @@ class ImageLayout:
         :param torch.Tensor image: the argument.
         :raises ValueError: if it is none, or not finite.
         """
-        # A layout stands for images of one size, whatever their number.
         if not isinstance(image, Tensor) or image.shape != self.shape:
             raise ValueError(
                 f"{name} must be an image of shape {tuple(self.shape)}, got "

@@ -10,7 +10,7 @@ from deepinv.physics import Denoising, LinearPhysics, Physics
 from deepinv.utils import TensorList
 from torch import Tensor
 
-from deepinv_deal._batch import expand, inner, norm
+from deepinv_deal._batch import expand, inner, norm, select
 from deepinv_deal.problems.checks import describe, is_out_of_memory
 from deepinv_deal.problems.layout import ImageLayout
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
@@ -94,21 +94,35 @@ class NormalOperator:
 
     @cached_property
     @torch.no_grad()
+    def principal(self) -> Tensor:
+        """
+        The image of norm 1 that it stretches most, for every sample, by power
+        iteration.
+        """
+        v = random_images(self.like, 1)[0]
+        value = self.like.new_zeros(len(v))
+        settled = torch.zeros_like(value, dtype=torch.bool)
+        for _ in range(NORM_MAX_ITER):
+            # A sample that has settled stays, so that it does not depend on others.
+            v = select(settled, v, v / expand(norm(v), v))
+            stretched = self(v)
+            size = norm(stretched)
+            settled = settled | ~((size - value).abs() > NORM_RTOL * size)
+            value = size
+            if settled.all():
+                break
+            v = select(settled, v, stretched)
+        return v / expand(norm(v), v)
+
+    @property
     def sqnorm(self) -> Tensor:
         """
-        Its norm for every sample, ``(B,)``: the largest eigenvalue, by power iteration.
+        Its norm for every sample, ``(B,)``: the largest eigenvalue, differentiable.
 
         :meth:`deepinv.physics.LinearPhysics.compute_sqnorm` would give one number for
         the whole batch.
         """
-        v = random_images(self.like, 1)[0]
-        value = self.like.new_zeros(len(v))
-        for _ in range(NORM_MAX_ITER):
-            v = self(v / expand(norm(v), v))
-            previous, value = value, norm(v)
-            if not ((value - previous).abs() > NORM_RTOL * value).any():
-                break
-        return value
+        return norm(self(self.principal))
 
     @cached_property
     @torch.no_grad()

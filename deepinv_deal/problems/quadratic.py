@@ -378,7 +378,6 @@ class BoundedSystem:
         equation, system = self.equation, self.system
         rho = BOUNDS_PENALTY / equation.data.step
         shift = expand(rho, self.x)
-        n_inner = torch.zeros(len(rho), dtype=torch.int64, device=rho.device)
 
         def A(v: Tensor) -> Tensor:
             return system.A(v) + shift * v
@@ -386,8 +385,9 @@ class BoundedSystem:
         def solve_x(
             targets: tuple[Tensor, ...], x: Tensor, _: tuple[Tensor, ...]
         ) -> tuple[Tensor, tuple[Tensor, ...]]:
-            nonlocal n_inner
-            r = equation.data.b + shift * targets[0] - A(x)
+            # In full precision, whatever that of the inner operator.
+            force = equation.force(x, self.squared_mask)
+            r = equation.data.force(x) - force + shift * (targets[0] - x)
             step = equation.preconditioning.solve(
                 A,
                 r,
@@ -395,7 +395,6 @@ class BoundedSystem:
                 equation.options.inner_max_iter,
                 self.squared_mask,
             )
-            n_inner = n_inner + step.n_iter
             return x + step.x, (x + step.x,)
 
         def prox(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -421,7 +420,7 @@ class BoundedSystem:
         )
         relative = result.residual / self.residual.where(self.residual != 0, 1)
         image = select(active, result.state.z[0], self.x)
-        return replace(result, x=image, residual=relative, n_iter=n_inner)
+        return replace(result, x=image, residual=relative)
 
     def adjoint_correction(self, v: Tensor, rtol: Tensor) -> SolverResult:
         r"""

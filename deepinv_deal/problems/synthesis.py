@@ -103,6 +103,7 @@ class SynthesisProblem:
     :param float cg_rtol: tolerance of linear solves that need conjugate gradients.
     :param torch.Tensor pinned: image whose finite pixels are held fixed, where a
         solution has met its bounds; NaN elsewhere. ``None``: all pixels are free.
+    :param bool strict: raise if a linear system of the backward pass is not solved.
     """
 
     data: DataTerm
@@ -111,6 +112,7 @@ class SynthesisProblem:
     beta: Tensor
     cg_rtol: float = 1e-6
     pinned: Tensor | None = None
+    strict: bool = False
 
     # -- the parts of the objective --------------------------------------------
 
@@ -309,7 +311,7 @@ class SynthesisProblem:
             else:
                 fixed = self.pinned.nan_to_num(0.0)
                 x = fixed + self.solve_image(equation(fixed)).x
-        return attach_gradient(equation, x, LINEAR)
+        return attach_gradient(equation, x, LINEAR.made_strict(self.strict))
 
     def _divide(self, inverse: Tensor, v: Tensor) -> Tensor:
         """Multiplies the Fourier transform of ``v``."""
@@ -324,7 +326,11 @@ class SynthesisProblem:
         if not torch.is_grad_enabled():
             return x, a
         a = attach_gradient(CoefficientEquation(self), a, options)
-        return (self.image(a, init=x), a) if a.requires_grad else (x, a)
+        if not a.requires_grad:
+            return x, a
+        # The value is that which was found, with or without gradients.
+        image = self.image(a, init=x)
+        return x + (image - image.detach()), a
 
 
 #: The systems in the image are linear and symmetric: one solve is the exact adjoint.

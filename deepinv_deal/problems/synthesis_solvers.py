@@ -423,7 +423,8 @@ def coordinate_descent(
             result = sparse_coding(problem, f, v, rtol=inner_rtol)
         inner_iterations = inner_iterations + result.n_iter
         inner_status = torch.maximum(inner_status, result.status)
-        return attach_gradient(CoefficientEquation(problem, f), result.x, LINEAR)
+        options = LINEAR.made_strict(problem.strict)
+        return attach_gradient(CoefficientEquation(problem, f), result.x, options)
 
     def step_image(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
         x = problem.image(blocks[0], init=v)

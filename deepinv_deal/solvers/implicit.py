@@ -127,7 +127,7 @@ def solve_equation(
     :return: the solution, shape of ``init``, and the :class:`SolverResult`.
     """
     options = adjoint or AdjointOptions()
-    with torch.no_grad():
+    with torch.no_grad(), solver_precision(init.device):
         result = fixed_point(
             equation.freeze,
             init.detach(),

@@ -28,13 +28,25 @@ def tf32_convolutions(device: torch.device, allowed: bool = True) -> Iterator[No
     if device.type != "cuda":
         yield
         return
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
-    cudnn.allow_tf32 = allowed
+    switches = _switches(allowed)
+    before = [getattr(owner, name) for owner, name, _ in switches]
     try:
+        for owner, name, value in switches:
+            setattr(owner, name, value)
         yield
     finally:
-        cudnn.allow_tf32 = before
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _switches(allowed: bool) -> list[tuple[Any, str, Any]]:
+    """The switches of this torch for convolutions and matrix products, and a value."""
+    convolution = getattr(torch.backends.cudnn, "conv", None)
+    matrix = torch.backends.cuda.matmul
+    if hasattr(convolution, "fp32_precision"):  # reading the older ones may then raise
+        value = "tf32" if allowed else "ieee"
+        return [(owner, "fp32_precision", value) for owner in (convolution, matrix)]
+    return [(owner, "allow_tf32", allowed) for owner in (torch.backends.cudnn, matrix)]
 
 
 @contextmanager

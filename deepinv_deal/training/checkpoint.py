@@ -55,9 +55,10 @@ def read_checkpoint(path: Path, recipe: Any, processes: int) -> dict[str, Any]:
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
     ours, theirs = _comparable(recipe), state["recipe"]
-    differing = sorted(k for k in ours if theirs.get(k, ours) != ours[k])
+    # A setting that is newer than the file had no other value.
+    differing = sorted(k for k in ours if k in theirs and theirs[k] != ours[k])
     if differing:
-        changes = ", ".join(f"{k}: {theirs.get(k)} -> {ours[k]}" for k in differing)
+        changes = ", ".join(f"{k}: {theirs[k]} -> {ours[k]}" for k in differing)
         raise ValueError(
             f"{path} was written with other settings ({changes}). Use the same "
             "settings to resume, or another folder to start anew."

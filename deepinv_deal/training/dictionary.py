@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from deepinv_deal.models.patches import PatchSynthesis, SmoothPlusSparse
@@ -195,9 +197,23 @@ class DictionaryTrainer(
         if theirs != ours or (same_model and _gray_level(prior) == _gray_level(new)):
             if isinstance(prior, PatchSynthesisPrior):
                 prior.mean = self.recipe.mean
-            return prior
+            return self._with_settings(prior)
         new.dictionary.load_state_dict(prior.dictionary.state_dict())
         return new
+
+    def _with_settings(
+        self, prior: PatchSynthesisPrior | SmoothPlusSparsePrior
+    ) -> PatchSynthesisPrior | SmoothPlusSparsePrior:
+        """Gives loaded weights the settings that the recipe names."""
+        recipe = self.recipe
+        with torch.no_grad():
+            if recipe.beta is not None:
+                prior.log_beta.fill_(math.log(recipe.beta))
+            if recipe.lambda_reg is not None:
+                prior.lambda_reg.fill_(recipe.lambda_reg)
+        if recipe.order is not None and isinstance(prior, SmoothPlusSparsePrior):
+            prior.order = recipe.order
+        return prior
 
     def describe(
         self, prior: PatchSynthesisPrior | SmoothPlusSparsePrior

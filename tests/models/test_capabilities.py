@@ -46,7 +46,10 @@ ROWS: dict[str, tuple[Callable[[str], None], Refusals]] = {
         refused(["DEAL"], ValueError, "sigma is missing"),
     ),
     "``lambda_reg``, also per sample": (can.takes_a_weight, {}),
-    '``lambda_mode="relative"``': (can.takes_relative_weights, {}),
+    '``lambda_mode="relative"``': (
+        can.takes_relative_weights,
+        refused(DICTIONARIES, ValueError, "lambda_mode='relative'.*threshold"),
+    ),
     "``bounds``": (can.keeps_bounds, {}),
     "Gradients with ``bounds``": (can.differentiates_with_bounds, {}),
     '``scale="auto"``': (can.rescales_by_itself, {}),

@@ -182,7 +182,7 @@ class ComplexFourier(LinearPhysics):
 
 @pytest.mark.parametrize("mode", ["real_imag", "real"])
 def test_complex_numbers_are_two_channels(mode):
-    model = random_model(PRIORS[1], complex_mode=mode)
+    model = random_model(PRIORS[1], complex_mode=mode, scale=None)
     x = images(2, 2, *SIZE)
     z = torch.complex(x[:, :1], x[:, 1:])
     numbers, info = model(
