@@ -60,7 +60,7 @@ def relative_change(new: Tensor, old: Tensor) -> float:
 def published(equation: AttentiveL1Equation, outer: int = 10) -> Tensor:
     """The pair that the nested iteration ends with, in an inverse problem."""
     R, b = equation.regularizer, equation.data.b
-    weight = float(equation.weight)
+    weight = float(equation.strength)
 
     # All steps have length 1: a masked Fourier transform has norm 1, and W has here.
     def prox(d: Tensor, mask: Tensor, x: Tensor, tol: float) -> tuple[Tensor, Tensor]:

@@ -129,8 +129,6 @@ def test_energies_in_another_unit_are_finite():
     level = 100 * 1.3 * float(model.prior.sigma)
     settings = {"bounds": (0.0, 90.0), "scale": 100.0, "rtol": 0.1, "warn": False}
     model = MMR(prior=model.prior, **settings)
-        prior=model.prior, bounds=(0.0, 90.0), scale=100.0, rtol=0.1, warn=False
-    )
     x = model(y, sigma=level)
     assert x.min() >= 0 and x.max() <= 90
     assert model.energy(x, y, sigma=level).isfinite().all()
