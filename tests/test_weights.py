@@ -400,7 +400,7 @@ def test_without_network_the_error_says_what_to_do(monkeypatch, tmp_path):
 
 def test_every_name_stands_for_one_file_of_a_model():
     keys = [(e.prior, e.name, e.in_channels) for e in (*BUNDLED, *OFFICIAL)]
-    assert len(set(keys)) == len(keys) == 14 + 16
+    assert len(set(keys)) == len(keys) == 15 + 16
     assert len({e.blob for e in OFFICIAL}) == len({e.url for e in OFFICIAL}) == 16
     for entry in OFFICIAL:
         assert len(entry.blob) == len(entry.commit) == 40
