@@ -265,7 +265,9 @@ class ReconstructionModel(Reconstructor, Denoiser):
         unknown, result = self.solve(problem, start, observe if watched else None)
         image = problem.image(unknown)
         if isinstance(self.bounds, tuple) and not image.is_complex():
-            image = clamp(image, self.bounds)  # met up to rounding in another unit
+            # In another unit bounds are met up to rounding only. Its correction has no
+            # derivative.
+            image = image + (clamp(image, self.bounds) - image).detach()
         answer: list[Any] = [image]
         if metrics is not None:
             answer.append(metrics.finish(result))
