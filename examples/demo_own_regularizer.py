@@ -39,6 +39,7 @@ from deepinv_deal.training import AttentiveQuadraticTrainer, DEALRecipe
 class SmallPrior(AttentiveQuadraticPrior):
     def __init__(self, num_filters=8):
         super().__init__(in_channels=1)
+        self.num_filters = num_filters  # files of weights store it
         self.W = MultiConv((1, num_filters), kernel_size=5)
         self.c = torch.nn.Parameter(torch.ones(num_filters, 1, 1))
 
