@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from deepinv_deal._warnings import warn
 from deepinv_deal.files import load_images
+from deepinv_deal.priors import Configurable
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.training.checkpoint import read_checkpoint, write_checkpoint
 from deepinv_deal.training.curve import LOG, plot_learning_curve
@@ -240,6 +241,8 @@ class Trainer(ABC, Generic[R, P]):
                 prior = self.load_prior(recipe.init)
                 _compare(recipe.init, self.describe(prior), expected)
                 self.adapt(prior)
+        if isinstance(prior, Configurable):
+            prior.config()  # raises now if the trained weights could not be saved
         self.prior: P = prior.to(self.device)
         self.optimizer = torch.optim.Adam(
             [
