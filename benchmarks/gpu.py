@@ -51,6 +51,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepinv_deal import DEAL, SolverOptions
 from deepinv_deal.files import load_image
+from deepinv_deal.operators.multi_conv import BlockConvolution
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.problems import operator_term
 from deepinv_deal.solvers import conjugate_gradient
@@ -261,38 +262,16 @@ def part_tests(kit: Kit) -> None:
 # -- single operations -----------------------------------------------------------------
 
 
-class Blocks:
-    """
-    A zero-padded convolution on images whose ``s x s`` blocks are channels.
-
-    Its kernel is dense in the channels of a block: for 9 x 9 pixels and blocks of 4 x 4
-    it has 3 x 3 blocks, and 16 times as many channels on both sides.
-
-    :param torch.Tensor kernel: ``(C_out, C_in, k, k)``, k odd.
-    :param int s: side of a block, which divides height and width.
-    """
+class Blocks(BlockConvolution):
+    """The convolution in blocks of the package, also for images that are not."""
 
     def __init__(self, kernel: Tensor, s: int):
-        c_out, c_in, k, _ = kernel.shape
-        self.s, pad = s, k // 2
-        self.reach = -(-pad // s)  # in blocks
-        n = s * (2 * self.reach + 1)
-        first = s * self.reach - pad  # where the kernel of pixel (0, 0) begins
-        shifted = torch.stack(
-            [
-                F.pad(kernel, (q, n - k - q, p, n - k - p))
-                for p in range(first, first + s)
-                for q in range(first, first + s)
-            ],
-            1,
-        )  # (C_out, s s, C_in, n, n)
-        shifted = shifted.reshape(c_out * s * s, c_in, n // s, s, n // s, s)
-        shifted = shifted.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-        self.kernel = shifted.clone(memory_format=torch.channels_last)
+        super().__init__(kernel, s)
+        self.s = s
 
     def kept(self, x: Tensor) -> Tensor:
         """Convolves an image that is in blocks."""
-        return F.conv2d(x, self.kernel, padding=self.reach)
+        return super().__call__(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Convolves an image."""

@@ -118,7 +118,8 @@ class AttentiveQuadratic:
         split, channels = self._split(x), self.W.out_channels
         split = split if self.dtype is None else split.to(self.dtype)
         blocked = self.blocked
-        if blocked is not None and torch.is_grad_enabled():
+        learned = any(kernel.requires_grad for kernel in self.W.kernels)
+        if blocked is not None and learned and torch.is_grad_enabled():
             blocked = BlockedNormal(self.W.kernels)
         if isinstance(squared_mask, ArrangedMask):
             assert blocked is not None
