@@ -37,9 +37,23 @@ FAULTS = (
     Fault(
         "sign of the regularizer",
         "problems/quadratic.py",
-        "self.equation.data.force(self.x) - self.force",
-        "self.equation.data.force(self.x) + self.force",
+        "self.data_force - self.force",
+        "self.data_force + self.force",
         ("models/test_deal.py::test_convergence_means_that_the_forces_balance",),
+    ),
+    Fault(
+        "counts divided by the gain once too often",
+        "problems/likelihood.py",
+        "/ self._variance(n) / _parameter(self.gain, u)",
+        "/ self._variance(n) / _parameter(self.gain, u).square()",
+        ("equations/test_likelihood.py", "models/test_likelihoods.py"),
+    ),
+    Fault(
+        "scale left out of the adjoint of a likelihood",
+        "problems/likelihood_term.py",
+        "return x if self._unit is None else x * expand(self._unit, x)",
+        "return x",
+        ("models/test_likelihoods.py::test_scaling_law",),
     ),
     Fault(
         "kernels of the adjoint not transposed",

@@ -83,6 +83,11 @@ def linearize(
                 "model has bounds, with which DEAL's frozen problems are no linear "
                 "systems. Linearise a model without."
             )
+        if not problem.data.quadratic:
+            raise ValueError(
+                "data_fidelity is not least squares, the only data term that can be "
+                "linearised. Give the model data_fidelity=deepinv.optim.L2()."
+            )
         b = problem.data.b
         if len(b) != 1:
             raise ValueError(

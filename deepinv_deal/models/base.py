@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from deepinv.models import Denoiser, Reconstructor
+from deepinv.optim import DataFidelity
 from deepinv.optim.prior import Prior
 from torch import Tensor, nn
 
@@ -25,6 +26,14 @@ from deepinv_deal.problems.checks import (
     per_sample,
 )
 from deepinv_deal.problems.layout import COMPLEX_MODES, ComplexMode
+from deepinv_deal.problems.likelihood import (
+    Likelihood,
+    check_data_fidelity,
+    is_least_squares,
+    likelihood_of,
+    likelihood_of_noise,
+)
+from deepinv_deal.problems.likelihood_term import LikelihoodTerm
 from deepinv_deal.problems.options import DEFAULT_RTOL
 from deepinv_deal.solvers import AdjointOptions, SolverResult, full_precision
 from deepinv_deal.solvers.fixed_point import Callback
@@ -64,9 +73,22 @@ class ReconstructionModel(Reconstructor, Denoiser):
     ``complex_mode="real_imag"`` regularizes both parts alike, ``"real"`` assumes a
     real-valued image, as the papers.
 
+    **Data term.** ``data_fidelity="auto"`` is least squares, or the likelihood that
+    matches the noise model of the physics where the model can solve for it, which is
+    then named in ``info.notes``: for counts (``PoissonNoise``,
+    ``PoissonGaussianNoise``) and transmission (``LogPoissonNoise``). Others are given
+    as deepinv's :class:`~deepinv.optim.L2`, :class:`~deepinv.optim.PoissonLikelihood`,
+    :class:`~deepinv.optim.LogPoissonLikelihood`, :class:`~deepinv.optim.L1` (smoothed),
+    or :class:`deepinv_deal.optim.WeightedL2`, :class:`deepinv_deal.optim.SmoothedL1`.
+    A weight is absolute if the data term was given, and relative to its typical
+    curvature, :math:`1 / \text{variance}`, if it was found, or if the weight is the
+    default; so it means the same as for least squares. :math:`\ell_2` and
+    :math:`\ell_1` terms are those of images and measurements divided by the scale;
+    counts know their unit, and are not divided.
+
     **Gradients** flow to weights, measurements, ``lambda_reg``, ``sigma`` and the
-    parameters of the physics by implicit differentiation, exact or Jacobian-free
-    (``adjoint=AdjointOptions(jacobian_free=True)``).
+    parameters of physics and data fidelity by implicit differentiation, exact or
+    Jacobian-free (``adjoint=AdjointOptions(jacobian_free=True)``).
 
     :param deepinv.optim.Prior prior: the learned prior.
     :param float, torch.Tensor, str sigma: default noise level: for denoising in units
@@ -81,6 +103,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
     :param str lambda_mode: ``"absolute"`` or ``"relative"``, see above.
     :param float, str scale: ``"auto"``, a positive number or ``None``, see above.
     :param str complex_mode: ``"real_imag"`` or ``"real"``, see above.
+    :param deepinv.optim.DataFidelity, str data_fidelity: the data term, see above.
     :param Callable, str, torch.Tensor init: first image, see :meth:`forward`.
     :param list trainable_params: hyperparameters to train: among ``"lambda_reg"`` and
         ``"sigma"``.
@@ -101,6 +124,9 @@ class ReconstructionModel(Reconstructor, Denoiser):
     default_rtol: ClassVar[float | None] = DEFAULT_RTOL
     default_max_iter: ClassVar[int] = 100
     default_adjoint: ClassVar[AdjointOptions] = AdjointOptions()
+
+    #: Whether likelihoods other than least squares can be frozen.
+    freezes_likelihoods: ClassVar[bool] = False
 
     #: Kind of the report.
     info_type: ClassVar[type[ReconstructionInfo]] = ReconstructionInfo
@@ -125,6 +151,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
         lambda_mode: LambdaMode = "absolute",
         scale: float | str | None = "auto",
         complex_mode: ComplexMode = "real_imag",
+        data_fidelity: DataFidelity | str = "auto",
         init: Callable[..., Any] | str | Tensor | None = None,
         trainable_params: list[str] | None = None,
         custom_metrics: dict[str, Any] | None = None,
@@ -147,6 +174,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
         if max_iter is not None and max_iter < 0:
             raise ValueError(f"max_iter must not be negative, got {max_iter}.")
         _check_init_name(init)
+        check_data_fidelity(data_fidelity)
         adjoint = self.default_adjoint if adjoint is None else adjoint
         if not isinstance(adjoint, AdjointOptions):
             raise TypeError(
@@ -174,6 +202,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
             scale,
             complex_mode,
         )
+        self.data_fidelity = data_fidelity
         self.init, self.custom_metrics = init, custom_metrics
         self.adjoint, self.warn, self.strict = adjoint.made_strict(strict), warn, strict
         if device is not None:
@@ -311,7 +340,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
         equation = self._equation(
             data,
             sigma=level,
-            lambda_reg=self._weight(lambda_reg, data, unit),
+            lambda_reg=self._weight(lambda_reg, data, level, unit),
             bounds=divided(bounds, unit, data.b),
             **hyperparameters,
         )
@@ -453,14 +482,41 @@ class ReconstructionModel(Reconstructor, Denoiser):
         """Returns the checked data term."""
         # Replicas of torch.nn.DataParallel have no parameters, and are where y is.
         weights = chain(self.prior.parameters(), self.prior.buffers())
-        return DataTerm.of(
-            y,
+        likelihood, note = self._likelihood(y, physics)
+        data = DataTerm.of(
+            y if likelihood is None else likelihood.linear(y),
             physics,
             next(weights, None),
             in_channels=self.prior.in_channels,
             complex_mode=self.complex_mode,
             scale=scale,
         )
+        if note is not None:
+            data.notes.append(f"data_fidelity='auto': {note}.")
+        if likelihood is None:
+            return data
+        return LikelihoodTerm.from_least_squares(
+            data, y, likelihood, relative=note is not None
+        )
+
+    def _likelihood(self, y: Any, physics: Any) -> tuple[Likelihood | None, str | None]:
+        """
+        Returns the likelihood, ``None`` for least squares, and why, if it was chosen.
+        """
+        fidelity = self.data_fidelity
+        if isinstance(fidelity, str):
+            if not self.freezes_likelihoods:
+                return None, None
+            known = isinstance(physics, KnownPhysics)
+            return likelihood_of_noise(physics.physics if known else physics, y)
+        if is_least_squares(fidelity):
+            return None, None
+        if not self.freezes_likelihoods:
+            raise NotImplementedError(
+                f"data_fidelity={type(fidelity).__name__}: {type(self).__name__} can "
+                "only solve for least squares. Use DEAL."
+            )
+        return likelihood_of(fidelity), None
 
     def _bounds(self, data: DataTerm) -> Bounds | None:
         """Returns the bounds in the units of the model."""
@@ -481,6 +537,10 @@ class ReconstructionModel(Reconstructor, Denoiser):
         self, sigma: float | Tensor | str | None, physics: Any, data: DataTerm
     ) -> Tensor | None:
         """Returns the noise level in the units of the model, ``(B,)``."""
+        if sigma is None and data.identity and isinstance(data, LikelihoodTerm):
+            known = data.noise_level
+            if known is not None:
+                return known
         if sigma is None and data.identity:
             # ZeroNoise, PoissonNoise, ... have no sigma.
             sigma = getattr(getattr(physics, "noise_model", None), "sigma", None)
@@ -515,16 +575,26 @@ class ReconstructionModel(Reconstructor, Denoiser):
         self,
         lambda_reg: float | Tensor | None,
         data: DataTerm,
+        level: Tensor | None,
         unit: Tensor | None,
     ) -> Tensor | None:
         """Returns the weight, ``(B,)``; ``None``: the prior's own."""
         if lambda_reg is None:
             lambda_reg = self.lambda_reg
+        is_default = lambda_reg is None
         if lambda_reg is None:
             lambda_reg = self._learned_weight(data)
+        typical = None
+        if isinstance(data, LikelihoodTerm):
+            relative = is_default or data.relative or self.lambda_mode == "relative"
+            typical = data.typical if relative else None
         if lambda_reg is None:
-            return None
+            if typical is None:
+                return None
+            lambda_reg = self.prior.default_lambda(level, data.b)
         weight = per_sample("lambda_reg", lambda_reg, data.b)
+        if typical is not None:
+            weight = weight * typical
         if self.lambda_mode == "relative":
             weight = weight * data.sqnorm
         return weight if unit is None else weight / unit

@@ -82,6 +82,7 @@ class DEAL(ReconstructionModel):
     """
 
     prior: AttentiveQuadraticPrior
+    freezes_likelihoods = True
 
     def __init__(
         self,

@@ -92,9 +92,13 @@ class SynthesisModel(ReconstructionModel):
         return self.prior.sigma.to(data.b).expand(len(data.b))
 
     def _weight(
-        self, lambda_reg: float | Tensor | None, data: DataTerm, unit: Tensor | None
+        self,
+        lambda_reg: float | Tensor | None,
+        data: DataTerm,
+        level: Tensor | None,
+        unit: Tensor | None,
     ) -> Tensor | None:
-        weight = super()._weight(lambda_reg, data, unit)
+        weight = super()._weight(lambda_reg, data, level, unit)
         if weight is not None:
             per_sample("lambda_reg", weight, data.b, positive=True)
         return weight

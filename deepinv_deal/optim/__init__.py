@@ -1,5 +1,6 @@
 """The deepinv optimizer that runs a prior to its fixed point."""
 
 from deepinv_deal.optim.fixed_point_optim import FixedPointOptim, FrozenIteration
+from deepinv_deal.problems.likelihood import SmoothedL1, WeightedL2
 
-__all__ = ["FixedPointOptim", "FrozenIteration"]
+__all__ = ["FixedPointOptim", "FrozenIteration", "SmoothedL1", "WeightedL2"]

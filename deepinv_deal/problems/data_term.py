@@ -35,6 +35,24 @@ GUESS_RTOL, GUESS_MAX_ITER, GUESS_QUANTILE = 1e-2, 8, 0.999
 
 
 @dataclass(frozen=True)
+class FrozenCurvature:
+    r"""
+    The curvature of a data term at an image, :math:`A^{\top} D A`.
+
+    :param Callable apply: the map on images.
+    :param torch.Tensor density: how much stronger it is than :math:`A^{\top} A` around
+        every pixel, for preconditioners, ``(B, C, H, W)``.
+    """
+
+    apply: LinearMap
+    density: Tensor
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Applies it."""
+        return self.apply(v)
+
+
+@dataclass(frozen=True)
 class DataTerm:
     r"""
     The least-squares term of a reconstruction, as all equations see it.
@@ -154,9 +172,25 @@ class DataTerm:
         Returns :math:`b - H x`, the negative gradient of the data term at ``x``.
 
         The equations of this package see data only through this, :meth:`normal` and
-        ``b``: another likelihood has another force, and its curvature in place of H.
+        ``b``: another likelihood has another force, and :meth:`frozen` in place of H.
         """
         return self.b - self.normal(x)
+
+    @property
+    def quadratic(self) -> bool:
+        """Whether it is least squares, whose curvature is :meth:`normal` anywhere."""
+        return True
+
+    def frozen(
+        self,
+        x: Tensor,  # noqa: ARG002 - for likelihoods
+    ) -> FrozenCurvature | None:
+        """Returns the curvature at ``x``; ``None``: :meth:`normal`."""
+        return None
+
+    def start(self) -> Tensor:
+        """Returns the first image: zero."""
+        return torch.zeros_like(self.b)
 
     def value(self, x: Tensor) -> Tensor:
         r"""Returns :math:`\tfrac12 \|A x - y\|_2^2` of an unknown, ``(B,)``."""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from deepinv_deal._batch import expand, select
 from deepinv_deal.operators import MultiConvOperator
 from deepinv_deal.operators.multi_conv import wrapped
-from deepinv_deal.problems.data_term import DataTerm
+from deepinv_deal.problems.data_term import DataTerm, FrozenCurvature
 from deepinv_deal.problems.options import Preconditioner
 from deepinv_deal.solvers import SolverResult
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
@@ -74,6 +74,9 @@ class Preconditioning:
             self.use_circulant = ~nowhere if choice != "diagonal" else nowhere
             usable = nowhere if choice == "auto" else ~nowhere
             self.exact = ~nowhere if choice == "auto" else nowhere
+            if not data.quadratic:  # weights of measurements vary
+                usable, self.exact = ~nowhere, nowhere
+                self.use_circulant = ~nowhere if choice == "circulant" else nowhere
         elif choice != "none":
             assert data.H is not None
             self.symbol, by_symbol = data.H.transfer
@@ -98,9 +101,11 @@ class Preconditioning:
         max_iter: int,
         squared_mask: Tensor,
         active: Tensor | None = None,
+        curvature: FrozenCurvature | None = None,
     ) -> SolverResult:
         """
-        Solves a system with the given squared masks ``(B * parts, N, H, W)``; see
+        Solves a system with the given squared masks ``(B * parts, N, H, W)`` and
+        curvature of the data term, if it is not :math:`H`; see
         ``PreconditionedSolver.solve``.
         """
         return self.solver.solve(
@@ -108,7 +113,7 @@ class Preconditioning:
             r,
             rtol,
             max_iter,
-            lambda: self.at(squared_mask),
+            lambda: self.at(squared_mask, curvature),
             active,
             lambda: self.exact & self._flat(squared_mask),
         )
@@ -119,16 +124,26 @@ class Preconditioning:
         return (deviation <= FLAT * mean).view(len(self.exact), -1).all(1)
 
     @torch.no_grad()
-    def at(self, squared_mask: Tensor) -> LinearMap:
-        """Returns the preconditioner for the squared masks ``(B * parts, N, H, W)``."""
+    def at(
+        self, squared_mask: Tensor, curvature: FrozenCurvature | None = None
+    ) -> LinearMap:
+        """
+        Returns the preconditioner for the squared masks ``(B * parts, N, H, W)``, and
+        the curvature of the data term if it is not :math:`H`.
+        """
         weight = expand(self.lambda_reg, self.diagonal)
+        own, own_symbol = self.diagonal, self.symbol
+        if curvature is not None:
+            own = own * curvature.density
+            mean = curvature.density.flatten(1).mean(1)
+            own_symbol = own_symbol * expand(mean, own_symbol)
         circulant: Tensor | None = None
         if self.use_circulant.any():
             symbol = self._filter_symbol(squared_mask)
-            circulant = bounded(self.symbol + weight * symbol)
+            circulant = bounded(own_symbol + weight * symbol)
         energy = self.responses.square().sum((-2, -1))[:, :, None, None]  # (C, N, 1, 1)
         filters = F.conv2d(squared_mask, energy).view_as(self.diagonal)
-        divisor = bounded(self.diagonal + weight * filters)
+        divisor = bounded(own + weight * filters)
 
         def apply(r: Tensor) -> Tensor:
             if circulant is None:

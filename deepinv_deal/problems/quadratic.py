@@ -221,8 +221,8 @@ class AttentiveEquation(IterativeEquation):
         return self.regularizer.mask(x)
 
     def start(self, x: Tensor | None) -> Tensor:
-        """Returns the first iterate: the given image, zero if ``None``."""
-        return clamp(torch.zeros_like(self.data.b) if x is None else x, self.bounds)
+        """Returns the first iterate: the given image, or that of the data term."""
+        return clamp(self.data.start() if x is None else x, self.bounds)
 
     def image(self, x: Tensor) -> Tensor:
         """Returns the image of an iterate: itself."""
@@ -274,13 +274,20 @@ class FrozenSystem(LinearProblem):
     def __init__(self, equation: AttentiveEquation, x: Tensor, *, inner: bool = True):
         self.equation, self.x, self.inner = equation, x, inner
         self.squared_mask = equation.regularizer.squared_mask(x)
+        self.curvature = equation.data.frozen(x)
+
+    def H(self, v: Tensor) -> Tensor:
+        """Applies the curvature of the data term."""
+        if self.curvature is None:
+            return self.equation.preconditioning.H(v)
+        return self.curvature(v)
 
     def A(self, v: Tensor) -> Tensor:
         r"""Applies :math:`H + \lambda W^{\top} m^2 W`, in the inner precision."""
         regularizer, squared_mask = self.applied
         with tf32_convolutions(v.device) if self.in_tf32 else nullcontext():
             force = self.equation.force(v, squared_mask, regularizer)
-        return self.equation.preconditioning.H(v) + force
+        return self.H(v) + force
 
     @property
     def in_tf32(self) -> bool:
@@ -305,7 +312,18 @@ class FrozenSystem(LinearProblem):
     @cached_property
     def r(self) -> Tensor:  # type: ignore[override]  # only where it is asked for
         """The residual of the system at the image where it was frozen."""
-        return self.equation.data.force(self.x) - self.force
+        return self.data_force - self.force
+
+    @cached_property
+    def data_force(self) -> Tensor:
+        """The force of the data on the image where the weights were frozen."""
+        return self.equation.data.force(self.x)
+
+    def data_force_at(self, x: Tensor) -> Tensor:
+        """Returns the force of the frozen data term at another image."""
+        if self.curvature is None:
+            return self.equation.data.force(x)
+        return self.data_force - self.curvature(x - self.x)
 
     @cached_property
     def residual(self) -> Tensor:  # type: ignore[override]  # likewise
@@ -330,7 +348,7 @@ class FrozenSystem(LinearProblem):
         """
         # The systems of denoising are well conditioned, so a combination with a small
         # residual is near the solution. Elsewhere it may be far.
-        if self.equation.data.identity:
+        if self.equation.data.identity and self.curvature is None:
             return super().near
         return self.residual <= NEAR * self.force_norm
 
@@ -343,7 +361,7 @@ class FrozenSystem(LinearProblem):
         """
         limit = self.equation.options.inner_max_iter
         return self.equation.preconditioning.solve(
-            self.A, r, rtol, limit, self.squared_mask, active
+            self.A, r, rtol, limit, self.squared_mask, active, self.curvature
         )
 
 
@@ -388,13 +406,14 @@ class BoundedSystem:
         ) -> tuple[Tensor, tuple[Tensor, ...]]:
             # In full precision, whatever that of the inner operator.
             force = equation.force(x, self.squared_mask)
-            r = equation.data.force(x) - force + shift * (targets[0] - x)
+            r = system.data_force_at(x) - force + shift * (targets[0] - x)
             step = equation.preconditioning.solve(
                 A,
                 r,
                 torch.full_like(rho, LINEAR_FORCING),
                 equation.options.inner_max_iter,
                 self.squared_mask,
+                curvature=system.curvature,
             )
             return x + step.x, (x + step.x,)
 
@@ -404,7 +423,7 @@ class BoundedSystem:
         def measure(new: ADMMState, _old: ADMMState) -> Tensor:
             z = new.z[0]
             force = equation.force(z, self.squared_mask)
-            return self._measure(z, equation.data.force(z) - force)
+            return self._measure(z, system.data_force_at(z) - force)
 
         # At a solution the multiplier is the force that the bounds bear.
         d = self.x + system.r / shift
@@ -444,6 +463,7 @@ class BoundedSystem:
             rtol,
             equation.options.inner_max_iter,
             self.squared_mask,
+            curvature=system.curvature,
         )
         w = free * result.x
         return replace(result, x=torch.where(free, w, t * (v - system.A(w))))

@@ -463,6 +463,7 @@ CHANGES = {
     "lambda_mode": "relative",
     "init": lambda y, physics: y,
     "bounds": (0.3, 0.6),
+    "data_fidelity": dinv.optim.L1(),
     "prior": random_prior(seed=5),
 }
 

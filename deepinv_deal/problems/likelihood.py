@@ -1,0 +1,568 @@
+r"""Likelihoods: data terms beyond least squares, by their derivative and curvature."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from deepinv.optim import L1, L2, DataFidelity, LogPoissonLikelihood, PoissonLikelihood
+from deepinv.physics import LogPoissonNoise, PoissonGaussianNoise, PoissonNoise
+from deepinv.utils import TensorList
+from torch import Tensor
+
+from deepinv_deal._batch import expand
+
+#: Counts have at least this variance. It bounds the curvature where none are expected.
+LEAST_VARIANCE = 0.1
+
+#: Residuals below this, for images in [0, 1], count as least squares in the L1 norm.
+DEFAULT_DELTA = 0.01
+
+#: Counts that deviate from whole numbers by more than this, or by rounding, are none.
+WHOLE_ATOL = 1e-2
+
+
+class WeightedL2(DataFidelity):
+    r"""
+    Least squares with a weight for every measurement, in deepinv's style.
+
+    .. math::
+        \tfrac12 \sum_i w_i \, |(A x)_i - y_i|^2, \qquad w_i \geq 0,
+
+    the likelihood of Gaussian noise of variance :math:`1 / w_i`.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.optim import WeightedL2
+    >>> fidelity = WeightedL2(torch.tensor([[1.0, 4.0]]))
+    >>> fidelity.d(torch.ones(1, 2), torch.zeros(1, 2))
+    tensor([2.5000])
+
+    :param torch.Tensor weights: weights that expand to the measurements; for several
+        measurements a ``TensorList``.
+    """
+
+    def __init__(self, weights: Tensor | TensorList):
+        super().__init__(d=self._distance)
+        self.weights = weights
+
+    def _distance(self, u: Any, y: Any, *_: Any, **__: Any) -> Tensor:
+        return 0.5 * _total(self.weights * _each(_squared, u - y))
+
+
+class SmoothedL1(DataFidelity):
+    r"""
+    The :math:`\ell_1` norm of the misfit, made smooth (Huber), in deepinv's style.
+
+    .. math::
+        \sum_i h\big((A x)_i - y_i\big), \qquad h(r) = \begin{cases}
+        \tfrac{r^2}{2 \delta} + \tfrac{\delta}{2}, & |r| \leq \delta \\
+        |r|, & \text{else} \end{cases}
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.optim import SmoothedL1
+    >>> SmoothedL1(0.5).d(torch.tensor([[2.0, 0.5]]), torch.zeros(1, 2))
+    tensor([2.5000])
+
+    :param float delta: misfit below which the term is quadratic.
+    """
+
+    def __init__(self, delta: float = DEFAULT_DELTA):
+        if not 0 < delta < math.inf:
+            raise ValueError(f"delta must be positive and finite, got {delta}.")
+        self.delta = delta
+        super().__init__(d=self._distance)
+
+    def _distance(self, u: Any, y: Any, *_: Any, **__: Any) -> Tensor:
+        return SmoothedAbsolute(self.delta).value(u, y)
+
+
+class Likelihood(ABC):
+    r"""
+    A negative log-likelihood :math:`\phi(u; y)` of measurements :math:`y`, separable
+    and convex in what is predicted of them, :math:`u = A x`.
+
+    With its curvature frozen at :math:`z`, a data term is the quadratic
+
+    .. math::
+        \tfrac12 \langle x, H x \rangle - \langle b, x \rangle, \qquad
+        H = A^{\top} D A, \quad b = A^{\top} \big(D A z - \phi'(A z; y)\big), \quad
+        D = \mathrm{diag}(c(A z; y)),
+
+    whose gradient at :math:`z` is that of the likelihood. Where :math:`2 c \geq
+    \phi''`, as for all likelihoods here, repeating that contracts near a solution
+    without any shortening of steps.
+
+    Subclasses define the functions of one measurement tensor; :meth:`value`,
+    :meth:`derivative` and :meth:`curvature` also take several, a ``TensorList``.
+    """
+
+    #: Whether it is evaluated for images and measurements divided by their scale, since
+    #: it has no unit of its own.
+    unitless: ClassVar[bool] = True
+
+    def value(self, u: Any, y: Any) -> Tensor:
+        r"""Returns :math:`\phi(u; y)` of every sample, ``(B,)``."""
+        return _total(_each(self._value, u, y))
+
+    def derivative(self, u: Any, y: Any) -> Any:
+        r"""Returns :math:`\phi'(u; y)`, shape of ``u``."""
+        return _each(self._derivative, u, y)
+
+    def curvature(self, u: Any, y: Any) -> Any:
+        r"""Returns the curvature :math:`c(u; y) \geq 0`, shape of ``u``."""
+        return _each(self._curvature, u, y)
+
+    def level(self, y: Any) -> Tensor | None:
+        """
+        Returns the typical curvature, one over the variance of the noise, ``(B,)``;
+        ``None``: not known.
+        """
+        del y
+        return None
+
+    def linear(self, y: Any) -> Any:
+        r"""Returns what the measurements say of :math:`A x`."""
+        return y
+
+    def check(self, y: Any) -> list[str]:
+        """
+        Checks the measurements and returns remarks on them.
+
+        :raises ValueError: if they cannot be of this likelihood.
+        """
+        del y
+        return []
+
+    @abstractmethod
+    def _value(self, u: Tensor, y: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _derivative(self, u: Tensor, y: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _curvature(self, u: Tensor, y: Tensor) -> Tensor: ...
+
+
+class Gaussian(Likelihood):
+    """
+    Gaussian noise: :math:`w |u - y|^2 / 2`, for images and measurements in [0, 1].
+
+    :param torch.Tensor weights: one over the variances, in units of the model.
+    """
+
+    def __init__(self, weights: Any):
+        parts = list(weights) if isinstance(weights, TensorList) else [weights]
+        for part in map(torch.as_tensor, parts):
+            if not bool(((part >= 0) & part.isfinite()).all()):
+                raise ValueError(
+                    "data_fidelity: the weights of least squares must be finite and "
+                    f"not negative, got {_extremes(part)}."
+                )
+        self.weights = weights
+
+    def derivative(self, u: Any, y: Any) -> Any:
+        """Returns the weighted misfit."""
+        return self.curvature(u, y) * (u - y)
+
+    def curvature(self, u: Any, y: Any) -> Any:
+        """Returns the weights."""
+        if isinstance(self.weights, TensorList):
+            return _each(self._weight, self.weights, u)
+        return _each(lambda u, _: self._weight(self.weights, u), u, y)
+
+    def value(self, u: Any, y: Any) -> Tensor:
+        """Returns half the weighted square of the misfit, ``(B,)``."""
+        return 0.5 * _total(self.curvature(u, y) * _each(_squared, u - y))
+
+    def level(self, y: Any) -> Tensor:
+        """Returns the mean of the weights, ``(B,)``."""
+        return _mean(self.curvature(y, y))
+
+    @staticmethod
+    def _weight(weights: Any, like: Tensor) -> Tensor:
+        weights = _parameter(weights, like)
+        try:
+            return weights.expand(like.shape)
+        except RuntimeError:
+            raise ValueError(
+                "data_fidelity: weights must expand to the measurements "
+                f"{tuple(like.shape)}, got {tuple(weights.shape)}."
+            ) from None
+
+    def _value(self, u: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    _derivative = _curvature = _value
+
+
+class SmoothedAbsolute(Likelihood):
+    r"""
+    :class:`SmoothedL1`, for images and measurements in [0, 1]. Its curvature is that of
+    the parabola above it, :math:`1 / \max(|u - y|, \delta)`.
+
+    :param float delta: misfit below which it is quadratic, in units of the model.
+    """
+
+    def __init__(self, delta: float):
+        self.delta = delta
+
+    def _curvature(self, u: Tensor, y: Tensor) -> Tensor:
+        return 1 / (u - y).abs().clamp_min(self.delta)
+
+    def _derivative(self, u: Tensor, y: Tensor) -> Tensor:
+        return self._curvature(u, y) * (u - y)
+
+    def _value(self, u: Tensor, y: Tensor) -> Tensor:
+        size = (u - y).abs()
+        inside = (size.square() / self.delta + self.delta) / 2
+        return torch.where(size <= self.delta, inside, size)
+
+
+class Poisson(Likelihood):
+    r"""
+    Counts :math:`k` of which :math:`n = u / \gamma + \beta` are expected, with the gain
+    :math:`\gamma` and the background :math:`\beta`.
+
+    .. math::
+        \phi = n - k \log n, \qquad \phi' = \frac{n - k}{\gamma \max(n, \epsilon)}
+
+    The derivative is that of the likelihood with the variance of a count, :math:`n`,
+    kept above :math:`\epsilon`; where less is expected, :math:`\phi` goes on as a
+    parabola. So predictions need not be kept positive by short steps, zero counts
+    without background have a solution, and a negative prediction is a large misfit.
+
+    The curvature is the expected one, :math:`1 / (\gamma^2 n)`, raised to half the
+    observed one, :math:`k / (\gamma n)^2`, where that is greater. A system is thus
+    least squares weighted by the variances that the last image predicts.
+
+    **Units**: those of the image are those of the gain. An image, its gain and its
+    scale may be multiplied by one factor; the weight stays.
+
+    :param float, torch.Tensor gain: gain, one or one per sample.
+    :param float, torch.Tensor bkg: background in counts, likewise.
+    :param bool denormalize: whether measurements are the gain times the counts.
+    :param torch.Tensor shift: what was added to counts, in counts: the variance of
+        Gaussian noise beside the counts (shifted Poisson), or ``None``.
+    """
+
+    unitless = False
+
+    def __init__(
+        self, gain: Any, bkg: Any = 0.0, denormalize: bool = True, shift: Any = None
+    ):
+        for name, value, positive in (("gain", gain, True), ("bkg", bkg, False)):
+            _check_parameter("PoissonLikelihood", name, value, positive=positive)
+        self.gain, self.bkg, self.denormalize = gain, bkg, denormalize
+        self.shift = shift
+
+    def counts(self, y: Tensor) -> Tensor:
+        """Returns the counts of the measurements."""
+        counts = y / _parameter(self.gain, y) if self.denormalize else y
+        return counts if self.shift is None else counts + _parameter(self.shift, y)
+
+    def expected(self, u: Tensor) -> Tensor:
+        """Returns the counts that are expected."""
+        expected = u / _parameter(self.gain, u) + _parameter(self.bkg, u)
+        return expected if self.shift is None else expected + _parameter(self.shift, u)
+
+    def _variance(self, n: Tensor) -> Tensor:
+        least = torch.as_tensor(LEAST_VARIANCE).to(n)
+        if self.shift is not None:
+            least = torch.maximum(least, _parameter(self.shift, n))
+        return torch.maximum(n, least)
+
+    def _derivative(self, u: Tensor, y: Tensor) -> Tensor:
+        n = self.expected(u)
+        return (n - self.counts(y)) / self._variance(n) / _parameter(self.gain, u)
+
+    def _curvature(self, u: Tensor, y: Tensor) -> Tensor:
+        n = self.expected(u)
+        variance = self._variance(n)
+        # Below the least variance it is a parabola.
+        ratio = torch.where(n >= variance, self.counts(y) / variance / 2, 1)
+        return ratio.clamp_min(1) / variance / _parameter(self.gain, u).square()
+
+    def _value(self, u: Tensor, y: Tensor) -> Tensor:
+        n, k = self.expected(u), self.counts(y)
+        v = self._variance(n)
+        beyond = ((n - k).square() - (v - k).square()) / (2 * v)
+        return v - k - k * v.log() + beyond
+
+    def linear(self, y: Any) -> Any:
+        """Returns the counts without background, times the gain."""
+
+        def one(y: Tensor) -> Tensor:
+            k = self.counts(y) - _parameter(self.bkg, y)
+            k = k if self.shift is None else k - _parameter(self.shift, y)
+            return k * _parameter(self.gain, y)
+
+        return _each(one, y)
+
+    def level(self, y: Any) -> Tensor:
+        """Returns one over the mean variance, ``(B,)``."""
+
+        def variance(y: Tensor) -> Tensor:
+            gain = _parameter(self.gain, y)
+            return self._variance(self.counts(y)) * gain.square()
+
+        return 1 / _mean(_each(variance, y))
+
+    def check(self, y: Any) -> list[str]:
+        """Checks that the measurements are counts."""
+        if self.shift is not None:
+            return []
+        notes = []
+        for part in list(y) if isinstance(y, TensorList) else [y]:
+            if part.is_complex():
+                raise ValueError("y is complex: Poisson counts are not.")
+            counts = self.counts(part).detach()
+            if bool((counts < 0).any()):
+                raise ValueError(
+                    "data_fidelity: y has negative values, down to "
+                    f"{float(part.min()):.4g}: no Poisson counts. Give the raw counts, "
+                    "and what is to be subtracted from them as bkg; for Gaussian noise "
+                    "beside the counts give the physics PoissonGaussianNoise."
+                )
+            if not bool(whole(counts)):
+                gain = _parameter(self.gain, part).detach()
+                other = part if self.denormalize else part / gain
+                if bool(whole(other)):
+                    raise ValueError(
+                        "data_fidelity: y holds whole numbers only "
+                        f"{'before' if self.denormalize else 'after'} division by the "
+                        f"gain. Give denormalize={not self.denormalize}."
+                    )
+                notes.append("y does not hold whole numbers of counts.")
+            few = int((counts == 0).sum())
+            if few and bool((torch.as_tensor(self.bkg) <= 0).any()):
+                notes.append(
+                    f"{few} of {counts.numel()} counts are zero, without background: "
+                    f"expected counts below {LEAST_VARIANCE} have that variance."
+                )
+        return notes
+
+
+class LogPoisson(Likelihood):
+    r"""
+    Transmission: :math:`N_0 e^{-\mu y}` counts of which :math:`N_0 e^{-\mu u}` are
+    expected (computed tomography).
+
+    .. math::
+        \phi = N_0 \big(e^{-\mu u} + \mu u \, e^{-\mu y}\big), \qquad
+        \phi' = \mu N_0 \big(e^{-\mu y} - e^{-\mu u}\big)
+
+    The curvature is the greater of :math:`\phi''(u)` and the slope of the chord
+    :math:`\phi'(u) / (u - y)`; it lies above the likelihood between :math:`u` and
+    :math:`y`. No counts at all, :math:`y = \infty`, are allowed.
+
+    **Units**: those of the image are those of :math:`1 / \mu`. An image and its scale
+    may be multiplied by a factor by which :math:`\mu` is divided; the weight stays.
+
+    :param float, torch.Tensor N0: counts without object, one or one per sample.
+    :param float, torch.Tensor mu: normalization, likewise.
+    """
+
+    unitless = False
+
+    def __init__(self, N0: Any, mu: Any):
+        for name, value in (("N0", N0), ("mu", mu)):
+            _check_parameter("LogPoissonLikelihood", name, value, positive=True)
+        self.N0, self.mu = N0, mu
+
+    def _counts(self, u: Tensor) -> Tensor:
+        return _parameter(self.N0, u) * torch.exp(-_parameter(self.mu, u) * u)
+
+    def _value(self, u: Tensor, y: Tensor) -> Tensor:
+        return self._counts(u) + _parameter(self.mu, u) * u * self._counts(y)
+
+    def _derivative(self, u: Tensor, y: Tensor) -> Tensor:
+        return _parameter(self.mu, u) * (self._counts(y) - self._counts(u))
+
+    def _curvature(self, u: Tensor, y: Tensor) -> Tensor:
+        mu = _parameter(self.mu, u)
+        t = mu * (u - y)
+        near = t.abs() < 1e-4
+        chord = -torch.expm1(-t) / t.where(~near, 1)
+        chord = chord.where(~near, 1 - t / 2) * self._counts(y)
+        return mu.square() * torch.maximum(chord.nan_to_num(0), self._counts(u))
+
+    def linear(self, y: Any) -> Any:
+        """Returns the measurements, half a count where there was none."""
+
+        def one(y: Tensor) -> Tensor:
+            most = (2 * _parameter(self.N0, y)).log() / _parameter(self.mu, y)
+            return torch.where(y == math.inf, most, y)
+
+        return _each(one, y) if isinstance(y, (Tensor, TensorList)) else y
+
+    def level(self, y: Any) -> Tensor:
+        """Returns the mean of the curvature at the measurements, ``(B,)``."""
+
+        def curvature(y: Tensor) -> Tensor:
+            return _parameter(self.mu, y).square() * self._counts(y)
+
+        return _mean(_each(curvature, y))
+
+
+# -- which one -------------------------------------------------------------------------
+
+
+def _gaussian(fidelity: Any) -> Gaussian:
+    return Gaussian(fidelity.d.norm)
+
+
+#: How the data fidelities that can be frozen become likelihoods. Not their subclasses,
+#: which are something else.
+LIKELIHOODS: dict[type[DataFidelity], Callable[[Any], Likelihood]] = {
+    L2: _gaussian,
+    WeightedL2: lambda fidelity: Gaussian(fidelity.weights),
+    L1: lambda _: SmoothedAbsolute(DEFAULT_DELTA),
+    SmoothedL1: lambda fidelity: SmoothedAbsolute(fidelity.delta),
+    PoissonLikelihood: lambda fidelity: Poisson(
+        fidelity.d.gain, fidelity.d.bkg, fidelity.d.denormalize
+    ),
+    LogPoissonLikelihood: lambda fidelity: LogPoisson(fidelity.d.N0, fidelity.d.mu),
+}
+
+
+def check_data_fidelity(data_fidelity: Any) -> None:
+    """
+    Checks that a data fidelity can be frozen.
+
+    :param object data_fidelity: the argument; ``"auto"`` is one, too.
+    :raises TypeError: if it cannot.
+    """
+    if isinstance(data_fidelity, str) and data_fidelity == "auto":
+        return
+    if type(data_fidelity) not in LIKELIHOODS:
+        given = (
+            repr(data_fidelity)
+            if isinstance(data_fidelity, str)
+            else type(data_fidelity).__name__
+        )
+        raise TypeError(
+            "data_fidelity must be 'auto' or one of "
+            f"{', '.join(kind.__name__ for kind in LIKELIHOODS)}, got {given}, which "
+            "cannot be frozen."
+        )
+
+
+def is_least_squares(data_fidelity: Any) -> bool:
+    """Whether a data fidelity is plain least squares."""
+    norm = data_fidelity.d.norm if type(data_fidelity) is L2 else None
+    return norm is not None and not isinstance(norm, Tensor) and norm == 1
+
+
+def likelihood_of(data_fidelity: DataFidelity) -> Likelihood:
+    """
+    Returns the likelihood of a data fidelity.
+
+    :param DataFidelity data_fidelity: one of those that can be frozen.
+    :raises TypeError: if it is none.
+    :raises ValueError: if a parameter is missing or impossible.
+    """
+    check_data_fidelity(data_fidelity)
+    return LIKELIHOODS[type(data_fidelity)](data_fidelity)
+
+
+def likelihood_of_noise(physics: Any, y: Any) -> tuple[Likelihood | None, str | None]:
+    """
+    Returns the likelihood that matches the noise model of a physics, and a remark.
+
+    ``None`` stands for least squares: where the noise is another, or the measurements
+    cannot be of it.
+
+    :param deepinv.physics.Physics physics: forward operator, or ``None``.
+    :param torch.Tensor y: measurements.
+    """
+    noise: Any = getattr(physics, "noise_model", None)
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        return None, None
+    name = type(noise).__name__
+    if type(noise) is LogPoissonNoise:
+        text = f"the transmission likelihood of {name}"
+        return LogPoisson(noise.N0, noise.mu), text
+    if type(noise) is PoissonNoise:
+        likelihood = Poisson(noise.gain, 0.0, bool(noise.normalize))
+        counts = likelihood.counts(y).detach()
+        if bool((counts < 0).any()) or not bool(whole(counts)):
+            return None, (
+                f"least squares, since y does not hold counts of the physics' {name}"
+            )
+        return likelihood, f"the Poisson likelihood of {name}"
+    if type(noise) is PoissonGaussianNoise and bool((noise.gain > 0).all()):
+        shift = (noise.sigma / noise.gain).square()
+        likelihood = Poisson(noise.gain, 0.0, shift=shift)
+        return likelihood, f"the shifted Poisson likelihood of {name}"
+    return None, None
+
+
+def whole(counts: Tensor) -> Tensor:
+    """Whether counts are whole numbers, up to rounding."""
+    rounding = 8 * torch.finfo(counts.dtype).eps * counts.abs()
+    error = (counts - counts.round()).abs()
+    return (error <= torch.clamp(rounding, min=WHOLE_ATOL)).all()
+
+
+# -- details ---------------------------------------------------------------------------
+
+
+def _each(function: Callable[..., Tensor], *arguments: Any) -> Any:
+    """Applies a function to one measurement tensor, or to each of several."""
+    if isinstance(arguments[0], TensorList):
+        return TensorList([function(*parts) for parts in zip(*arguments, strict=True)])
+    return function(*arguments)
+
+
+def _squared(r: Tensor) -> Tensor:
+    return (r * r.conj()).real if r.is_complex() else r * r
+
+
+def _total(values: Any) -> Tensor:
+    """Sum of every sample, ``(B,)``."""
+    parts = list(values) if isinstance(values, TensorList) else [values]
+    return torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
+
+
+def _mean(values: Any) -> Tensor:
+    """Mean of every sample, ``(B,)``."""
+    parts = list(values) if isinstance(values, TensorList) else [values]
+    return torch.cat([part.flatten(1) for part in parts], 1).mean(1)
+
+
+def _parameter(value: Any, like: Tensor) -> Tensor:
+    """Returns a parameter in a form that multiplies measurements ``(B, ...)``."""
+    value = torch.as_tensor(value, dtype=like.dtype.to_real(), device=like.device)
+    return expand(value, like) if value.ndim == 1 else value
+
+
+def _check_parameter(owner: str, name: str, value: Any, *, positive: bool) -> None:
+    try:
+        values = torch.as_tensor(value).detach().double()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"data_fidelity: {name} of {owner} is missing: {value!r} is no number."
+        ) from None
+    bad = (values <= 0) if positive else (values < 0)
+    if bool((bad | ~values.isfinite()).any()):
+        raise ValueError(
+            f"data_fidelity: {name} of {owner} must be finite and "
+            f"{'positive' if positive else 'not negative'}, got {_extremes(values)}."
+        )
+
+
+def _extremes(values: Tensor) -> str:
+    if values.numel() == 1:
+        return f"{float(values):.4g}"
+    return f"values from {float(values.min()):.4g} to {float(values.max()):.4g}"

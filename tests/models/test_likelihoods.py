@@ -1,0 +1,310 @@
+"""DEAL with likelihoods other than least squares."""
+
+import deepinv as dinv
+import pytest
+import torch
+from deepinv.optim import L1, L2, LogPoissonLikelihood, PoissonLikelihood
+from helpers import gradients_equal_finite_differences
+from problems import (
+    DOUBLE,
+    TIGHT,
+    generator,
+    images,
+    random_model,
+    random_prior,
+    relative_error,
+)
+
+from deepinv_deal import MMR, SAFI, interpret
+from deepinv_deal.optim import SmoothedL1, WeightedL2
+
+SHAPE = (1, 8, 7)
+
+
+def blur(noise=None):
+    kernel = torch.tensor([[1.0, 2, 1], [2, 9, 2], [1, 2, 3]], dtype=DOUBLE)[None, None]
+    physics = dinv.physics.Blur(kernel / kernel.sum(), padding="circular")
+    if noise is not None:
+        physics.set_noise_model(noise)
+    return physics
+
+
+def truth(batch=1):
+    return images(batch, *SHAPE, seed=2)
+
+
+def poisson(gain=0.05, **settings):
+    return dinv.physics.PoissonNoise(gain, rng=generator(3), **settings)
+
+
+def transmission():
+    return dinv.physics.LogPoissonNoise(300.0, 0.8, rng=generator(3))
+
+
+def weights(batch=1):
+    return 0.2 + 3 * torch.rand(batch, *SHAPE, generator=generator(5), dtype=DOUBLE)
+
+
+def impulses(u):
+    hit = torch.rand(u.shape, generator=generator(6), dtype=DOUBLE) < 0.1
+    return torch.where(hit, 1 - u.round(), u + 0.01)
+
+
+#: Data fidelity and measurements; the weight that gives about as much smoothing.
+CASES = {
+    "L2": (lambda _: L2(0.5), lambda u: u + 0.02, 4.0),
+    "WeightedL2": (lambda n: WeightedL2(weights(n)), lambda u: u + 0.02, 1.0),
+    "L1": (lambda _: L1(), impulses, 1.0),
+    "SmoothedL1": (lambda _: SmoothedL1(0.03), impulses, 1.0),
+    "Poisson": (lambda _: PoissonLikelihood(0.05), lambda u: poisson()(u), 20.0),
+    "background": (
+        lambda _: PoissonLikelihood(0.05, 2.0),
+        lambda u: poisson()(u + 0.1),
+        20.0,
+    ),
+    "raw counts": (
+        lambda _: PoissonLikelihood(0.05, denormalize=False),
+        lambda u: poisson(normalize=False)(u),
+        20.0,
+    ),
+    "LogPoisson": (
+        lambda _: LogPoissonLikelihood(300.0, 0.8),
+        lambda u: transmission()(u),
+        50.0,
+    ),
+}
+EXACT = {"rtol": 1e-9, "max_iter": 400, "adjoint": TIGHT}
+
+
+def model_for(fidelity, **settings):
+    prior = random_prior(gain=2.0)
+    return random_model(prior, data_fidelity=fidelity, **(EXACT | settings))
+
+
+@pytest.mark.parametrize("denoising", [False, True], ids=["blur", "denoising"])
+@pytest.mark.parametrize("name", CASES)
+def test_solution_solves_the_equation_of_deepinvs_data_fidelity(name, denoising):
+    make, measure, weight = CASES[name]
+    physics = dinv.physics.Denoising() if denoising else blur()
+    y, fidelity = measure(physics.A(truth())), make(1)
+    model = model_for(fidelity)
+    x, info = model(y, physics, sigma=0.1, lambda_reg=weight, return_info=True)
+    assert info.converged.all()
+    z = x.detach().requires_grad_()
+    if name == "L1":  # smoothed
+        fidelity = SmoothedL1()
+    force = torch.autograd.grad(fidelity(z, y, physics).sum(), z)[0]
+    regularizer = weight * model.prior.grad(z, 0.1)
+    assert relative_error(-force, regularizer.detach()) < 1e-6
+    assert info.lambda_reg.tolist() == [weight]
+
+
+@pytest.mark.parametrize("bounds", [(0.3, 0.6), (0.0, float("inf"))])
+@pytest.mark.parametrize("name", ["Poisson", "LogPoisson", "L1"])
+def test_bounds(name, bounds):
+    make, measure, weight = CASES[name]
+    physics = blur()
+    y = measure(physics.A(truth()))
+    model = model_for(make(1), bounds=bounds, rtol=1e-7)
+    x, info = model(y, physics, sigma=0.1, lambda_reg=weight, return_info=True)
+    assert info.converged.all()
+    assert (x >= bounds[0]).all() and (x <= bounds[1]).all()
+    free = model_for(make(1))(y, physics, sigma=0.1, lambda_reg=weight)
+    assert ((free < bounds[0]) | (free > bounds[1])).any()
+    # Forces push against active bounds, and balance elsewhere.
+    equation = model.equation(y, physics, sigma=0.1, lambda_reg=weight)
+    descent = equation.data.force(x) - equation.force(x, equation.mask(x).square())
+    low, high = x <= bounds[0], x >= bounds[1]
+    size = equation.data.b_norm.max()
+    assert (descent[~low & ~high].abs() < 1e-5 * size).all()
+    assert (descent[low] <= 1e-5 * size).all() and (descent[high] >= -1e-5 * size).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batch_equals_singles(name):
+    make, measure, weight = CASES[name]
+    physics = blur()
+    y = measure(physics.A(truth(3)))
+    model = model_for(make(3), rtol=1e-8)
+    together = model(y, physics, sigma=0.1, lambda_reg=weight)
+    for i in range(3):
+        part, fidelity = slice(i, i + 1), make(3)
+        if name == "WeightedL2":
+            fidelity = WeightedL2(weights(3)[part])
+        alone = model_for(fidelity, rtol=1e-8)(
+            y[part], physics, sigma=0.1, lambda_reg=weight
+        )
+        assert relative_error(together[part], alone) < 1e-6
+
+
+@pytest.mark.parametrize("denoising", [False, True], ids=["blur", "denoising"])
+@pytest.mark.parametrize(
+    ("kind", "parameter"),
+    [("Poisson", 0.05), ("LogPoisson", 0.8), ("SmoothedL1", None), ("WeightedL2", 1.0)],
+)
+def test_gradients(kind, parameter, denoising, rng):
+    _, measure, weight = CASES[kind]
+    physics = dinv.physics.Denoising() if denoising else blur()
+    y = measure(physics.A(truth()))
+    model = model_for("auto", rtol=1e-12)
+    makers = {
+        "Poisson": lambda p: PoissonLikelihood(p, 1.0),
+        "LogPoisson": lambda p: LogPoissonLikelihood(300.0, p),
+        "SmoothedL1": lambda _: SmoothedL1(0.15),
+        "WeightedL2": lambda p: WeightedL2(p * weights()),
+    }
+    name, kernel = list(model.prior.mask_network.named_parameters())[0]
+    tensors = [y, torch.tensor([weight]).double(), torch.tensor([0.1]).double()]
+    tensors += [kernel.detach().clone()]
+    if parameter is not None:
+        tensors += [torch.tensor([parameter], dtype=DOUBLE)]
+    target = truth()
+
+    def run(y, weight, sigma, kernel, *parameter):
+        model.data_fidelity = makers[kind](*parameter or [None])
+        x = torch.func.functional_call(
+            model,
+            {f"prior.mask_network.{name}": kernel},
+            (y, physics),
+            {"sigma": sigma, "lambda_reg": weight},
+        )
+        return (x - target).square().sum()
+
+    gradients_equal_finite_differences(run, tensors, rng, rtol=1e-6, h=1e-5)
+
+
+def test_default_weight_and_level_are_relative_to_the_noise():
+    """For constant counts, Poisson denoising is least squares with its variance."""
+    y = torch.full((1, *SHAPE), 0.5, dtype=DOUBLE)
+    physics = dinv.physics.Denoising(poisson(0.05))
+    model = random_model(random_prior())
+    _, info = model(y, physics, return_info=True)
+    variance = 0.05 * 0.5
+    assert float(info.sigma) == pytest.approx(variance**0.5, rel=1e-6)
+    plain = random_model(random_prior(), data_fidelity=L2())
+    _, expected = plain(y, sigma=info.sigma, return_info=True)
+    assert float(info.lambda_reg) == pytest.approx(
+        float(expected.lambda_reg) / variance, rel=1e-6
+    )
+    assert any("Poisson likelihood" in note for note in info.notes)
+
+
+@pytest.mark.parametrize(
+    ("noise", "words"),
+    [
+        (poisson(), "Poisson likelihood"),
+        (dinv.physics.PoissonGaussianNoise(0.05, 0.02), "shifted Poisson"),
+        (transmission(), "transmission"),
+    ],
+    ids=["Poisson", "PoissonGaussian", "LogPoisson"],
+)
+def test_auto_takes_the_likelihood_of_the_physics(noise, words):
+    physics = blur(noise)
+    y = physics(truth())
+    model = random_model(random_prior(gain=2.0), rtol=1e-7, max_iter=300)
+    x, info = model(y, physics, sigma=0.1, lambda_reg=2.0, return_info=True)
+    assert any(words in note for note in info.notes)
+    assert info.converged.all()
+    # The weight means what it means for least squares, up to the typical variance.
+    data = model.pose(y, physics, sigma=0.1).data
+    assert torch.allclose(info.lambda_reg, 2.0 * data.typical)
+    likelihood = {
+        "Poisson": lambda: PoissonLikelihood(0.05),
+        "LogPoisson": lambda: LogPoissonLikelihood(300.0, 0.8),
+    }.get(type(noise).__name__.removesuffix("Noise"))
+    if likelihood is not None:
+        given = random_model(model.prior, rtol=1e-7, data_fidelity=likelihood())
+        settings = {"sigma": 0.1, "lambda_reg": info.lambda_reg}
+        assert relative_error(given(y, physics, **settings), x) < 1e-5
+    known = model.examine(y, physics)
+    again = model(y, known, sigma=0.1, lambda_reg=2.0)
+    assert torch.equal(again, x)
+
+
+def test_auto_is_least_squares_for_other_noise_and_other_models():
+    y = truth()
+    physics = blur(dinv.physics.GaussianNoise(0.1))
+    auto, plain = random_model(), random_model(data_fidelity=L2())
+    assert torch.equal(auto(y, physics), plain(y, physics))
+    assert torch.equal(auto(y, sigma=0.1), plain(y, sigma=0.1))
+
+
+@pytest.mark.parametrize("factor", [1e-3, 2.5, 1e3])
+@pytest.mark.parametrize("name", CASES)
+def test_scaling_law(name, factor):
+    """
+    Multiplying image, gain and scale by a factor multiplies the result: the weight
+    stays. Terms without unit are those of images divided by the scale.
+    """
+    make, measure, weight = CASES[name]
+    physics = blur()
+    y = measure(physics.A(truth()))
+    scaled = {
+        "Poisson": lambda: PoissonLikelihood(0.05 * factor),
+        "background": lambda: PoissonLikelihood(0.05 * factor, 2.0),
+        "raw counts": lambda: PoissonLikelihood(0.05 * factor, denormalize=False),
+        "LogPoisson": lambda: LogPoissonLikelihood(300.0, 0.8 / factor),
+    }.get(name, lambda: make(1))()
+    y_scaled = y if name == "raw counts" else factor * y
+    x = model_for(make(1), scale=1.0)(y, physics, sigma=0.1, lambda_reg=weight)
+    model = model_for(scaled, scale=factor)
+    other = model(y_scaled, physics, sigma=0.1 * factor, lambda_reg=weight)
+    assert relative_error(other / factor, x) < 1e-6
+
+
+def test_counts_are_scaled_automatically():
+    physics = blur(dinv.physics.PoissonNoise(1.0, rng=generator(3)))
+    y = physics(1000 * truth())
+    x, info = random_model()(y, physics, sigma=50, lambda_reg=0.3, return_info=True)
+    assert info.scale.tolist() == [1000.0]
+    assert info.converged.all() and relative_error(x, 1000 * truth()) < 0.2
+
+
+def test_dark_images_have_a_solution():
+    """Zero counts without background, also everywhere."""
+    physics = blur(poisson(1.0))
+    dark = torch.zeros(2, *SHAPE, dtype=DOUBLE)
+    dark[1, :, 3, 3] = 40
+    y = physics(dark)
+    x, info = model_for("auto", scale=None, rtol=1e-6)(
+        y, physics, sigma=0.1, lambda_reg=0.1, return_info=True
+    )
+    assert info.converged.all()
+    assert x[0].abs().max() < 1e-6 and physics.A(x).min() > -0.1
+    assert any("counts are zero" in note for note in info.notes)
+
+
+def test_no_transmitted_counts_have_a_solution():
+    physics = blur(transmission())
+    y = physics(truth())
+    y[..., 2, 2] = torch.inf
+    x, info = model_for("auto")(y, physics, sigma=0.1, lambda_reg=1.0, return_info=True)
+    assert info.converged.all() and x.isfinite().all()
+    y[..., 2, 2] = -torch.inf
+    with pytest.raises(ValueError, match="infinity"):
+        model_for("auto")(y, physics, sigma=0.1, lambda_reg=1.0)
+
+
+@pytest.mark.parametrize("kind", [MMR, SAFI])
+def test_models_that_cannot_freeze_a_likelihood_say_so(kind):
+    model = kind(data_fidelity=PoissonLikelihood(0.1))
+    with pytest.raises(NotImplementedError, match="PoissonLikelihood.*least squares"):
+        model(truth().float(), blur().float(), lambda_reg=0.1)
+
+
+def test_linearization_is_for_least_squares():
+    model = random_model(data_fidelity=PoissonLikelihood(0.05))
+    y = poisson()(truth())
+    with pytest.raises(ValueError, match="data_fidelity is not least squares"):
+        interpret.linearize(model, y, sigma=0.1)
+    path = interpret.solution_path(model, y, sigma=0.1, lambda_reg=20.0, num_iter=60)
+    solution = model_for(model.data_fidelity)(y, sigma=0.1, lambda_reg=20.0)
+    assert relative_error(path.x[-1], solution) < 1e-3
+
+
+def test_data_fidelity_is_checked_at_once():
+    with pytest.raises(TypeError, match="data_fidelity.*AmplitudeLoss"):
+        random_model(data_fidelity=dinv.optim.AmplitudeLoss())
+    model = random_model(data_fidelity=PoissonLikelihood(0.1))
+    with pytest.raises(ValueError, match="negative"):
+        model(-truth(), sigma=0.1)
