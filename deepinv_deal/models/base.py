@@ -21,17 +21,20 @@ from deepinv_deal.problems import DataTerm, KnownPhysics, Problem, SolverOptions
 from deepinv_deal.problems.bounds import Bounds, check_bounds, clamp, divided
 from deepinv_deal.problems.checks import (
     check_choice,
+    check_measurements,
     doubt_noise_level,
     is_noise_level,
     per_sample,
 )
 from deepinv_deal.problems.layout import COMPLEX_MODES, ComplexMode
 from deepinv_deal.problems.likelihood import (
+    Gaussian,
     Likelihood,
     check_data_fidelity,
     is_least_squares,
     likelihood_of,
     likelihood_of_noise,
+    weighted,
 )
 from deepinv_deal.problems.likelihood_term import LikelihoodTerm
 from deepinv_deal.problems.options import DEFAULT_RTOL
@@ -84,7 +87,8 @@ class ReconstructionModel(Reconstructor, Denoiser):
     curvature, :math:`1 / \text{variance}`, if it was found, or if the weight is the
     default; so it means the same as for least squares. :math:`\ell_2` and
     :math:`\ell_1` terms are those of images and measurements divided by the scale;
-    counts know their unit, and are not divided.
+    counts know their unit, and are not divided. Models other than DEAL solve for least
+    squares only, also weighted; denoising with weights is then an inverse problem.
 
     **Gradients** flow to weights, measurements, ``lambda_reg``, ``sigma`` and the
     parameters of physics and data fidelity by implicit differentiation, exact or
@@ -483,6 +487,11 @@ class ReconstructionModel(Reconstructor, Denoiser):
         # Replicas of torch.nn.DataParallel have no parameters, and are where y is.
         weights = chain(self.prior.parameters(), self.prior.buffers())
         likelihood, note = self._likelihood(y, physics)
+        if isinstance(likelihood, Gaussian) and not self.freezes_likelihoods:
+            check_measurements(y, None)
+            known = isinstance(physics, KnownPhysics)
+            y, physics = weighted(likelihood, y, physics.physics if known else physics)
+            likelihood = None
         data = DataTerm.of(
             y if likelihood is None else likelihood.linear(y),
             physics,
@@ -511,12 +520,13 @@ class ReconstructionModel(Reconstructor, Denoiser):
             return likelihood_of_noise(physics.physics if known else physics, y)
         if is_least_squares(fidelity):
             return None, None
-        if not self.freezes_likelihoods:
+        likelihood = likelihood_of(fidelity)
+        if not self.freezes_likelihoods and not isinstance(likelihood, Gaussian):
             raise NotImplementedError(
                 f"data_fidelity={type(fidelity).__name__}: {type(self).__name__} can "
-                "only solve for least squares. Use DEAL."
+                "only solve for least squares, L2 and WeightedL2. Use DEAL."
             )
-        return likelihood_of(fidelity), None
+        return likelihood, None
 
     def _bounds(self, data: DataTerm) -> Bounds | None:
         """Returns the bounds in the units of the model."""

@@ -9,7 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 from deepinv.optim import L1, L2, DataFidelity, LogPoissonLikelihood, PoissonLikelihood
-from deepinv.physics import LogPoissonNoise, PoissonGaussianNoise, PoissonNoise
+from deepinv.physics import (
+    LinearPhysics,
+    LogPoissonNoise,
+    PoissonGaussianNoise,
+    PoissonNoise,
+)
 from deepinv.utils import TensorList
 from torch import Tensor
 
@@ -413,6 +418,37 @@ class LogPoisson(Likelihood):
             return _parameter(self.mu, y).square() * self._counts(y)
 
         return _mean(_each(curvature, y))
+
+
+class WeightedPhysics(LinearPhysics):
+    r"""
+    A physics whose measurements are multiplied by :math:`\sqrt w`, with which weighted
+    least squares is plain.
+
+    :param deepinv.physics.LinearPhysics physics: forward operator; ``None``: identity.
+    :param torch.Tensor roots: :math:`\sqrt w`, shape of the measurements.
+    """
+
+    def __init__(self, physics: Any, roots: Any):
+        super().__init__()
+        self.physics, self.roots = physics, roots
+
+    def A(self, x: Tensor, **kwargs: Any) -> Any:
+        """Applies the physics, then the weights."""
+        return self.roots * (x if self.physics is None else self.physics.A(x, **kwargs))
+
+    def A_adjoint(self, y: Any, **kwargs: Any) -> Tensor:
+        """Applies the weights, then the adjoint of the physics."""
+        y = self.roots * y
+        return y if self.physics is None else self.physics.A_adjoint(y, **kwargs)
+
+
+def weighted(likelihood: Gaussian, y: Any, physics: Any) -> tuple[Any, WeightedPhysics]:
+    """Returns measurements and physics of a plain least-squares problem."""
+    if isinstance(physics, WeightedPhysics):  # as examined
+        physics = physics.physics
+    roots = _each(lambda w, _: w.sqrt(), likelihood.curvature(y, y), y)
+    return roots * y, WeightedPhysics(physics, roots)
 
 
 # -- which one -------------------------------------------------------------------------

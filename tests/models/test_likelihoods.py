@@ -7,6 +7,7 @@ from deepinv.optim import L1, L2, LogPoissonLikelihood, PoissonLikelihood
 from helpers import gradients_equal_finite_differences
 from problems import (
     DOUBLE,
+    MODELS,
     TIGHT,
     generator,
     images,
@@ -283,6 +284,23 @@ def test_no_transmitted_counts_have_a_solution():
     y[..., 2, 2] = -torch.inf
     with pytest.raises(ValueError, match="infinity"):
         model_for("auto")(y, physics, sigma=0.1, lambda_reg=1.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("kind", ["SAFI", "CPR", "PatchSynthesis"])
+def test_weighted_least_squares_of_other_models(kind, scale):
+    """Weights 0 and 4 are inpainting with the mask 2 where they are 4."""
+    w = 4.0 * (weights() > 1)
+    y = blur().A(truth())
+    mask = dinv.physics.Inpainting(SHAPE, mask=w[0].sqrt())
+    settings, call = {"rtol": 1e-2, "scale": scale}, {"lambda_reg": 0.1}
+    expected = MODELS[kind](**settings)(w.sqrt() * y, mask, **call)
+    model = MODELS[kind](data_fidelity=WeightedL2(w), **settings)
+    found = model(y, **call)
+    assert relative_error(found, expected) < 1e-6
+    assert relative_error(model(y + 0.1 * (w == 0), **call), found) < 1e-6
+    known = model.examine(y, dinv.physics.Denoising())
+    assert relative_error(model(y, known, **call), found) < 1e-6
 
 
 @pytest.mark.parametrize("kind", [MMR, SAFI])
