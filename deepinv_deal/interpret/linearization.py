@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from deepinv_deal.interpret._models import attentive
-from deepinv_deal.problems import AttentiveEquation, AttentiveL1Equation, Problem
+from deepinv_deal.problems import (
+    AttentiveEquation,
+    AttentiveL1Equation,
+    Problem,
+    SmoothedL1Equation,
+)
 from deepinv_deal.solvers import (
     AdjointOptions,
     SolverResult,
@@ -20,10 +25,8 @@ from deepinv_deal.solvers import (
 )
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 
-#: Accuracy of the linear solves, by dtype: some digits above rounding. ADMM, which
-#: inverts the frozen problems of SAFI and MMR, converges more slowly.
+#: Accuracy of the linear solves, by dtype: some digits above rounding.
 INNER_RTOL = {torch.float32: 1e-5, torch.float64: 1e-8}
-ADMM_RTOL = 1e-5
 
 
 def linearize(
@@ -67,7 +70,7 @@ def linearize(
     :param float rtol: tolerance on the imbalance of forces.
     :param int max_iter: largest number of outer iterations.
     :param float inner_rtol: relative accuracy of the linear solves with the result;
-        ``None``: 1e-8 in double precision, 1e-5 in single precision and for SAFI, MMR.
+        ``None``: 1e-8 in double precision, 1e-5 in single precision.
     :return: (:class:`Linearization`)
     :raises TypeError: for a model without mask.
     :raises ValueError: for more than one sample.
@@ -103,9 +106,12 @@ def linearize(
             anderson=model.solver.anderson,
         )
     result.report("linearize", rtol, "Raise max_iter or relax rtol.")
+    if isinstance(problem.equation, AttentiveL1Equation):
+        smoothed = problem.equation.smoothed(x, model.adjoint.smoothing)
+        x = problem.equation.image(x)
+        problem = replace(problem, equation=smoothed)
     if inner_rtol is None:
-        quadratic = isinstance(problem.equation, AttentiveEquation)
-        inner_rtol = INNER_RTOL[x.dtype] if quadratic else ADMM_RTOL
+        inner_rtol = INNER_RTOL[x.dtype]
     return Linearization(problem, x, result, inner_rtol)
 
 
@@ -128,12 +134,12 @@ class Linearization:
     with :math:`F_x^{-1}` by the engine of the backward pass.
     Vectors are batches ``(K, C, H, W)`` of images in the units of the model.
 
-    For SAFI and MMR the unknown is a pair of image and dual variable, and only
-    :meth:`jacobian_adjoint` is available.
+    Those of SAFI and MMR are derivatives of the smoothed equation,
+    :class:`deepinv_deal.problems.SmoothedL1Equation`, with the model's
+    ``adjoint.smoothing``. Only :meth:`jacobian_adjoint` is available.
 
     :param Problem problem: the problem.
-    :param torch.Tensor x: the fixed point, ``(1, C, H, W)`` (or ``(1, C + C N, H, W)``,
-        the pair of SAFI and MMR).
+    :param torch.Tensor x: the fixed point, ``(1, C, H, W)``.
     :param SolverResult result: how it was found.
     :param float inner_rtol: relative accuracy of the linear solves.
     """
@@ -233,12 +239,8 @@ class _Copies:
 
     def __init__(self, at: Linearization, number: int):
         self.rtol = at.inner_rtol
-        equation: AttentiveEquation | AttentiveL1Equation = at.problem.equation
-        self.equation = replace(
-            equation,
-            data=equation.data.expanded(number),
-            lambda_reg=equation.lambda_reg.expand(number),
-        )
+        equation: AttentiveEquation | SmoothedL1Equation = at.problem.equation
+        self.equation = equation.expanded(number)
         self.x = at.x.expand(number, -1, -1, -1)
         self._solve = self.equation.adjoint_solver(self.x)
 

@@ -15,6 +15,7 @@ from deepinv_deal.problems.penalties import (
 from deepinv_deal.problems.preconditioning import Preconditioning
 from deepinv_deal.problems.problem import Problem
 from deepinv_deal.problems.quadratic import AttentiveEquation, AttentiveQuadratic
+from deepinv_deal.problems.smoothed_l1 import SmoothedL1Equation
 from deepinv_deal.problems.synthesis import SynthesisProblem
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "NormalOperator",
     "Preconditioning",
     "Problem",
+    "SmoothedL1Equation",
     "SolverOptions",
     "SynthesisProblem",
     "WeaklyConvexPenalty",

@@ -50,3 +50,21 @@ def divided(bounds: Bounds | None, scale: Tensor | None, like: Tensor) -> Bounds
         return bounds
     low, high = (v / expand(scale, like) for v in bounds)
     return low, high
+
+
+def projected_descent(
+    x: Tensor, descent: Tensor, step: Tensor, bounds: Bounds | None
+) -> Tensor:
+    r"""
+    Returns :math:`\tfrac1t (P(x + t d) - x)`, the part of a direction of descent
+    :math:`d` that the bounds allow; without bounds, :math:`d` itself.
+
+    :param torch.Tensor x: images ``(B, ...)``.
+    :param torch.Tensor descent: directions, shape of ``x``.
+    :param torch.Tensor step: :math:`t` per sample, ``(B,)``.
+    :param tuple bounds: smallest and largest value, or ``None``.
+    """
+    if bounds is None:
+        return descent
+    t = expand(step, x)
+    return (clamp(x + t * descent, bounds) - x) / t

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from deepinv_deal.problems.options import DEFAULT_RTOL, SolverOptions
-from deepinv_deal.solvers import AdjointOptions, SolverResult, solve_equation
+from deepinv_deal.solvers import (
+    AdjointOptions,
+    SolverResult,
+    attach_gradient,
+    solve_equation,
+)
 from deepinv_deal.solvers.fixed_point import Callback
 
 
@@ -44,13 +50,31 @@ class IterativeEquation:
             unknowns before and after every outer iteration.
         :return: the unknown, and how it was found.
         """
-        return solve_equation(
-            self,
-            start,
-            rtol=self.default_rtol if rtol is None else rtol,
-            max_iter=max_iter,
-            forcing=self.options.forcing,
-            anderson=self.options.anderson,
-            callback=callback,
-            adjoint=adjoint,
-        )
+        with torch.no_grad():
+            unknown, result = solve_equation(
+                self,
+                start,
+                rtol=self.default_rtol if rtol is None else rtol,
+                max_iter=max_iter,
+                forcing=self.options.forcing,
+                anderson=self.options.anderson,
+                callback=callback,
+            )
+        return self.attach(unknown, adjoint or AdjointOptions()), result
+
+    def attach(
+        self: Any,
+        unknown: Tensor,
+        options: AdjointOptions,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Makes a solution differentiable in all that the equation holds.
+
+        :param torch.Tensor unknown: the solution.
+        :param AdjointOptions options: settings of the backward pass.
+        :param torch.Tensor mask: its masks with gradients, if they are known already.
+        :return: the same values.
+        """
+        residual = None if mask is None else self(unknown, mask)
+        return attach_gradient(self, unknown, options, residual)

@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepinv_deal._batch import expand, inner, joint_norm, norm, select
+from deepinv_deal._batch import expand, inner, joint_norm, select
 from deepinv_deal.operators import MultiConvOperator
-from deepinv_deal.problems.bounds import Bounds, clamp
+from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent
 from deepinv_deal.problems.data_term import DataTerm
 from deepinv_deal.problems.equation import IterativeEquation
 from deepinv_deal.problems.options import SolverOptions
+from deepinv_deal.problems.smoothed_l1 import SmoothedL1Equation
 from deepinv_deal.solvers import (
     ADMMState,
+    AdjointOptions,
     SolverResult,
     admm,
     conjugate_gradient,
@@ -37,7 +39,6 @@ from deepinv_deal.solvers import (
 )
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE
-from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.solvers.preconditioner import convolve
 
 #: ``mask(x, Wx)``: weights from an image and its filtered version, shape of ``Wx``.
@@ -201,9 +202,8 @@ class AttentiveL1Equation(IterativeEquation):
         :math:`W x` and the force :math:`W^{\top} w`.
         """
         t = expand(self.data.step, x)
-        first = self.data.force(x) - force
-        if self.bounds is not None:
-            first = (self.clamp(x + t * first) - x) / t
+        descent = self.data.force(x) - force
+        first = projected_descent(x, descent, self.data.step, self.bounds)
         return first, project_linf(w + Wx / t, bound) - w
 
     def relative(self, *parts: Tensor) -> Tensor:
@@ -250,10 +250,43 @@ class AttentiveL1Equation(IterativeEquation):
         unmasked = FrozenL1(self, p, torch.ones_like(w))
         return unmasked.solve(torch.full_like(data.step, rtol), everyone).x
 
-    def adjoint_solver(self, p: Tensor) -> LinearSolve:
-        """Returns a solver for the transposed Jacobian with the mask frozen."""
+    def smoothed(self, p: Tensor, smoothing: float) -> SmoothedL1Equation:
+        """
+        Returns the equation of the image whose derivative stands for that of a pair.
+
+        :param torch.Tensor p: the pair.
+        :param float smoothing: responses of the filters below this, relative to their
+            root mean square, count as small.
+        """
         with torch.no_grad():
-            return FrozenL1(self, p).correction
+            x, w = self.unpair(p)
+            Wx = self.regularizer.analyse(x)
+            delta = smoothing * Wx.square().flatten(1).mean(1).sqrt()
+            # The responses of a flat image are rounding.
+            pixel = self.data.b_norm / self.data.b[0].numel() ** 0.5
+            delta = torch.maximum(delta, torch.finfo(delta.dtype).eps * pixel)
+            bound = self.bound(self.regularizer.mask(x, Wx))
+            sign = (w / bound.where(bound > 0, 1)).clamp(-1, 1)
+        return SmoothedL1Equation(
+            self.data,
+            self.lambda_reg,
+            self.regularizer,
+            delta,
+            sign,
+            self.bounds,
+            self.options,
+        )
+
+    def attach(
+        self, unknown: Tensor, options: AdjointOptions, mask: Tensor | None = None
+    ) -> Tensor:
+        """
+        Makes the image of a solution differentiable, by the derivative of the smoothed
+        equation; see :class:`SmoothedL1Equation`. The dual variable has none.
+        """
+        x, w = self.unpair(unknown.detach())
+        smoothed = self.smoothed(unknown, options.smoothing)
+        return self.pair(smoothed.attach(x, options, mask), w)
 
 
 class FrozenL1:
@@ -414,19 +447,14 @@ class FrozenL1:
         start: ADMMState,
         measure: Callable[[ADMMState, ADMMState], Tensor],
         target: Tensor,
-        *,
-        accurate: bool = False,
     ) -> SolverResult:
-        r"""
-        Runs ADMM with the data term :math:`\tfrac12 x^T H x - x^T rhs`; ``accurate``
-        forbids to solve its systems by a descent step.
-        """
+        r"""Runs ADMM with the data term :math:`\tfrac12 x^T H x - x^T rhs`."""
         equation, W = self.equation, self.equation.regularizer
         n_splits = len(start.z)
         rho, rho_s = (expand(r, rhs) for r in self.rho)
         precondition = self._circulant_inverse()
         descend = self.rho[0] * equation.data.step <= LARGEST_DESCENT_PENALTY
-        if accurate or precondition is None:
+        if precondition is None:
             descend = torch.zeros_like(descend)
         else:
             descend = descend & equation.circulant[1]
@@ -511,84 +539,3 @@ class FrozenL1:
             return image[..., : v.shape[-2], : v.shape[-1]]
 
         return apply
-
-    # -- the linearised problem --
-
-    def correction(self, v: Tensor, rtol: Tensor) -> SolverResult:
-        r"""
-        Solves :math:`-F_{(x, w)}^{\top} (p, q) = (v_x, v_w)` with the mask frozen.
-
-        With :math:`D` the pixels inside the box and :math:`S` the coefficients inside
-        the bound of the dual, :math:`p` is the solution of
-
-        .. math::
-            \min_p \; \tfrac12 p^{\top} H p - v_x^{\top} p \quad \text{with} \quad
-            (W p)_S = (v_w)_S, \quad p = 0 \text{ off } D,
-
-        by the same ADMM, and :math:`q` on :math:`S` is its multiplier times :math:`-t`.
-        In denoising, :math:`H = I`, conjugate gradients find the multiplier :math:`u`
-        from :math:`W_S D W_S^{\top} u = W_S D v_x - (v_w)_S`, a singular but consistent
-        system, and :math:`p = D (v_x - W_S^{\top} u)`.
-
-        :param torch.Tensor v: cotangent, shape of the pair.
-        :param torch.Tensor rtol: tolerance on the relative residual, ``(B,)``.
-        """
-        equation, W = self.equation, self.equation.regularizer
-        v_x, v_w = equation.unpair(v)
-        t = expand(equation.data.step, self.x)
-        inside = (self.w + self.Wx / t).abs() <= self.bound
-        free = torch.ones_like(self.x, dtype=torch.bool)
-        if equation.bounds is not None:
-            descent = equation.data.force(self.x) - self.force
-            target = self.x + t * descent
-            free = target == equation.clamp(target)
-        solve = self._constrained if not equation.data.identity else self._projected
-        result, p, multiplier = solve(v_x, v_w, inside, free, rtol)
-        rest = v_x - equation.data.normal(p) - W.adjoint(multiplier)
-        p = torch.where(free, p, t * rest)
-        q = torch.where(inside, -t * multiplier, v_w - W.analyse(p * free))
-        result.x = equation.pair(p, q)
-        return result
-
-    def _projected(
-        self, v_x: Tensor, v_w: Tensor, inside: Tensor, free: Tensor, rtol: Tensor
-    ) -> tuple[SolverResult, Tensor, Tensor]:
-        """The solution for denoising by conjugate gradients, with its multiplier."""
-        W = self.equation.regularizer
-        # Relative to the right-hand side: it is much smaller than v, and a tolerance
-        # relative to that would be met by no multiplier at all.
-        result = conjugate_gradient(
-            lambda u: W.analyse(W.adjoint(u) * free) * inside,
-            (W.analyse(v_x * free) - v_w) * inside,
-            rtol=rtol,
-            max_iter=self.equation.options.inner_max_iter,
-            verify=False,
-        )
-        return result, free * (v_x - W.adjoint(result.x)), result.x
-
-    def _constrained(
-        self, v_x: Tensor, v_w: Tensor, inside: Tensor, free: Tensor, rtol: Tensor
-    ) -> tuple[SolverResult, Tensor, Tensor]:
-        """The solution for any operator by ADMM, with its multiplier."""
-        equation, W = self.equation, self.equation.regularizer
-        rho, _ = (expand(r, self.x) for r in self.rho)
-        size = joint_norm((v_x, v_w))
-        size = size.where(size != 0, 1)
-
-        def prox(d: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return v_w.where(inside, d[0]), *(s * free for s in d[1:])
-
-        def solution(state: ADMMState) -> tuple[Tensor, Tensor]:
-            return state.x * free, rho * state.u[0] * inside
-
-        def measure(state: ADMMState, _old: ADMMState) -> Tensor:
-            p, multiplier = solution(state)
-            rest = v_x - equation.data.normal(p) - W.adjoint(multiplier)
-            gap = v_w - W.analyse(p)
-            return torch.hypot(norm(rest * free), norm(gap * inside)) / size
-
-        zero_x, zero_w = torch.zeros_like(v_x), torch.zeros_like(v_w)
-        splits = (zero_w, zero_x)[: 1 if equation.bounds is None else 2]
-        start = ADMMState(zero_x, prox(splits), splits, Kx=splits)
-        result = self._split(v_x, prox, start, measure, rtol, accurate=True)
-        return result, *solution(result.state)

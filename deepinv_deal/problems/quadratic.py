@@ -14,7 +14,7 @@ from deepinv_deal._batch import expand, inner, norm, select
 from deepinv_deal.operators import MultiConvOperator
 from deepinv_deal.operators.multi_conv import BlockedNormal
 from deepinv_deal.operators.row_blocks import BLOCK_BYTES, in_row_blocks
-from deepinv_deal.problems.bounds import Bounds, clamp
+from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent
 from deepinv_deal.problems.data_term import DataTerm
 from deepinv_deal.problems.equation import IterativeEquation
 from deepinv_deal.problems.options import SolverOptions
@@ -211,10 +211,7 @@ class AttentiveEquation(IterativeEquation):
 
     def bounded(self, x: Tensor, descent: Tensor) -> Tensor:
         """Returns the residual for a direction of descent: itself without bounds."""
-        if self.bounds is None:
-            return descent
-        t = expand(self.data.step, x)
-        return (clamp(x + t * descent, self.bounds) - x) / t
+        return projected_descent(x, descent, self.data.step, self.bounds)
 
     def mask(self, x: Tensor) -> Tensor:
         """Returns the masks of an iterate, to be given to a call."""
@@ -241,6 +238,11 @@ class AttentiveEquation(IterativeEquation):
             if self.bounds is None:
                 return system.correction
             return BoundedSystem(system).adjoint_correction
+
+    def expanded(self, number: int) -> AttentiveEquation:
+        """Returns the equation of one sample for ``number`` equal ones."""
+        data, lambda_reg = self.data.expanded(number), self.lambda_reg.expand(number)
+        return replace(self, data=data, lambda_reg=lambda_reg)
 
     @cached_property
     def inner_regularizer(self) -> AttentiveQuadratic:
@@ -364,6 +366,30 @@ class FrozenSystem(LinearProblem):
             self.A, r, rtol, limit, self.squared_mask, active, self.curvature
         )
 
+    def correction_within(self, free: Tensor, v: Tensor, rtol: Tensor) -> SolverResult:
+        r"""
+        Solves :math:`(A D + \tfrac1t (I - D)) w = v`, where :math:`D` are the pixels
+        that no bound holds: the transposed system of a problem with bounds.
+
+        Conjugate gradients on :math:`D A D` find :math:`w` on :math:`D`, and the rest
+        of it is :math:`t (v - A D w)`.
+
+        :param torch.Tensor free: the pixels :math:`D`, boolean, shape of the image.
+        :param torch.Tensor v: cotangent, shape of the image.
+        :param torch.Tensor rtol: tolerance on the relative residual, ``(B,)``.
+        """
+        equation = self.equation
+        result = equation.preconditioning.solve(
+            lambda w: free * self.A(free * w),
+            free * v,
+            rtol,
+            equation.options.inner_max_iter,
+            self.squared_mask,
+            curvature=self.curvature,
+        )
+        w, t = free * result.x, expand(equation.data.step, v)
+        return replace(result, x=torch.where(free, w, t * (v - self.A(w))))
+
 
 class BoundedSystem:
     r"""
@@ -444,26 +470,13 @@ class BoundedSystem:
 
     def adjoint_correction(self, v: Tensor, rtol: Tensor) -> SolverResult:
         r"""
-        Solves :math:`-F_x^{\top} w = v` with the mask frozen.
-
-        With :math:`D` the pixels inside the bounds, :math:`-F_x^{\top} = A D +
-        \tfrac1t (I - D)`: conjugate gradients on :math:`D A D` find :math:`w` on
-        :math:`D`, and the rest of it is :math:`t (v - A D w)`.
+        Solves :math:`-F_x^{\top} w = v` with the mask frozen, see
+        :meth:`FrozenSystem.correction_within`.
 
         :param torch.Tensor v: cotangent, shape of the image.
         :param torch.Tensor rtol: tolerance on the relative residual, ``(B,)``.
         """
-        equation, system = self.equation, self.system
-        t = expand(equation.data.step, v)
-        target = self.x + t * system.r
-        free = target == clamp(target, equation.bounds)
-        result = equation.preconditioning.solve(
-            lambda w: free * system.A(free * w),
-            free * v,
-            rtol,
-            equation.options.inner_max_iter,
-            self.squared_mask,
-            curvature=system.curvature,
-        )
-        w = free * result.x
-        return replace(result, x=torch.where(free, w, t * (v - system.A(w))))
+        t = expand(self.equation.data.step, v)
+        target = self.x + t * self.system.r
+        free = target == clamp(target, self.equation.bounds)
+        return self.system.correction_within(free, v, rtol)

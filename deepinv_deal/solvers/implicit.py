@@ -68,6 +68,11 @@ class AdjointOptions:
     :param int max_iter: largest number of outer iterations (exact gradients only).
     :param float forcing: accuracy of the inner solves (exact gradients only).
     :param int anderson: depth of Anderson acceleration (exact gradients only).
+    :param float smoothing: SAFI and MMR only: filter responses are differentiated as
+        if absolute values were rounded off below this, relative to the root mean square
+        of all responses. Smaller is closer to the derivative of the exact solution,
+        which jumps from kink to kink, but needs more accurate solutions to make sense;
+        see :class:`deepinv_deal.problems.SmoothedL1Equation`.
     :param bool strict: raise a :class:`ConvergenceError` if the system is not solved,
         instead of a warning.
     """
@@ -77,6 +82,7 @@ class AdjointOptions:
     max_iter: int = 100
     forcing: float = 0.1
     anderson: int = 5
+    smoothing: float = 0.1
     strict: bool = False
 
     def made_strict(self, strict: bool) -> AdjointOptions:

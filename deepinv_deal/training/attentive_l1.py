@@ -98,10 +98,8 @@ class AttentiveL1Recipe(SingleLevelRecipe):
         noise; five times for splines and scales, which are of order 1, and a hundredth
         for :math:`\lambda`, which is of order 0.01.
     :param float rtol: tolerance (imbalance of forces) at which the iteration stops.
-    :param float adjoint_rtol: tolerance of the backward pass. With 1, nothing is
-        solved: the multiplier of the constraints :math:`(W p)_S = 0` is zero, which
-        resembles the gradient of a dozen unrolled steps on the dual. Smaller values
-        approach the derivative of a solution that is almost not differentiable in W.
+    :param float adjoint_smoothing: how far absolute values are rounded off for the
+        derivative, see :class:`deepinv_deal.solvers.AdjointOptions`.
     :param str init: weights to start from, as the model's ``pretrained`` names them
         (bundled name or path); ``None``: the discrete cosine transform.
     :param float init_sigma: noise level that those were trained for; ``None``: the one
@@ -127,7 +125,7 @@ class AttentiveL1Recipe(SingleLevelRecipe):
     batch_size: int = 4
     lr: float = 1e-3
     rtol: float = 2e-2
-    adjoint_rtol: float = 1.0
+    adjoint_smoothing: float = 0.1
     init: str | None = None
     init_sigma: float | None = None
     reuse: int = 16
@@ -213,7 +211,11 @@ class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):
             scale=None,
             rtol=recipe.rtol,
             solver=SolverOptions(inner_max_iter=recipe.inner_max_iter),
-            adjoint=AdjointOptions(recipe.jacobian_free, recipe.adjoint_rtol),
+            adjoint=AdjointOptions(
+                recipe.jacobian_free,
+                recipe.adjoint_rtol,
+                smoothing=recipe.adjoint_smoothing,
+            ),
         )
 
     @property

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from deepinv_deal._batch import select
 from deepinv_deal.problems.equation import IterativeEquation
-from deepinv_deal.solvers import SolverResult
+from deepinv_deal.solvers import AdjointOptions, SolverResult
 
 
 class Recorded(IterativeEquation):
     """
-    An equation that keeps its last two iterates and the mask of its residual.
+    An equation that keeps its last two iterates and the mask of its solution.
 
     Training solves it as the model does, and then asks how much the mask still moves.
 
@@ -36,10 +36,12 @@ class Recorded(IterativeEquation):
         self.iterates = [*self.iterates[-1:], (x, problem)]
         return problem
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Returns the residual, and keeps the mask that belongs to it."""
-        self.mask_at_solution = self.equation.mask(x)
-        return self.equation(x, self.mask_at_solution)
+    def attach(
+        self, unknown: Tensor, options: AdjointOptions, mask: Tensor | None = None
+    ) -> Tensor:
+        """Makes the solution differentiable, and keeps its mask."""
+        self.mask_at_solution = self.equation.mask(unknown) if mask is None else mask
+        return self.equation.attach(unknown, options, self.mask_at_solution)
 
     def last_two(self, result: SolverResult) -> tuple[Tensor, Tensor]:
         """

@@ -23,7 +23,6 @@ from deepinv_deal.problems import (
 from deepinv_deal.problems.l1 import FrozenL1
 from deepinv_deal.solvers import (
     AdjointOptions,
-    attach_gradient,
     fixed_point,
 )
 
@@ -368,8 +367,10 @@ def test_the_energy_of_mmr_falls_monotonically():
 
 # -- gradients -----------------------------------------------------------------
 
-EXACT = AdjointOptions(rtol=1e-10, max_iter=300, forcing=0.01, anderson=5)
-FROZEN = AdjointOptions(jacobian_free=True, rtol=1e-10)
+#: Hardly rounded off, so that the derivative is that of the exact solution.
+SHARP = {"rtol": 1e-9, "smoothing": 1e-6}
+EXACT = AdjointOptions(max_iter=300, forcing=0.01, **SHARP)
+FROZEN = AdjointOptions(jacobian_free=True, **SHARP)
 
 
 def loss_of(image: Tensor) -> Tensor:
@@ -401,7 +402,7 @@ def test_exact_gradients_are_finite_differences(kind, problem):
     b = y.clone().requires_grad_()
     start = solve(equation(y, fast)).x
     e = equation(b)
-    x = e.image(attach_gradient(e, start, EXACT))
+    x = e.image(e.attach(start, EXACT))
     tensors = {"b": b, **parameters_of(prior)}
     gradients = torch.autograd.grad(loss_of(x), list(tensors.values()))
 
@@ -427,7 +428,7 @@ def test_exact_gradients_are_finite_differences(kind, problem):
             tensor += h * direction
         expected = (above - below) / (2 * h)
         actual = (gradient * direction).sum()
-        assert abs(actual - expected) <= 1e-5 * max(0.2, abs(expected)), (
+        assert abs(actual - expected) <= 1e-3 * max(0.2, abs(expected)), (
             name,
             float(actual),
             float(expected),
@@ -445,7 +446,7 @@ def test_jacobian_free_gradients_are_those_with_the_mask_frozen(kind, problem):
     with torch.no_grad():
         x = equation.image(start)
         mask = equation.regularizer.mask(x, equation.regularizer.analyse(x))
-    solution = equation.image(attach_gradient(equation, start, FROZEN))
+    solution = equation.image(equation.attach(start, FROZEN))
     gradients = torch.autograd.grad(loss_of(solution), (b, lam))
 
     @torch.no_grad()
@@ -469,7 +470,46 @@ def test_jacobian_free_gradients_are_those_with_the_mask_frozen(kind, problem):
     slopes = (gradients[0] * direction).sum(), gradients[1].sum()
     for actual, (above, below) in zip(slopes, values.view(2, 2), strict=True):
         expected = (above - below) / (2 * h)
-        assert abs(actual - expected) <= 1e-5 * max(1.0, abs(expected))
+        assert abs(actual - expected) <= 1e-3 * max(1.0, abs(expected))
+
+
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)], ids=["free", "box"])
+@pytest.mark.parametrize("problem", ["denoising", "operator"])
+@pytest.mark.parametrize("kind", ONE_KIND)
+def test_the_smoothed_equation_is_inverted_by_its_system(kind, problem, bounds):
+    """With the mask frozen: -F_x^T w = v, for a rough pair and some pixels at 0."""
+    prior, H, equation, start = solved(kind, problem)
+    equation = prior.equation(
+        operator_term(equation.data.b, H), lambda_reg=0.1, bounds=bounds
+    )
+    x = equation.image(start).detach() - (0.2 if bounds is None else 0.0)
+    x = equation.clamp(x - 0.4 * (x < 0.3))
+    smoothed = equation.smoothed(equation.pair(x, equation.unpair(start)[1]), 0.1)
+    mask = smoothed.mask(x).detach()
+    v = torch.randn(x.shape, generator=generator(3), dtype=DOUBLE)
+    w = smoothed.adjoint_solver(x)(v, torch.full((1,), 1e-12)).x
+    if bounds is not None:
+        assert 0 < int((x == 0).sum()) < x.numel()
+    x.requires_grad_()
+    (product,) = torch.autograd.grad(smoothed(x, mask), x, w)
+    torch.testing.assert_close(-product, v, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ONE_KIND)
+def test_less_smoothing_is_closer_to_the_limit(kind):
+    prior, H, equation, start = solved(kind, "denoising")
+    b = equation.data.b.clone().requires_grad_()
+    equation = prior.equation(operator_term(b), lambda_reg=equation.lambda_reg)
+
+    def gradient(smoothing):
+        options = AdjointOptions(rtol=1e-8, smoothing=smoothing)
+        x = equation.image(equation.attach(start, options))
+        return torch.autograd.grad(loss_of(x), b)[0]
+
+    limit = gradient(1e-6)
+    errors = [float(norm(gradient(s) - limit)) for s in (0.1, 1e-3, 1e-5)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] < 0.5 * float(norm(limit)) and errors[2] < 0.01 * errors[0]
 
 
 @pytest.mark.parametrize(
