@@ -28,8 +28,8 @@ from deepinv_deal.problems.equation import IterativeEquation
 from deepinv_deal.problems.options import SolverOptions
 from deepinv_deal.problems.smoothed_l1 import SmoothedL1Equation
 from deepinv_deal.solvers import (
-    ADMMState,
     AdjointOptions,
+    ADMMState,
     SolverResult,
     admm,
     conjugate_gradient,
