@@ -88,21 +88,23 @@ class _LinearSpline(Function):
     def forward(
         ctx: Any, x: Tensor, coefficients: Tensor, x_min: float, step: float
     ) -> Tensor:
-        values, fraction, index = _evaluate(x, coefficients, x_min, step)
-        ctx.save_for_backward(fraction, index, coefficients)
-        ctx.step = step
+        values, _, index = _evaluate(x, coefficients, x_min, step)
+        ctx.save_for_backward(x, index, coefficients)
+        ctx.x_min, ctx.step = x_min, step
         return values
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        fraction, index, coefficients = ctx.saved_tensors
+        x, index, coefficients = ctx.saved_tensors
         grad_x = grad_coefficients = None
         if ctx.needs_input_grad[0]:
             slopes = _forward_difference(coefficients) / ctx.step
             grad_x = _lookup(slopes, index) * grad
         if ctx.needs_input_grad[1]:
+            # From x itself: where derivatives are differentiated again, it counts.
+            fraction = (x - ctx.x_min) / ctx.step - _piece(index, coefficients)
             right = fraction * grad
             n = coefficients.numel()
             total = _histogram(index, grad, n)
@@ -133,6 +135,12 @@ def _forward_difference(coefficients: Tensor) -> Tensor:
 def _channel_offset(x: Tensor, n_knots: int) -> Tensor:
     offset = torch.arange(x.shape[1], device=x.device, dtype=torch.int32) * n_knots
     return offset.view(1, -1, *[1] * (x.ndim - 2))
+
+
+def _piece(index: Tensor, coefficients: Tensor) -> Tensor:
+    """Returns the indices within the spline of their channel."""
+    n_splines, n_knots = coefficients.shape
+    return index - _channel_offset(index, n_knots) if n_splines > 1 else index
 
 
 def _histogram(index: Tensor, weights: Tensor, n: int) -> Tensor:

@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deal.interpret._models import attentive
-from deepinv_deal.problems import (
-    AttentiveEquation,
-    AttentiveL1Equation,
-    Problem,
-    SmoothedL1Equation,
-)
+from deepinv_deal.problems import AttentiveEquation, AttentiveL1Equation, Problem
 from deepinv_deal.solvers import (
     AdjointOptions,
     SolverResult,
@@ -239,8 +234,7 @@ class _Copies:
 
     def __init__(self, at: Linearization, number: int):
         self.rtol = at.inner_rtol
-        equation: AttentiveEquation | SmoothedL1Equation = at.problem.equation
-        self.equation = equation.expanded(number)
+        self.equation: Any = at.problem.equation.expanded(number)
         self.x = at.x.expand(number, -1, -1, -1)
         self._solve = self.equation.adjoint_solver(self.x)
 

@@ -38,7 +38,7 @@ from deepinv_deal.problems.likelihood import (
 )
 from deepinv_deal.problems.likelihood_term import LikelihoodTerm
 from deepinv_deal.problems.options import DEFAULT_RTOL
-from deepinv_deal.solvers import AdjointOptions, SolverResult, full_precision
+from deepinv_deal.solvers import AdjointOptions, SolverResult, eager, full_precision
 from deepinv_deal.solvers.fixed_point import Callback
 from deepinv_deal.solvers.precision import solver_precision
 
@@ -235,6 +235,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
 
     # -- the road ------------------------------------------------------------------
 
+    @eager
     @full_precision
     def forward(
         self,

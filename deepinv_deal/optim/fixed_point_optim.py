@@ -20,6 +20,7 @@ from deepinv_deal.problems.quadratic import FrozenSystem
 from deepinv_deal.solvers import (
     AdjointOptions,
     SolverResult,
+    eager,
     full_precision,
     implicit_solution,
 )
@@ -291,6 +292,7 @@ class FixedPointOptim(BaseOptim):
             self.update_data_fidelity_fn(0), self.update_prior_fn(0), params, y, physics
         )
 
+    @eager
     @full_precision
     def forward(
         self,

@@ -32,6 +32,7 @@ from deepinv_deal.solvers.result import (
     SolverResult,
     Status,
 )
+from deepinv_deal.solvers.transforms import eager
 
 __all__ = [
     "ADMMState",
@@ -48,6 +49,7 @@ __all__ = [
     "anderson_depth",
     "attach_gradient",
     "conjugate_gradient",
+    "eager",
     "fixed_point",
     "full_precision",
     "implicit_solution",

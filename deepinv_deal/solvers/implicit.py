@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from deepinv_deal._batch import norm
 from deepinv_deal.solvers.fixed_point import (
@@ -20,6 +19,17 @@ from deepinv_deal.solvers.fixed_point import (
 )
 from deepinv_deal.solvers.precision import solver_precision
 from deepinv_deal.solvers.result import SolverResult
+
+NO_SECOND_DERIVATIVES = (
+    "Solutions by implicit differentiation are differentiable once. Second derivatives "
+    "(hvp, vhp, torch.autograd.functional.jvp, a penalty on gradients) do not exist. "
+    "Products with the Jacobian are those of deepinv_deal.interpret.linearize."
+)
+NO_FORWARD_MODE = (
+    "Solutions by implicit differentiation have no forward mode. Use backward or "
+    "torch.autograd.grad; products with the Jacobian are those of "
+    "deepinv_deal.interpret.linearize."
+)
 
 AdjointSolve = Callable[[Tensor], Tensor]
 
@@ -222,27 +232,41 @@ class _ImplicitSolution(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        residual: Tensor,  # noqa: ARG004 - only its gradient matters
+        residual: Tensor,
         x: Tensor,
         solve_adjoint: AdjointSolve,
     ) -> Tensor:
         ctx.solve_adjoint = solve_adjoint
+        ctx.save_for_backward(residual)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
+        # The backward pass may have been started inside a region of autocast.
+        with torch.no_grad(), solver_precision(v.device):
+            w = ctx.solve_adjoint(v)
         if torch.is_grad_enabled():
-            # The answer depends on more than v: where v is constant too, a second
-            # derivative must raise instead of coming out incomplete.
-            v = v.detach().requires_grad_()
-        return _ImplicitSolution._first_derivative(ctx, v)
+            w = _FirstDerivative.apply(w, v, *ctx.saved_tensors)
+        return w, None, None
 
     @staticmethod
-    @once_differentiable
-    def _first_derivative(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
-        # The backward pass may have been started inside a region of autocast.
-        with solver_precision(v.device):
-            return ctx.solve_adjoint(v), None, None
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:  # noqa: ARG004
+        raise RuntimeError(NO_FORWARD_MODE)
+
+
+class _FirstDerivative(Function):
+    """
+    Passes on what depends on ``v`` and the residual in ways that are not differentiated
+    once more. Without this, second derivatives would miss a part without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, v: Tensor, residual: Tensor) -> Tensor:  # noqa: ARG004
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:  # noqa: ARG004
+        raise RuntimeError(NO_SECOND_DERIVATIVES)
 
 
 def solve_adjoint_system(
