@@ -63,7 +63,7 @@ def refuse_transforms(name: str, *arguments: Any) -> None:
         or ``torch.vmap``, or for arguments with forward-mode tangents.
     """
     tensors = [a for a in arguments if isinstance(a, Tensor)]
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(_message(name, "torch.jit.trace"))
     if exporting():
         raise RuntimeError(_message(name, "torch.export"))

@@ -1,0 +1,90 @@
+"""
+Are gradients at default settings those of accurate solutions?
+
+For the squared error of a denoised image: the slope along the gradient that a model
+gives, by differences of accurate solutions, divided by the norm of that gradient. It is
+1 where the gradient is right. The solutions of SAFI, MMR and the dictionaries have kinks,
+so the slope depends on the length of the step, too.
+
+    python benchmarks/gradients.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from skimage.data import camera
+from torch import Tensor
+
+from deepinv_deal import (
+    DEAL,
+    MMR,
+    SAFI,
+    AdjointOptions,
+    PatchSynthesis,
+    SmoothPlusSparse,
+)
+
+SIGMA = 25 / 255
+
+#: Models by their weights, and what makes their solutions accurate.
+MODELS: dict[str, tuple[type[Any], dict[str, float]]] = {
+    "deal_gray": (DEAL, {"rtol": 1e-5}),
+    "safi_25": (SAFI, {"rtol": 1e-3}),
+    "mmr_25": (MMR, {"rtol": 1e-3}),
+    "cpr_25": (SmoothPlusSparse, {"rtol": 1e-5}),
+    "patch_25": (PatchSynthesis, {}),
+}
+
+#: Steps relative to the noise or to the weights.
+STEPS = (2e-2, 5e-3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=20, help="side of the image")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--smoothing", type=float, help="of SAFI and MMR")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    x = torch.from_numpy(camera()[100:, 200:][: args.size, : args.size] / 255.0)
+    x = x.double()[None, None]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    y = (x + SIGMA * noise.double()).requires_grad_()
+    print(f"{'weights':10} {'in':40} {'|gradient|':>10}   slope / |gradient|")
+    for name in args.models:
+        kind, accurate = MODELS[name]
+        options = {} if args.smoothing is None else {"smoothing": args.smoothing}
+        model = kind(pretrained=name, adjoint=AdjointOptions(**options)).double()
+        reference = kind(prior=model.prior, warn=False, **accurate)
+
+        def loss(model: Any) -> Tensor:
+            return (model(y, sigma=SIGMA) - x).square().sum()
+
+        tensors = {"y": y, **dict(model.prior.named_parameters())}
+        gradients = torch.autograd.grad(
+            loss(model), list(tensors.values()), allow_unused=True
+        )
+        for (label, tensor), gradient in zip(tensors.items(), gradients, strict=True):
+            if gradient is None or float(gradient.norm()) == 0:
+                continue
+            size = SIGMA * noise.norm() if label == "y" else tensor.detach().norm()
+            ratios = []
+            for relative in STEPS:
+                step = relative * size * gradient / gradient.norm()
+                with torch.no_grad():
+                    tensor += step
+                    above = loss(reference)
+                    tensor -= 2 * step
+                    below = loss(reference)
+                    tensor += step
+                slope = (above - below) / (2 * step.norm())
+                ratios.append(float(slope / gradient.norm()))
+            both = "  ".join(f"{ratio:6.2f}" for ratio in ratios)
+            print(f"{name:10} {label:40} {float(gradient.norm()):10.3g}   {both}")
+
+
+if __name__ == "__main__":
+    main()
