@@ -1,10 +1,11 @@
 """
 Are gradients at default settings those of accurate solutions?
 
-For the squared error of a denoised image: the slope along the gradient that a model
-gives, by differences of accurate solutions, divided by the norm of that gradient. It is
-1 where the gradient is right. The solutions of SAFI, MMR and the dictionaries have kinks,
-so the slope depends on the length of the step, too.
+For a linear function of a denoised image, its product with the error of an accurate
+solution: the slope along the gradient that a model gives, by differences of accurate
+solutions, divided by the norm of that gradient. It is 1 where the gradient is right.
+Beside it, the cosine of the angle to the gradient at the accurate solution. The solutions of SAFI, MMR and the dictionaries have
+kinks, so the slope depends on the length of the step, too.
 
     python benchmarks/gradients.py
 """
@@ -39,13 +40,14 @@ MODELS: dict[str, tuple[type[Any], dict[str, float]]] = {
 }
 
 #: Steps relative to the noise or to the weights.
-STEPS = (2e-2, 5e-3)
+STEPS = (1e-2, 2e-3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=20, help="side of the image")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rtol", type=float, help="tolerance instead of the default")
     parser.add_argument("--smoothing", type=float, help="of SAFI and MMR")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -53,23 +55,32 @@ def main() -> None:
     x = x.double()[None, None]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     y = (x + SIGMA * noise.double()).requires_grad_()
-    print(f"{'weights':10} {'in':40} {'|gradient|':>10}   slope / |gradient|")
+    print(f"{'weights':10} {'in':40} {'|gradient|':>10}  cosine  slope / |gradient|")
     for name in args.models:
         kind, accurate = MODELS[name]
-        options = {} if args.smoothing is None else {"smoothing": args.smoothing}
-        model = kind(pretrained=name, adjoint=AdjointOptions(**options)).double()
+        settings: dict[str, Any] = {"warn": False}
+        if args.rtol is not None:
+            settings["rtol"] = args.rtol
+        if args.smoothing is not None:
+            settings["adjoint"] = AdjointOptions(smoothing=args.smoothing)
+        model = kind(pretrained=name, **settings).double()
         reference = kind(prior=model.prior, warn=False, **accurate)
+        with torch.no_grad():
+            error = reference(y, sigma=SIGMA) - x
 
         def loss(model: Any) -> Tensor:
-            return (model(y, sigma=SIGMA) - x).square().sum()
+            return (model(y, sigma=SIGMA) * error).sum()
 
         tensors = {"y": y, **dict(model.prior.named_parameters())}
-        gradients = torch.autograd.grad(
-            loss(model), list(tensors.values()), allow_unused=True
+        gradients, exact = (
+            torch.autograd.grad(loss(m), list(tensors.values()), allow_unused=True)
+            for m in (model, reference)
         )
-        for (label, tensor), gradient in zip(tensors.items(), gradients, strict=True):
+        for label, gradient, other in zip(tensors, gradients, exact, strict=True):
             if gradient is None or float(gradient.norm()) == 0:
                 continue
+            tensor = tensors[label]
+            cosine = float((gradient * other).sum() / gradient.norm() / other.norm())
             size = SIGMA * noise.norm() if label == "y" else tensor.detach().norm()
             ratios = []
             for relative in STEPS:
@@ -83,7 +94,9 @@ def main() -> None:
                 slope = (above - below) / (2 * step.norm())
                 ratios.append(float(slope / gradient.norm()))
             both = "  ".join(f"{ratio:6.2f}" for ratio in ratios)
-            print(f"{name:10} {label:40} {float(gradient.norm()):10.3g}   {both}")
+            print(
+                f"{name:10} {label:40} {float(gradient.norm()):10.3g}  {cosine:6.3f}  {both}"
+            )
 
 
 if __name__ == "__main__":
