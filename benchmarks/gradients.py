@@ -4,8 +4,9 @@ Are gradients at default settings those of accurate solutions?
 For a linear function of a denoised image, its product with the error of an accurate
 solution: the slope along the gradient that a model gives, by differences of accurate
 solutions, divided by the norm of that gradient. It is 1 where the gradient is right.
-Beside it, the cosine of the angle to the gradient at the accurate solution. The solutions of SAFI, MMR and the dictionaries have
-kinks, so the slope depends on the length of the step, too.
+Beside it, the cosine of the angle to the gradient at the accurate solution. The
+solutions of SAFI, MMR and the dictionaries have kinks, and DEAL's bend, so the slope
+depends on the length of the step, too.
 
     python benchmarks/gradients.py
 """
@@ -68,7 +69,7 @@ def main() -> None:
         with torch.no_grad():
             error = reference(y, sigma=SIGMA) - x
 
-        def loss(model: Any) -> Tensor:
+        def loss(model: Any, error: Tensor = error) -> Tensor:
             return (model(y, sigma=SIGMA) * error).sum()
 
         tensors = {"y": y, **dict(model.prior.named_parameters())}
@@ -81,10 +82,10 @@ def main() -> None:
                 continue
             tensor = tensors[label]
             cosine = float((gradient * other).sum() / gradient.norm() / other.norm())
-            size = SIGMA * noise.norm() if label == "y" else tensor.detach().norm()
+            length = SIGMA * noise.norm() if label == "y" else tensor.detach().norm()
             ratios = []
             for relative in STEPS:
-                step = relative * size * gradient / gradient.norm()
+                step = relative * length * gradient / gradient.norm()
                 with torch.no_grad():
                     tensor += step
                     above = loss(reference)
@@ -94,9 +95,8 @@ def main() -> None:
                 slope = (above - below) / (2 * step.norm())
                 ratios.append(float(slope / gradient.norm()))
             both = "  ".join(f"{ratio:6.2f}" for ratio in ratios)
-            print(
-                f"{name:10} {label:40} {float(gradient.norm()):10.3g}  {cosine:6.3f}  {both}"
-            )
+            size = f"{float(gradient.norm()):10.3g}"
+            print(f"{name:10} {label:40} {size}  {cosine:6.3f}  {both}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from deepinv_deal.priors import AttentiveQuadratic, AttentiveQuadraticPrior
 DOUBLE = torch.float64
 
 #: Backward pass to rounding error.
-TIGHT = AdjointOptions(rtol=1e-12, max_iter=300)
+TIGHT = AdjointOptions(smoothing=1e-6, rtol=1e-12, max_iter=300)
 
 
 def generator(seed: int = 0) -> torch.Generator:

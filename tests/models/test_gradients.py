@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import deepinv as dinv
 import pytest
 import torch
@@ -20,7 +22,7 @@ ACCURATE = {
         "rtol": 1e-10,
         "max_iter": 500,
         "solver": ACCURATE_INNER,
-        "adjoint": TIGHT,
+        "adjoint": replace(TIGHT, rtol=1e-9),
     },
     "MMR": {"rtol": 1e-10, "max_iter": 500, "solver": ACCURATE_INNER, "adjoint": TIGHT},
     "CPR": {"rtol": 1e-12, "adjoint": AdjointOptions(True, 1e-11), "solver": "fista"},
@@ -102,4 +104,4 @@ def test_gradients_of_a_reconstruction_are_finite_differences(name, kind, rng):
         return (x_hat * target).sum()
 
     tensors = [y, parameter, *values, *weights.values()]
-    gradients_equal_finite_differences(loss, tensors, rng, rtol=1e-4, h=1e-5)
+    gradients_equal_finite_differences(loss, tensors, rng, rtol=1e-3, h=1e-5)
