@@ -50,13 +50,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepinv_deal import DEAL, SolverOptions
-from deepinv_deal.files import load_image
+from deepinv_deal.files import as_float, load_image, replacing
 from deepinv_deal.operators.multi_conv import BlockConvolution
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.problems import operator_term
 from deepinv_deal.solvers import conjugate_gradient
 from deepinv_deal.training import DEALRecipe, DEALTrainer
-from deepinv_deal.weights.files import replacing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -536,7 +535,7 @@ def test_image(kit: Kit, side: int) -> Tensor:
     x = None
     for path in sorted(folder.iterdir()) if folder else ():
         with contextlib.suppress(ValueError):
-            x = load_image(path, 1)[None].float() / 255
+            x = as_float(load_image(path, 1)[None])
             break
     if x is None:
         from skimage.data import camera

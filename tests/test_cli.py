@@ -159,7 +159,9 @@ def test_strict_makes_failure_an_exit_code_and_a_figure_is_drawn(tmp_path, capsy
         ({}, "no file"),
         ({"a.png": b"no image"}, "not a readable image"),
         ({"a.txt": b"1"}, "unknown kind"),
-        ({"a.npy": np.zeros((2, 3, 4, 5))}, "shape"),
+        ({"a.npy": np.zeros((2, 2, 4, 5))}, "shape"),
+        ({"a.npy": np.zeros((3, 8, 3))}, r"may be \(3, H, W\) or \(H, W, 3\)"),
+        ({"a.npy": np.zeros((2, 3, 4, 5))}, "cannot hold 2 pages"),
         ({"a.npy": np.full((8, 8), 100.0)}, "white"),
         ({"a.npy": np.zeros((8, 8), np.int64)}, "white"),
         ({"a.npy": np.zeros((8, 8), complex)}, "complex"),
@@ -308,6 +310,7 @@ def test_bad_measurements_are_named(tmp_path, capsys):
     zero = save(tmp_path / "zero.npy", np.zeros(SIZE))
     three = save(tmp_path / "three.npy", np.zeros((3, *SIZE), complex))
     plane = save(tmp_path / "plane.npy", np.ones(SIZE, complex))
+    ones = save(tmp_path / "ones.npy", np.ones(SIZE))
     for command, words in [
         (["inpainting", y, "--mask", small], "--mask has shape"),
         (["inpainting", y, "--mask", zero], "zero everywhere"),
@@ -320,8 +323,9 @@ def test_bad_measurements_are_named(tmp_path, capsys):
         (["mri", three], "coils need --coil-maps"),
         (["mri", three, "--coil-maps", three], "Nothing was measured"),
         (["mri", plane, "--mask", small], "--mask has shape"),
-        (["mri", three, "--mask", y, "--coil-maps", plane], "--coil-maps have"),
-        (["inpainting", y, "--mask", y, "--truth", small], "--truth has shape"),
+        (["mri", three, "--mask", ones, "--coil-maps", plane], "--coil-maps have"),
+        (["inpainting", y, "--mask", ones, "--truth", small], "--truth has shape"),
+        (["inpainting", y, "--mask", y], "between zero and its largest"),
     ]:
         command.insert(2, str(tmp_path / "out.npy"))
         assert main(["reconstruct", *command]) == 2

@@ -27,7 +27,7 @@ ALLOWED = {
     "solvers": CORE,
     "problems": NUMERICS,
     "priors": PARTS,
-    "weights": PARTS | {"priors"},
+    "weights": PARTS | {"priors", "files"},
     "optim": PARTS | {"priors"},
     "models": PARTS | {"priors", "optim", "weights"},
     "files": set(),

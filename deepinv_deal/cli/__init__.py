@@ -9,11 +9,15 @@ import sys
 from collections.abc import Sequence
 
 from deepinv_deal import __version__
+from deepinv_deal.cli._options import BAD_INPUT
 from deepinv_deal.cli.demo import add_demo
 from deepinv_deal.cli.denoise import add_denoise
 from deepinv_deal.cli.evaluate import add_evaluate
 from deepinv_deal.cli.reconstruct import add_reconstruct
 from deepinv_deal.cli.train import add_train
+
+#: Exit code after Ctrl-C, as shells have it.
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,15 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     :param list argv: arguments; those of the process if ``None``.
     :return: exit code: 0 if all went well, 1 if something did not converge (for
-        ``denoise`` and ``reconstruct`` with ``--strict``), 2 for bad input.
+        ``denoise`` and ``reconstruct`` with ``--strict``) or some files of a folder
+        could not be denoised, 2 for bad input, 130 after Ctrl-C.
     """
     args = _parser().parse_args(argv)
     _keep_freed_memory()
     try:
         return int(args.run(args))
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except BAD_INPUT as error:
         print(f"deepinv-deal: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("deepinv-deal: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _keep_freed_memory() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from deepinv_deal.files import replacing
 from deepinv_deal.interpret._figures import TITLE, new_figure, show
 from deepinv_deal.models import ReconstructionInfo
 
@@ -103,3 +105,20 @@ def plot_reconstructions(panels: Sequence[Panel]) -> Figure:
         )
         axes[-1].grid(alpha=0.3)
     return figure
+
+
+def save(figure: Figure, path: str) -> None:
+    """
+    Writes a figure, whole or not at all.
+
+    :param matplotlib.figure.Figure figure: the figure.
+    :param str path: the file, whose suffix says of which kind.
+    :raises ValueError: if there are no files of this kind.
+    """
+    kind = Path(path).suffix.removeprefix(".").lower()
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise ValueError(
+            f"{path}: a figure can be written as .png, .pdf, .svg or .jpg."
+        )
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=110)

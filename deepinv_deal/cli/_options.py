@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Commands = argparse._SubParsersAction  # its type parameter exists for checkers only
 
 
+#: What bad input raises.
+BAD_INPUT = (ValueError, TypeError, OSError, FloatingPointError)
+
 #: Models by their names on the command line.
 MODELS = {
     "deal": "DEAL",

@@ -40,7 +40,7 @@ def _demo(args: argparse.Namespace) -> int:
     import torch
     from deepinv.physics import Denoising, GaussianNoise, Inpainting
 
-    from deepinv_deal.cli._figures import Panel, plot_reconstructions
+    from deepinv_deal.cli._figures import Panel, plot_reconstructions, save
     from deepinv_deal.evaluation import quality
 
     if not 16 <= args.size <= 512:
@@ -84,6 +84,6 @@ def _demo(args: argparse.Namespace) -> int:
         )
         panels.append(Panel(title, x, y, x_hat, info, *captions))
         worked &= bool(info.converged)
-    plot_reconstructions(panels).savefig(args.out, dpi=110)
+    save(plot_reconstructions(panels), args.out)
     print(f"Figure: {args.out}")
     return 0 if worked else 1

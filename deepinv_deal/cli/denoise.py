@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from deepinv_deal.cli._options import (
+    BAD_INPUT,
     Commands,
     add_model_options,
     add_outcome_options,
@@ -66,8 +69,6 @@ def _level(text: str) -> float | str:
 
 
 def _denoise(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from deepinv_deal import DEAL
 
     models = cache(partial(make_model, args))  # by channels
@@ -75,75 +76,137 @@ def _denoise(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--sigma estimate is for DEAL; {type(models(1)).__name__} needs a number."
         )
-    jobs = _jobs(Path(args.input), Path(args.output))
+    source, target = Path(args.input), Path(args.output)
+    if not source.is_dir():
+        converged = _one(models, args.input, target, args)
+        return 1 if args.strict and not converged else 0
+    return _folder(models, source, target, args)
+
+
+def _folder(
+    models: Callable[[int], Any], source: Path, target: Path, args: argparse.Namespace
+) -> int:
+    """Denoises all images of a folder; those that cannot be are listed at the end."""
+    from tqdm import tqdm
+
+    jobs = _jobs(source, target)
     if args.figure and len(jobs) > 1:
         raise ValueError("--figure draws one image; INPUT is a folder of several.")
-    converged = [
-        _one(models, source, target, args)
-        for source, target in tqdm(
-            jobs, "Denoising", disable=True if len(jobs) == 1 else None
+    converged, failures = [], []
+    for file, result in tqdm(
+        jobs, "Denoising", disable=True if len(jobs) == 1 else None
+    ):
+        try:
+            converged.append(_one(models, str(file), result, args))
+        except BAD_INPUT as error:
+            failures.append(str(error))
+    if failures:
+        print(
+            f"deepinv-deal: {len(failures)} of {len(jobs)} files were not denoised:",
+            *failures,
+            sep="\n  ",
+            file=sys.stderr,
         )
-    ]
-    return 1 if args.strict and not all(converged) else 0
+    return 1 if failures or (args.strict and not all(converged)) else 0
 
 
-def _jobs(source: Path, target: Path) -> list[tuple[str, Path]]:
-    """Pairs of input and output."""
-    from deepinv_deal.files import IMAGES
+def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
+    """Pairs of input and output below two folders."""
+    from deepinv_deal.files import IMAGES, files_below
 
-    if not source.is_dir():
-        return [(str(source), target)]
-    if target.suffix:
-        raise ValueError(f"{source} is a folder, so OUTPUT must be one: got {target}.")
     kinds = (*IMAGES, ".npy", ".pt")
-    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds)
+    if target.is_file() or (target.suffix.lower() in kinds and not target.is_dir()):
+        raise ValueError(f"{source} is a folder, so OUTPUT must be one: got {target}.")
+    inside = target.resolve()
+    files = files_below(source, kinds)
+    if inside != source.resolve():  # results of an earlier run are no input
+        files = [p for p in files if not p.resolve().is_relative_to(inside)]
     if not files:
         raise FileNotFoundError(
             f"No image in {source} (looked for {', '.join(kinds)})."
         )
+    results = [_lossless(p.relative_to(source)) for p in files]
+    number = Counter(results)
+    results = [  # of a.jpg and a.png, the first becomes a.jpg.png
+        result if number[result] == 1 else _distinct(file, source)
+        for file, result in zip(files, results, strict=True)
+    ]
+    if len(set(results)) < len(results):
+        twice = next(result for result, n in Counter(results).items() if n > 1)
+        raise ValueError(
+            f"Two files of {source} would both become {target / twice}. Rename one."
+        )
     return [
-        # What was compressed with losses is not compressed so again.
-        (str(p), target / _lossless(p.relative_to(source)))
-        for p in files
+        (file, target / result) for file, result in zip(files, results, strict=True)
     ]
 
 
 def _lossless(path: Path) -> Path:
-    lossy = path.suffix.lower() in (".jpg", ".jpeg", ".webp")
-    return path.with_suffix(".png") if lossy else path
+    """What was compressed with losses is not compressed so again."""
+    return path.with_suffix(".png") if _lossy(path) else path
+
+
+def _distinct(file: Path, source: Path) -> Path:
+    path = file.relative_to(source)
+    return path.with_name(path.name + ".png") if _lossy(path) else path
+
+
+def _lossy(path: Path) -> bool:
+    return path.suffix.lower() in (".jpg", ".jpeg", ".webp")
 
 
 def _one(
     models: Callable[[int], Any], source: str, target: Path, args: argparse.Namespace
 ) -> bool:
+    """Denoises one file; returns whether all of its pages converged."""
     import torch
+    from tqdm import tqdm
 
-    from deepinv_deal.files import read_picture, write_picture
+    from deepinv_deal.files import check_target, read_picture, write_picture
 
     picture = read_picture(source, args.white)
-    x = picture.x
-    model = models(x.shape[1])
-    channels = channels_of(model)
-    if channels == 1:
-        x = x.transpose(0, 1)  # the channels of a colour image one by one
-    elif x.shape[1] != channels:
-        x = x.expand(-1, channels, -1, -1)
-    sigma = args.sigma if isinstance(args.sigma, str) else args.sigma / 255
-    start = time.perf_counter()
-    with torch.no_grad():
-        x_hat, info = model(
-            x, sigma=sigma, lambda_reg=args.lambda_reg, return_info=True
+    check_target(target, picture)
+    several = len(picture.x) > 1
+    if args.figure and several:
+        raise ValueError(
+            f"--figure draws one image; {source} has {len(picture.x)} pages."
         )
-    seconds = time.perf_counter() - start
-    if channels == 1:
-        x_hat = x_hat.transpose(0, 1)
-    elif picture.x.shape[1] == 1:
-        x_hat = x_hat.mean(1, keepdim=True)
-    write_picture(target, x_hat, picture)
-    converged = report(f"{source} -> {target}", info, seconds)
+    results, converged = [], True
+    for number, page in enumerate(
+        tqdm(picture.x, "Pages", disable=None if several else True)
+    ):
+        name = f"{source}[{number}]" if several else source
+        start = time.perf_counter()
+        x_hat, info = _page(models(page.shape[0]), page[None], args)
+        seconds = time.perf_counter() - start
+        results.append(x_hat)
+        converged &= report(f"{name} -> {target}", info, seconds)
+    write_picture(target, torch.cat(results), picture)
     if args.figure:
-        from deepinv_deal.cli._figures import Panel, plot_reconstructions
+        from deepinv_deal.cli._figures import Panel, plot_reconstructions, save
 
         panel = Panel(f"sigma {args.sigma}", None, picture.x, x_hat, info)
-        plot_reconstructions([panel]).savefig(args.figure, dpi=110)
+        save(plot_reconstructions([panel]), args.figure)
     return converged
+
+
+def _page(model: Any, x: Any, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Denoises one image ``(1, C, H, W)`` by a model for gray or for colour images."""
+    import torch
+
+    channels = channels_of(model)
+    y = x
+    if channels == 1:
+        y = x.transpose(0, 1)  # the channels of a colour image one by one
+    elif x.shape[1] != channels:
+        y = x.expand(-1, channels, -1, -1)
+    sigma = args.sigma if isinstance(args.sigma, str) else args.sigma / 255
+    with torch.no_grad():
+        x_hat, info = model(
+            y, sigma=sigma, lambda_reg=args.lambda_reg, return_info=True
+        )
+    if channels == 1:
+        x_hat = x_hat.transpose(0, 1)
+    elif x.shape[1] == 1:
+        x_hat = x_hat.mean(1, keepdim=True)
+    return x_hat, info

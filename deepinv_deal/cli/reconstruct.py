@@ -120,7 +120,7 @@ def _operator(
 def _reconstruct(args: argparse.Namespace, load: Any) -> int:
     import torch
 
-    from deepinv_deal.files import write_picture
+    from deepinv_deal.files import check_target, write_picture
 
     split = False
     if load is _mri:
@@ -132,6 +132,7 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
         # The channels of a colour image one by one, if the filters are gray.
         split = channels_of(model) == 1
         y, physics = load(args, like.x.transpose(0, 1) if split else like.x)
+    check_target(args.output, like)
     start = time.perf_counter()
     with torch.no_grad():
         x_hat, info = model(
@@ -203,14 +204,14 @@ def _draw(
     truth: Any,
     info: Any,
 ) -> None:
-    from deepinv_deal.cli._figures import Panel, plot_reconstructions
+    from deepinv_deal.cli._figures import Panel, plot_reconstructions, save
 
     if is_mri:
         first, x_hat = _magnitude(first), _magnitude(x_hat)
         first, x_hat = first / first.max(), x_hat / x_hat.max()
     weight = float(info.lambda_reg[0])
     panel = Panel(f"lambda {weight:.3g}", truth, first, x_hat, info, "(adjoint)")
-    plot_reconstructions([panel]).savefig(args.figure, dpi=110)
+    save(plot_reconstructions([panel]), args.figure)
 
 
 # -- operators -------------------------------------------------------------------
@@ -219,7 +220,12 @@ def _draw(
 def _picture(args: argparse.Namespace) -> Picture:
     from deepinv_deal.files import read_picture
 
-    return read_picture(args.input, args.white)
+    picture = read_picture(args.input, args.white)
+    if len(picture.x) > 1:
+        raise ValueError(
+            f"{args.input} has {len(picture.x)} pages; reconstruct takes one at a time."
+        )
+    return picture
 
 
 def _blur(args: argparse.Namespace, y: Tensor) -> tuple[Tensor, Any]:
@@ -232,22 +238,22 @@ def _blur(args: argparse.Namespace, y: Tensor) -> tuple[Tensor, Any]:
 
 
 def _inpainting(args: argparse.Namespace, y: Tensor) -> tuple[Tensor, Any]:
-    import numpy as np
-    import torch
     from deepinv.physics import Inpainting
 
-    from deepinv_deal.files import read_array
+    size = (int(y.shape[-2]), int(y.shape[-1]))
+    mask = _mask(args.mask, size, "the image")
+    y = y.where(mask, 0)  # NaN, too, where nothing was measured
+    return y, Inpainting((y.shape[1], *size), mask=mask.float()[None])
 
-    known = read_array(args.mask) != 0
-    if known.ndim == 3 and known.shape[-1] == 3:  # a colour picture
-        known = known.any(-1)
-    size = tuple(y.shape[-2:])
-    if known.shape != size:
-        raise ValueError(f"--mask has shape {known.shape}, the image {size}.")
-    mask = torch.from_numpy(np.asarray(known)).float()[None]
-    if not mask.any():
-        raise ValueError("--mask is zero everywhere: nothing was measured.")
-    return y * mask, Inpainting((y.shape[1], *size), mask=mask)
+
+def _mask(path: str, size: tuple[int, int], what: str) -> Tensor:
+    """Reads a mask, and checks that it has the size of what it masks."""
+    from deepinv_deal.files import read_mask
+
+    mask = read_mask(path)
+    if mask.shape != size:
+        raise ValueError(f"--mask has shape {tuple(mask.shape)}, {what} {size}.")
+    return mask
 
 
 def _downsampling(args: argparse.Namespace, y: Tensor) -> tuple[Tensor, Any]:
@@ -279,25 +285,24 @@ def _mri(args: argparse.Namespace) -> tuple[Any, Any, Picture]:
     y = y.to(torch.complex64)
     size = (int(y.shape[-2]), int(y.shape[-1]))
     if args.mask:
-        mask = torch.from_numpy(read_array(args.mask) != 0)
-        if mask.shape != size:
-            raise ValueError(f"--mask has shape {tuple(mask.shape)}, k-space {size}.")
+        mask = _mask(args.mask, size, "k-space")
     else:
         mask = (y != 0).reshape(-1, *size).any(0)
     if not mask.any():
-        raise ValueError("Nothing was measured: the mask is zero everywhere.")
+        raise ValueError("Nothing was measured: k-space is zero everywhere.")
+    y = y.where(mask, 0)
     if args.zero_frequency == "corner":
         # deepinv's transform has the origin of both domains in the middle.
         y = MRI.fft(torch.fft.ifft2(y, norm="ortho"), dim=(-2, -1))
         mask = torch.fft.fftshift(mask)
-    y = torch.view_as_real(y * mask).movedim(-1, 0)[None]  # (1, 2, [N,] H, W)
+    y = torch.view_as_real(y).movedim(-1, 0)[None]  # (1, 2, [N,] H, W)
     mask = mask.float()
     if not args.coil_maps:
-        return y, MRI(mask=mask, img_size=size), Picture(y, 1.0)
+        return y, MRI(mask=mask, img_size=size), Picture(y)
     maps = torch.from_numpy(read_array(args.coil_maps)).to(torch.complex64)
     if maps.shape != y.shape[2:]:
         raise ValueError(
             f"--coil-maps have shape {tuple(maps.shape)}, k-space {tuple(y.shape[2:])}."
         )
     physics = MultiCoilMRI(mask=mask, coil_maps=maps, img_size=size)
-    return y, physics, Picture(y, 1.0)
+    return y, physics, Picture(y)

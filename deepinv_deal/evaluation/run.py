@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from deepinv_deal.evaluation.baselines import TotalVariation
 from deepinv_deal.evaluation.published import PUBLISHED, SOURCE
 from deepinv_deal.evaluation.tasks import Task
+from deepinv_deal.files import replacing
 from deepinv_deal.models import DEAL, SynthesisInfo, SynthesisModel
 from deepinv_deal.tuning import tune
 from deepinv_deal.tuning.run import REPORTING
@@ -374,7 +374,10 @@ def write_csv(scores: Sequence[Score], path: str | os.PathLike[str]) -> None:
     :param list scores: from :func:`evaluate`.
     :param str path: file to write.
     """
-    with open(Path(path), "w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, [field.name for field in fields(Score)])
         writer.writeheader()
         writer.writerows(asdict(score) for score in scores)

@@ -23,7 +23,7 @@ from deepinv.physics.generator import MotionBlurGenerator
 from torch import Tensor
 
 from deepinv_deal._batch import central
-from deepinv_deal.files import read_array
+from deepinv_deal.files import as_float, read_array
 
 #: Standard deviations of the blurs before downsampling.
 BLURS = (0.7, 1.2, 1.6, 2.0)
@@ -92,8 +92,11 @@ class Task:
     compared: int | None = None
 
     def ground_truth(self, image: Tensor) -> Tensor:
-        """Turns an 8-bit image ``(C, H, W)`` into what is to be reconstructed."""
-        x = image[None].float() / 255
+        """
+        Turns an image ``(C, H, W)``, 8 bit or in [0, 1], into what is to be
+        reconstructed.
+        """
+        x = as_float(image[None]).float()
         if self.side is not None:
             x = central(x, self.side)
         height, width = (n - n % self.multiple for n in x.shape[-2:])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deal._batch import central
+from deepinv_deal.files import as_float
 
 
 def noisy_crops(
@@ -18,7 +19,7 @@ def noisy_crops(
     """
     Returns centre crops with fixed noise, for every noise level.
 
-    :param list images: 8-bit images ``(C, H, W)``.
+    :param list images: images ``(C, H, W)``, 8 bit or in [0, 1].
     :param list sigmas: noise levels in [0, 1] units.
     :param int size: side of the crops.
     :param int seed: seed of the noise, the same for every level.
@@ -30,7 +31,7 @@ def noisy_crops(
         rng = torch.Generator().manual_seed(seed)
         pairs = []
         for image in images:
-            x = central(image[None], size).float() / 255
+            x = as_float(central(image[None], size))
             noise = torch.randn(x.shape, generator=rng, device="cpu")
             pairs.append((x, x + sigma * noise))
         problems.append((sigma, pairs))
@@ -80,7 +81,7 @@ class DenoisingSampler:
 
     A training that is killed and resumed at step ``i`` therefore sees the same data.
 
-    :param list images: images ``(C, H, W)``, 8 bit.
+    :param list images: images ``(C, H, W)``, 8 bit or in [0, 1].
     :param int patch_size: side of the square patches.
     :param float sigma_max: largest noise level ([0, 1] units).
     :param int seed: seed.
@@ -112,8 +113,7 @@ class DenoisingSampler:
     def batch(self, index: int, size: int) -> Problems:
         """Returns batch number ``index`` with ``size`` problems, on the CPU."""
         rng = numbered_generator(self.seed, index)
-        patches = torch.stack([self._patch(rng) for _ in range(size)])
-        x = patches.to(torch.get_default_dtype()) / 255
+        x = torch.stack([as_float(self._patch(rng)) for _ in range(size)])
         level = torch.rand(size, generator=rng, device="cpu")
         sigma = self.sigma_max * level**self.skew
         noise = torch.randn(x.shape, generator=rng, device="cpu")

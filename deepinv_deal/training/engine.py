@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from deepinv_deal._warnings import warn
-from deepinv_deal.files import load_images
+from deepinv_deal.files import load_images, replacing
 from deepinv_deal.priors import Configurable
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.training.checkpoint import read_checkpoint, write_checkpoint
@@ -34,7 +34,7 @@ from deepinv_deal.training.data import (
 from deepinv_deal.training.processes import Processes
 from deepinv_deal.tuning import tune
 from deepinv_deal.weights import load, save
-from deepinv_deal.weights.files import read_header, replacing
+from deepinv_deal.weights.files import read_header
 
 R = TypeVar("R", bound="Recipe")
 P = TypeVar("P", bound=nn.Module)

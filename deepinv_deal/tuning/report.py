@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
+from deepinv_deal.files import replacing
 from deepinv_deal.solvers import ConvergenceWarning
 
 if TYPE_CHECKING:
@@ -108,7 +109,10 @@ class TuningResult:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one line per trial."""
-        with open(Path(path), "w", newline="", encoding="utf-8") as file:
+        with (
+            replacing(path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = _writer(file)
             writer.writerows(asdict(trial) for trial in self.trials)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,28 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from deepinv_deal.files import replacing
+
 Module = TypeVar("Module", bound=nn.Module)
 
 #: What the entry ``format`` of a header says.
 FORMAT = "deepinv_deal/2"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """
-    Gives a temporary file to write, which replaces ``path`` if all went well.
-
-    Whoever reads ``path``, or is left with it after a crash, finds a whole file.
-
-    :param pathlib.Path path: the file to replace.
-    """
-    # Two processes that write the same file must not share the temporary one.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_weights(

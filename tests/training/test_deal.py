@@ -114,7 +114,7 @@ def test_bad_data_is_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="No image found"):
         load_images(tmp_path, 1)
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"broken\.png is not a readable image"):
         load_images(tmp_path, 1)
     with pytest.raises(ValueError, match=r"Image 0 has size \(30, 40\).*patch_size=31"):
         DenoisingSampler(load_images(folder, 1), 31, 0.2)
