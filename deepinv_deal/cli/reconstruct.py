@@ -121,6 +121,7 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
     import torch
 
     from deepinv_deal.files import check_target, write_picture
+    from deepinv_deal.problems.fitted import fitted
 
     split = False
     if load is _mri:
@@ -133,6 +134,7 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
         split = channels_of(model) == 1
         y, physics = load(args, like.x.transpose(0, 1) if split else like.x)
     check_target(args.output, like)
+    physics = fitted(physics, y)  # kernels with a side of 1 or 2
     start = time.perf_counter()
     with torch.no_grad():
         x_hat, info = model(

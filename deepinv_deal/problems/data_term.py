@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepinv_deal._batch import expand, inner, norm
 from deepinv_deal.problems.checks import check_measurements
+from deepinv_deal.problems.fitted import fitted
 from deepinv_deal.problems.layout import ImageLayout
 from deepinv_deal.problems.normal_operator import (
     KnownPhysics,
@@ -116,6 +117,7 @@ class DataTerm:
         physics = physics if known is None else known.physics
         check_measurements(y, reference)
         check_linear(physics)
+        physics = fitted(physics, y)
         identity = is_identity(physics)
         image = y if identity else back_projection(physics, y)
         layout = ImageLayout.of(image, in_channels, complex_mode)

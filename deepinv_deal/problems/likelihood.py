@@ -19,6 +19,7 @@ from deepinv.utils import TensorList
 from torch import Tensor
 
 from deepinv_deal._batch import expand
+from deepinv_deal.problems.fitted import fitted
 
 #: Counts have at least this variance. It bounds the curvature where none are expected.
 LEAST_VARIANCE = 0.1
@@ -448,7 +449,7 @@ def weighted(likelihood: Gaussian, y: Any, physics: Any) -> tuple[Any, WeightedP
     if isinstance(physics, WeightedPhysics):  # as examined
         physics = physics.physics
     roots = _each(lambda w, _: w.sqrt(), likelihood.curvature(y, y), y)
-    return roots * y, WeightedPhysics(physics, roots)
+    return roots * y, WeightedPhysics(fitted(physics, y), roots)
 
 
 # -- which one -------------------------------------------------------------------------
