@@ -23,6 +23,11 @@ if pretend_accelerator.AVAILABLE:
     pretend_accelerator.register()
 
 
+def pytest_runtest_setup():
+    """The same weights for new models whatever ran before, here or in a worker."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     """A freshly seeded random generator."""

@@ -263,11 +263,11 @@ def test_a_tuned_rival_is_no_worse_than_at_other_weights():
 
 
 def test_weight_and_coupling_of_a_dictionary_are_tuned_together():
-    prior = SmoothPlusSparsePrior("group", 8, 4, num_free_atoms=4)
-    model = SmoothPlusSparse(prior=prior, max_iter=30, warn=False)
-    data = [("a", photograph(1, 20, 20))]
-    task = TASKS["super-resolution-x2"](noise=[2.55])
-    task = replace(task, conditions=task.conditions[:1])
+    # It starts near the best coupling, and the blur is circular: its solves are cheap.
+    prior = SmoothPlusSparsePrior("group", 8, 4, num_free_atoms=4, beta=0.01)
+    model = SmoothPlusSparse(prior=prior, max_iter=10, warn=False)
+    data = [("a", photograph(1, 16, 16))]
+    task = TASKS["deblurring"](kernels=["gaussian:1"], noise=[2.55])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the weights are random: best without atoms
         tuned = tune_task(model, task, data, progress=False)

@@ -26,7 +26,7 @@ def test_the_kit_runs_from_an_empty_folder(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--small"]
     command += ["--out", str(out), "--data", str(images), "--device", "cpu"]
-    command += ["--parts", "micro,steps,train", "--minutes", "1"]
+    command += ["--parts", "micro,steps,train", "--minutes", "4"]
     command += ["--recipe", json.dumps({"num_filters": 3})]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(

@@ -90,7 +90,7 @@ def test_the_identity_as_physics_is_denoising(name):
     solver = {"two-step": {"solver": "two-step"}, "CPR": {"solver": "fista"}}
     settings = solver.get(name, {})
     if name != "two-step":  # which has no tolerance
-        settings = {"rtol": 1e-7, **settings}
+        settings = {"rtol": 1e-4, **settings}
     model, y = MODELS[name](**settings), images(*SHAPE)
     expected = model(y, sigma=SIGMA, lambda_reg=0.02)
     actual = model(y, identity(), sigma=SIGMA, lambda_reg=0.02)
@@ -101,7 +101,9 @@ def test_the_identity_as_physics_is_denoising(name):
 @pytest.mark.parametrize("factor", [0.1, 30.0])
 def test_the_unit_of_the_measurements_does_not_matter(name, factor):
     """Scaling A and y by c scales the data term by c squared: so scale the other."""
-    model, y = MODELS[name](rtol=1e-7), images(*SHAPE)
+    # SAFI and MMR take the same iterations on both sides.
+    rtol = 1e-7 if name == "PatchSynthesis" else 1e-2
+    model, y = MODELS[name](rtol=rtol), images(*SHAPE)
     c = factor**2
     one, other = {"lambda_reg": 0.02}, {"lambda_reg": 0.02 * c}
     if name == "PatchSynthesis":  # beta multiplies the regularizer, lambda in it

@@ -92,11 +92,12 @@ def test_another_noise_level_rescales_the_weights(kind, bounds):
     "kind", [MODELS[0], pytest.param(MMR, id="mmr", marks=pytest.mark.slow)]
 )
 def test_missing_pixels_are_filled_in(kind):
-    model, physics = random_model(kind, rtol=1e-2), inpainting()
-    x = images(2, 1, 9, 8)
+    rough = {"rtol": 1e-2, "solver": SolverOptions(inner_max_iter=5000)}
+    model, physics = random_model(kind, **rough), inpainting()
+    x = images(1, 1, 9, 8)
     y = physics.A(x)
     x_hat, info = model(y, physics, lambda_reg=1e-2, return_info=True)
-    assert info.converged.all() and info.mask.shape == (2, 3, 9, 8)
+    assert info.converged.all() and info.mask.shape == (1, 3, 9, 8)
     assert (x_hat - x).square().mean() < 0.3 * (y - x).square().mean()
     with pytest.raises(ValueError, match="lambda_reg is missing"):
         model(y, physics)
