@@ -163,20 +163,21 @@ def test_the_duality_gap_bounds_the_distance_from_the_minimum(bounds):
 
 def test_the_duality_gap_is_for_denoising():
     H, _ = coupled()
-    _, frozen, result, _ = random_frozen(SAFIPrior, 1, "admm", H=H)
+    _, equation = equations(SAFIPrior, H, "admm", n=1)
+    p = equation.start(None)
     with pytest.raises(ValueError, match="duality gap is for denoising"):
-        frozen.gap(result.x)
+        equation.freeze(p).gap(p)
 
 
 @pytest.mark.parametrize(
     ("operator", "size", "weight"),
-    [(coupled, (9, 8), 0.2), (circular, (26, 25), 0.005)],
+    [(coupled, (9, 8), 0.05), (circular, (26, 25), 0.005)],
 )
 def test_admm_solves_problems_with_an_operator(operator, size, weight):
     """By conjugate gradients, or one descent step where the physics is circular."""
     H, matrix_H = operator()
     equation, frozen, result, matrix = random_frozen(
-        SAFIPrior, 1, "admm", H=H, size=size, weight=weight
+        SAFIPrior, 0, "admm", H=H, size=size, weight=weight
     )
     x, w = (v.flatten() for v in equation.unpair(result.x))
     c = frozen.bound.flatten()
@@ -252,7 +253,7 @@ def blind_to_the_mean(v):
     return v - v.mean((2, 3), keepdim=True)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
 @pytest.mark.parametrize("bounds", [None, (0.0, 1.0)], ids=["free", "box"])
 def test_what_neither_physics_nor_filters_see_is_found(bounds, scale):
     """The mean: only borders tell it. And the units of the physics do not matter."""
@@ -338,8 +339,8 @@ def test_the_residual_of_the_equation_is_that_of_the_frozen_problem():
 @cache
 def solved(kind, problem):
     """A problem of one image, and its solution."""
-    H = None if problem == "denoising" else coupled()[0]
-    prior, equation = equations(kind, H, "admm", n=1)
+    H, weight = (None, 0.3) if problem == "denoising" else (coupled()[0], 0.1)
+    prior, equation = equations(kind, H, "admm", n=1, lambda_reg=weight)
     return prior, H, equation, solve(equation).x
 
 

@@ -230,7 +230,7 @@ def test_auto_is_least_squares_for_other_noise_and_other_models():
     assert torch.equal(auto(y, sigma=0.1), plain(y, sigma=0.1))
 
 
-@pytest.mark.parametrize("factor", [1e-3, 2.5, 1e3])
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
 @pytest.mark.parametrize("name", CASES)
 def test_scaling_law(name, factor):
     """
@@ -293,7 +293,9 @@ def test_weighted_least_squares_of_other_models(kind, scale):
     w = 4.0 * (weights() > 1)
     y = blur().A(truth())
     mask = dinv.physics.Inpainting(SHAPE, mask=w[0].sqrt())
-    settings, call = {"rtol": 1e-2, "scale": scale}, {"lambda_reg": 0.1}
+    # SAFI takes the same iterations for both; few of them are enough.
+    settings = {"rtol": 0.1 if kind == "SAFI" else 1e-2, "scale": scale}
+    call = {"lambda_reg": 0.1}
     expected = MODELS[kind](**settings)(w.sqrt() * y, mask, **call)
     model = MODELS[kind](data_fidelity=WeightedL2(w), **settings)
     found = model(y, **call)
