@@ -253,20 +253,17 @@ def blind_to_the_mean(v):
     return v - v.mean((2, 3), keepdim=True)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e4])
 @pytest.mark.parametrize("bounds", [None, (0.0, 1.0)], ids=["free", "box"])
-def test_what_neither_physics_nor_filters_see_is_found(bounds, scale):
+def test_what_neither_physics_nor_filters_see_is_found(bounds):
     """The mean: only borders tell it. And the units of the physics do not matter."""
     prior, y = random_l1_prior(SAFIPrior), noisy_images(1, 26, 25)
-    weight = 0.02 * scale / float(prior.bind().nu)
+    y, weight = blind_to_the_mean(y), 0.02 / float(prior.bind().nu)
     n_inner = []
-    for s in (scale, 1.0):
-        data = operator_term(
-            s * blind_to_the_mean(y), lambda v, s=s: s * blind_to_the_mean(v)
-        )
-        equation = prior.equation(data, lambda_reg=weight * s / scale, bounds=bounds)
-        n_inner.append(int(solve(equation, rtol=1e-2, forcing=0.5).n_inner))
-    assert n_inner[0] == pytest.approx(n_inner[1], rel=0.3)
+    for s in (1.0, 1e-3, 1e4):
+        data = operator_term(s * y, lambda v, s=s: s * blind_to_the_mean(v))
+        equation = prior.equation(data, lambda_reg=s * weight, bounds=bounds)
+        n_inner.append(int(solve(equation, rtol=3e-2, forcing=0.5).n_inner))
+    assert n_inner[1:] == pytest.approx([n_inner[0]] * 2, rel=0.3)
 
 
 def test_an_unknown_inner_solver_is_refused():

@@ -277,14 +277,6 @@ def test_backward_twice_needs_retain_graph_as_everywhere_in_torch():
     )
 
 
-def test_second_derivatives_are_refused():
-    y = images(1, 1, HEIGHT, WIDTH).requires_grad_()
-    x_hat = random_model()(y, sigma=0.1)
-    (gradient,) = torch.autograd.grad(x_hat.square().sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 def test_nothing_is_tracked_without_need():
     model = random_model().requires_grad_(False)
     assert not model(images(1, 1, HEIGHT, WIDTH), sigma=0.1).requires_grad

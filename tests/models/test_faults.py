@@ -120,12 +120,12 @@ def test_the_status_of_sparse_coding_is_told():
 @pytest.mark.parametrize("name", ["DEAL", "SAFI", "CPR"])
 def test_the_equation_is_that_of_the_call(name):
     y, physics = images(*SHAPE), inpainting()
-    model = MODELS[name](bounds=(0.3, 0.7), lambda_reg=0.02, solver="admm", rtol=1e-2)
+    model = MODELS[name](bounds=(0.3, 0.7), lambda_reg=0.02, solver="admm", rtol=0.1)
     equation = model.equation(y, physics, sigma=0.1)
     assert equation.bounds is not None
     options = getattr(equation, "options", None)
     assert (equation.method if options is None else options.method) == "admm"
-    found, result = equation.solve(equation.start(None), rtol=1e-2, max_iter=2000)
+    found, result = equation.solve(equation.start(None), rtol=0.1, max_iter=2000)
     assert result.converged.all()
     x = equation.data.image(equation.image(found))
     torch.testing.assert_close(x, model(y, physics, sigma=0.1), rtol=0, atol=1e-9)
@@ -135,7 +135,7 @@ def test_the_equation_is_that_of_the_call(name):
 @pytest.mark.parametrize("name", ["DEAL", "SAFI", "CPR"])
 def test_gradients_with_bounds_are_central_differences(name, rng):
     adjoint = AdjointOptions(True, 1e-10) if name == "CPR" else TIGHT
-    rtol = {"DEAL": 1e-11, "SAFI": 1e-9, "CPR": 1e-11}[name]
+    rtol = {"DEAL": 1e-11, "SAFI": 1e-9, "CPR": 1e-9}[name]
     model = MODELS[name](
         bounds=(0.45, 0.75), rtol=rtol, adjoint=adjoint, warn=False, max_iter=20000
     )
