@@ -69,7 +69,7 @@ def test_its_gradients_are_exact(prior, rng):
         prior=prior,
         rtol=1e-11,
         solver=SolverOptions(forcing=0.05, inner_max_iter=5000),
-        adjoint=AdjointOptions(rtol=1e-10, max_iter=300),
+        adjoint=AdjointOptions(smoothing=1e-6, rtol=1e-10, max_iter=300),
     )
 
     def run(contrast):

@@ -136,8 +136,9 @@ def test_a_batch_gives_what_its_samples_give_alone(kind):
     ids=str,
 )
 def test_every_setting_changes_the_result(settings):
-    y = noisy() - 0.4
-    assert not torch.equal(random_model(SAFI, **settings)(y), random_model(SAFI)(y))
+    y, rough = noisy() - 0.4, {"rtol": 1e-3}
+    changed = random_model(SAFI, **(rough | settings))(y)
+    assert not torch.equal(changed, random_model(SAFI, **rough)(y))
 
 
 def test_inner_solvers_and_starts_change_the_way_not_the_end():
