@@ -44,7 +44,7 @@ def runs(model):
     return [
         run
         for task in ("denoising", "inpainting")
-        for run in compare_speed(model, IMAGE, task, time_limit=20.0)
+        for run in compare_speed(model, IMAGE, task, time_limit=1e9)
     ]
 
 

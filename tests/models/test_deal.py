@@ -573,7 +573,7 @@ def test_acceleration_is_given_up_where_denoising_overshoots(options):
     assert not stubborn.converged.all()
 
 
-BLUR = dinv.physics.Blur(gaussian_blur(sigma=(1.6, 1.6)), padding="circular")
+BLUR = dinv.physics.Blur(gaussian_blur(sigma=(1.6, 1.6)), padding="circular").double()
 
 
 @pytest.mark.parametrize(
@@ -582,23 +582,23 @@ BLUR = dinv.physics.Blur(gaussian_blur(sigma=(1.6, 1.6)), padding="circular")
     ids=["denoising", "deblurring"],
 )
 def test_trained_weights_take_less_work_by_acceleration(physics, level, settings, most):
-    """For four photographs together: that for one depends on rounding."""
-    gray = torch.from_numpy(astronaut().mean(-1) / 255).float()
-    corners = (60, 200), (0, 180), (300, 60), (150, 330)
+    """In double precision: in single, rounding can cost or save an iteration."""
+    gray = torch.from_numpy(astronaut().mean(-1) / 255)
+    corners = (60, 200), (0, 180)
     x = torch.stack([gray[i : i + 40, j : j + 40] for i, j in corners])[:, None]
     y = x if physics is None else physics.A(x)
     y = y + level / 255 * torch.randn(y.shape, generator=generator(1))
 
     @torch.no_grad()
     def work(**options):
-        model = DEAL(rtol=2e-3, solver=SolverOptions(**options))
+        model = DEAL(rtol=2e-3, solver=SolverOptions(**options)).double()
         x_hat, info = model(y, physics, **settings, return_info=True)
         assert info.converged.all()
         return x_hat, float((2 * info.n_iter + info.inner_iter).sum())
 
     (x_hat, fast), (plain, slow) = work(), work(anderson=0)
     assert relative_error(x_hat, plain) < 1e-3
-    assert fast < most * slow  # found: 0.61 and 0.89
+    assert fast < most * slow  # found: 0.63 and 0.88
 
 
 def test_every_argument_is_tested():

@@ -328,9 +328,9 @@ def test_the_reported_residual_is_the_true_one(max_iter, verify, rng):
 
 
 def test_verification_corrects_a_recursion_that_was_too_optimistic(rng):
-    # At the limit of float32 not every sample can converge, but none may claim to.
+    # Close to the limit of float32, where the residual itself is known to 20 %.
     matrices, b = spd_system(rng, 40, (1e3,) * 8, dtype=torch.float32)
-    A, rtol = batched_map(matrices), 1e-5
+    A, rtol = batched_map(matrices), 2e-5
 
     def true_residual(result):
         exact = batched_map(matrices.double())
@@ -338,9 +338,9 @@ def test_verification_corrects_a_recursion_that_was_too_optimistic(rng):
 
     trusting = cg(A, b, rtol=rtol, max_iter=500, verify=False)
     verified = cg(A, b, rtol=rtol, max_iter=500)
-    assert trusting.converged.all() and (true_residual(trusting) > 1.05 * rtol).any()
+    assert trusting.converged.all() and (true_residual(trusting) > 1.2 * rtol).any()
     assert verified.converged.any()
-    assert (true_residual(verified)[verified.converged] <= 1.05 * rtol).all()
+    assert (true_residual(verified)[verified.converged] <= 1.2 * rtol).all()
     assert true_residual(verified).max() < true_residual(trusting).max()
     assert (verified.n_iter >= trusting.n_iter).all()
 
