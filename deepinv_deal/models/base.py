@@ -69,8 +69,10 @@ class ReconstructionModel(Reconstructor, Denoiser):
 
     **Intensity.** The weights expect images in about [0, 1]. With ``scale="auto"``,
     data whose intensity is far from that (all but a few pixels below 0.25, or more than
-    a few above 2.5) are divided by a power of ten before and multiplied after, see
-    ``info.scale``. A number fixes the scale, ``None`` switches it off.
+    a few above 2.5) are divided by 1 or 2.5 times a power of ten before and multiplied
+    after, see ``info.scale``; and of real images that hardly differ from a large
+    constant, this pedestal is subtracted before and added after. ``info.notes`` says
+    so. A number fixes the scale, ``None`` switches both off.
 
     **Complex images** (MRI: two channels, real and imaginary part) with a gray model:
     ``complex_mode="real_imag"`` regularizes both parts alike, ``"real"`` assumes a
@@ -500,6 +502,8 @@ class ReconstructionModel(Reconstructor, Denoiser):
             in_channels=self.prior.in_channels,
             complex_mode=self.complex_mode,
             scale=scale,
+            # Counts and the like are zero where nothing was.
+            pedestal=likelihood is None,
         )
         if note is not None:
             data.notes.append(f"data_fidelity='auto': {note}.")
@@ -532,17 +536,28 @@ class ReconstructionModel(Reconstructor, Denoiser):
     def _bounds(self, data: DataTerm) -> Bounds | None:
         """Returns the bounds in the units of the model."""
         if not isinstance(self.bounds, str):
-            return divided(self.bounds, data.scale, data.b)
+            return divided(self.bounds, data.scale, data.b, data.offset)
         own = self.own_bounds
         if own is None or data.complex_pair:
             # Real and imaginary part of an image have either sign.
             return None
-        guessed = data.intensity != 1
-        if self.scale != "auto" or not guessed.any():
+        if data.signed is None or data.bright is None:
             return own
-        # Where the intensity was guessed, nobody knows which value is white.
-        high = torch.full_like(data.intensity, own[1]).masked_fill(guessed, math.inf)
-        return own[0], expand(high, data.b)
+        # Where the intensity was guessed, nobody knows which value is white, and where
+        # the image stood on a pedestal, which is black.
+        above, below = data.bright | (data.intensity != 1), data.signed
+        if data.offset is not None:
+            above, below = above | (data.offset != 0), below | (data.offset != 0)
+        if not bool((above | below).any()):
+            return own
+        if bool((data.bright | data.signed).any()):
+            data.notes.append(
+                f"The image has values beyond {own}, so it is not confined to it "
+                "(bounds='auto')."
+            )
+        low, high = (torch.full_like(data.intensity, value) for value in own)
+        low, high = low.masked_fill(below, -math.inf), high.masked_fill(above, math.inf)
+        return expand(low, data.b), expand(high, data.b)
 
     def _level(
         self, sigma: float | Tensor | str | None, physics: Any, data: DataTerm

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from deepinv.models.noise_level_estimation import PatchCovarianceNoiseEstimator
 from torch import Tensor
+
+from deepinv_deal._batch import expand
 
 #: On images with a smaller side, deepinv's estimate of the noise is useless. On 40 x 40
 #: pixels it is up to 40 % too low, on 64 x 64 up to 10 %.
@@ -12,6 +15,10 @@ SMALLEST_ESTIMATE = 40
 #: Channels are estimated together if there are as many patches for each entry of one;
 #: with fewer, the estimate would be lower than that of each channel alone.
 PATCHES_PER_ENTRY = 8
+
+#: Pixels that are this many times farther from the median than this quantile of them
+#: are outliers, as hot pixels of a camera.
+OUTLIER_QUANTILE, OUTLIER_REACH = 0.995, 3.0
 
 
 def estimated_level(b: Tensor) -> Tensor:
@@ -27,6 +34,7 @@ def estimated_level(b: Tensor) -> Tensor:
             f"{b.shape[-2]} x {b.shape[-1]} pixels, which are fewer than "
             f"{SMALLEST_ESTIMATE} on a side. Give it as a number."
         )
+    b = _without_outliers(b)
     estimator = PatchCovarianceNoiseEstimator()
     # It takes the covariance of patches of 8 x 8 pixels, 3 pixels apart. Those of all
     # channels together have more entries, and need more patches, than those of one.
@@ -41,3 +49,17 @@ def estimated_level(b: Tensor) -> Tensor:
             "which may have no noise. Give it as a number."
         )
     return levels.to(b.dtype)
+
+
+def _without_outliers(b: Tensor) -> Tensor:
+    """
+    Clips pixels far beyond all but a few of them: hot ones are no noise of this kind.
+    """
+    flat = b.flatten(1)
+    low, middle, high = (
+        flat.kthvalue(max(1, round(q * flat.shape[1])), 1).values
+        for q in (1 - OUTLIER_QUANTILE, 0.5, OUTLIER_QUANTILE)
+    )
+    reach = OUTLIER_REACH * torch.maximum(high - middle, middle - low)
+    low, high = (expand(v, b) for v in (middle - reach, middle + reach))
+    return torch.minimum(torch.maximum(b, low), high)

@@ -44,12 +44,25 @@ def clamp(x: Tensor, bounds: Bounds | None) -> Tensor:
     return torch.clamp(x, low, high)  # type: ignore[arg-type]
 
 
-def divided(bounds: Bounds | None, scale: Tensor | None, like: Tensor) -> Bounds | None:
-    """Returns bounds for an image that was divided by ``scale (B,)``."""
-    if bounds is None or scale is None:
-        return bounds
-    low, high = (v / expand(scale, like) for v in bounds)
-    return low, high
+def divided(
+    bounds: Bounds | None,
+    scale: Tensor | None,
+    like: Tensor,
+    offset: Tensor | None = None,
+) -> Bounds | None:
+    """
+    Returns bounds for an image of which ``offset (B,)`` was subtracted, and which was
+    then divided by ``scale (B,)``.
+    """
+    if bounds is None:
+        return None
+    if offset is not None:
+        low, high = (v - expand(offset, like) for v in bounds)
+        bounds = low, high
+    if scale is not None:
+        low, high = (v / expand(scale, like) for v in bounds)
+        bounds = low, high
+    return bounds
 
 
 def projected_descent(

@@ -2,7 +2,6 @@ r"""The data term: what is known of measurements, physics and units, in one obje
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Tensor
 from deepinv_deal._batch import expand, inner, norm
 from deepinv_deal.problems.checks import check_measurements
 from deepinv_deal.problems.fitted import fitted
+from deepinv_deal.problems.intensity import guess_unit
 from deepinv_deal.problems.layout import ImageLayout
 from deepinv_deal.problems.normal_operator import (
     KnownPhysics,
@@ -23,16 +23,7 @@ from deepinv_deal.problems.normal_operator import (
     check_linear,
     is_identity,
 )
-from deepinv_deal.solvers import conjugate_gradient
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
-
-#: Intensities that are left alone: one decade, so that the guess for images in another
-#: unit is that for these, times a power of ten.
-SMALLEST_INTENSITY, LARGEST_INTENSITY = 0.25, 2.5
-
-#: How an image is guessed for its intensity, and the quantile of its absolute values
-#: that counts as that.
-GUESS_RTOL, GUESS_MAX_ITER, GUESS_QUANTILE = 1e-2, 8, 0.999
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class DataTerm:
 
     The unknown :math:`x` is real, ``(B, C, H, W)``, and in the units of the model,
     about [0, 1]: an image of the physics is ``scale`` times what ``layout`` makes
-    of it.
+    of it, plus ``offset``.
 
     :param torch.Tensor b: right-hand side, shape of the unknown.
     :param NormalOperator H: normal operator; ``None``: the identity.
@@ -75,6 +66,11 @@ class DataTerm:
     :param object physics: the physics, which only :meth:`value` needs.
     :param object y: measurements, likewise.
     :param list notes: remarks on what was decided for the user.
+    :param torch.Tensor offset: pedestal that was subtracted from images of the physics,
+        ``(B,)``; ``None``: none.
+    :param torch.Tensor signed: samples that seem to have negative values, ``(B,)``;
+        ``None``: not looked at.
+    :param torch.Tensor bright: samples that seem to have values above 1, likewise.
     """
 
     b: Tensor
@@ -84,6 +80,9 @@ class DataTerm:
     physics: Any = None
     y: Any = None
     notes: list[str] = field(default_factory=list)
+    offset: Tensor | None = None
+    signed: Tensor | None = None
+    bright: Tensor | None = None
 
     @classmethod
     def of(
@@ -96,6 +95,7 @@ class DataTerm:
         complex_mode: str = "real_imag",
         scale: float | str | None = None,
         trial: bool = True,
+        pedestal: bool = True,
     ) -> DataTerm:
         """
         Checks measurements and physics and returns their data term.
@@ -107,9 +107,10 @@ class DataTerm:
             device; ``None``: those of the measurements are right.
         :param int in_channels: channels that the filters see.
         :param str complex_mode: see :class:`ImageLayout`.
-        :param float, str scale: intensity of the images; ``"auto"``: a power of ten
-            where it is far from [0, 1], with a note; ``None``: 1.
+        :param float, str scale: intensity of the images; ``"auto"``: guessed, see
+            :func:`guess_unit`, with a note where it is far from [0, 1]; ``None``: 1.
         :param bool trial: whether to try the physics out; otherwise it is trusted.
+        :param bool pedestal: whether images may be taken to stand on a pedestal.
         :raises TypeError: if ``y`` is no floating tensor or the physics not linear.
         :raises ValueError: if they do not fit together, or ``y`` is not finite.
         """
@@ -133,7 +134,11 @@ class DataTerm:
                 )
         notes = [] if H is None else list(H.notes)
         data = cls(b, H, layout, None, physics, y, notes)
-        return data if scale is None else data.scaled(_intensity(data, scale))
+        if scale is None:
+            return data
+        if isinstance(scale, str):
+            return _in_guessed_unit(data, pedestal=pedestal)
+        return data.scaled(torch.full_like(data.b[:, 0, 0, 0], float(scale)))
 
     def scaled(self, scale: Tensor) -> DataTerm:
         """
@@ -254,7 +259,8 @@ class DataTerm:
 
     def unscaled(self, x: Tensor) -> Tensor:
         """Returns an unknown in the units of the physics."""
-        return x if self.scale is None else x * expand(self.scale, x)
+        x = x if self.scale is None else x * expand(self.scale, x)
+        return x if self.offset is None else x + expand(self.offset, x)
 
     def unknown(self, name: str, image: object) -> Tensor:
         """
@@ -271,6 +277,7 @@ class DataTerm:
                 f"{name} is {x.dtype} on {x.device}, the measurements are "
                 f"{self.b.dtype} on {self.b.device}. Convert one of them."
             )
+        x = x if self.offset is None else x - expand(self.offset, x)
         return x if self.scale is None else x / expand(self.scale, x)
 
 
@@ -295,36 +302,23 @@ def operator_term(b: Tensor, H: Callable[[Tensor], Tensor] | None = None) -> Dat
     return DataTerm(b, None if H is None else NormalOperator(H, b))
 
 
-def _intensity(data: DataTerm, scale: float | str) -> Tensor:
-    """Returns the intensity of the images, ``(B,)``, by which data are divided."""
-    b = data.b.detach()
-    ones = b.new_ones(len(b))
-    if not isinstance(scale, str):
-        return scale * ones
-    with torch.no_grad():
-        # Not the back-projection itself, which is much darker than the image where A
-        # blurs, as in tomography.
-        x = b
-        if data.H is not None:
-            x = conjugate_gradient(
-                data.normal, b, rtol=GUESS_RTOL, max_iter=GUESS_MAX_ITER, verify=False
-            ).x
-        magnitudes = x.abs().flatten(1)
-        # A few hot pixels are no image.
-        rank = max(1, int(GUESS_QUANTILE * magnitudes.shape[1]))
-        sizes = magnitudes.kthvalue(rank).values.tolist()
-    factors = []
-    for size in sizes:
-        known = 0 < size < math.inf
-        usual = SMALLEST_INTENSITY < size <= LARGEST_INTENSITY
-        decade = (
-            0 if usual or not known else math.ceil(math.log10(size / LARGEST_INTENSITY))
+def _in_guessed_unit(data: DataTerm, *, pedestal: bool) -> DataTerm:
+    """Returns the data term in the unit that is guessed, with notes if it differs."""
+    unit = guess_unit(data, pedestal=pedestal)
+    data = replace(data, signed=unit.signed, bright=unit.bright)
+    if unit.offset is not None:
+        levels = [float(f"{o:.4g}") for o in unit.offset.tolist()]
+        data.notes.append(
+            f"The image stands on a pedestal: {levels} was subtracted from it and "
+            "added to the result (scale='auto')."
         )
-        factors.append(10.0**decade)
-    if any(factor != 1 for factor in factors):
+        shadow = data.normal(torch.ones_like(data.b))
+        shifted = data.b - expand(unit.offset, data.b) * shadow
+        data = replace(data, b=shifted, offset=unit.offset)
+    if bool((unit.scale != 1).any()):
         data.notes.append(
             "The intensity is far from [0, 1]: data were divided by "
-            f"{[float(f'{f:g}') for f in factors]} and the result multiplied by it "
-            "(scale='auto')."
+            f"{[float(f'{f:g}') for f in unit.scale.tolist()]} and the result "
+            "multiplied by it (scale='auto')."
         )
-    return torch.tensor(factors, dtype=b.dtype, device="cpu").to(b.device)
+    return data.scaled(unit.scale)
