@@ -107,8 +107,8 @@ class DataTerm:
             device; ``None``: those of the measurements are right.
         :param int in_channels: channels that the filters see.
         :param str complex_mode: see :class:`ImageLayout`.
-        :param float, str scale: intensity of the images; ``"auto"``: guessed, see
-            :func:`guess_unit`, with a note where it is far from [0, 1]; ``None``: 1.
+        :param float, str scale: intensity of the images; ``"auto"``: guessed, with a
+            note where it is far from [0, 1]; ``None``: 1.
         :param bool trial: whether to try the physics out; otherwise it is trusted.
         :param bool pedestal: whether images may be taken to stand on a pedestal.
         :raises TypeError: if ``y`` is no floating tensor or the physics not linear.
