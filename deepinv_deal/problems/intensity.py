@@ -125,7 +125,7 @@ def _rung(size: float) -> float:
         return 1.0
     power = math.floor(math.log10(size / LARGEST_ROUND)) + 1
     half = 0.25 * 10.0**power
-    # 10^(power - 1) < size / 1.3 <= 10^power.
+    # 10^(power - 1) < size / LARGEST_ROUND <= 10^power.
     return half if size <= 1.6 * half else 10.0**power
 
 
