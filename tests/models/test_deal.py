@@ -356,7 +356,7 @@ def test_init_is_not_modified(model, y):
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
 @pytest.mark.parametrize("physics", [None, inpainting(), blur()])
 def test_equivariance_with_automatic_scale(model, y, physics, factor):
-    sigma, y = 0.1 if physics is None else None, 0.5 * y
+    sigma, y = 0.1 if physics is None else None, 0.6 * y
     expected = model(y, physics, sigma=sigma)
     scaled = sigma and factor * sigma
     x_hat, info = model(factor * y, physics, sigma=scaled, return_info=True)
