@@ -50,7 +50,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepinv_deal import DEAL, SolverOptions
-from deepinv_deal.files import as_float, load_image, replacing
+from deepinv_deal._atomic import replacing
+from deepinv_deal.files import as_float, load_image
 from deepinv_deal.operators.multi_conv import BlockConvolution
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.problems import operator_term

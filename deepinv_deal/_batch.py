@@ -20,6 +20,17 @@ def norm(a: Tensor) -> Tensor:
     return vector_norm(a, dim=_all_but_first(a))
 
 
+def quantile(x: Tensor, q: float) -> Tensor:
+    """
+    Returns a quantile of every sample, ``(B,)``: one of its values, for any size.
+
+    :param torch.Tensor x: batch ``(B, ...)``.
+    :param float q: share of the values below, in [0, 1].
+    """
+    flat = x.flatten(1)
+    return flat.kthvalue(max(1, int(q * flat.shape[1]))).values
+
+
 def joint_norm(
     parts: Iterable[Tensor], weights: Iterable[float | Tensor] | None = None
 ) -> Tensor:

@@ -78,6 +78,20 @@ def central_difference(
         )
 
 
+def slope_in_place(
+    function: Callable[[], Tensor], tensor: Tensor, direction: Tensor, h: float
+) -> Tensor:
+    """The derivative along a direction of a tensor that the function holds."""
+
+    def at(t: float) -> Tensor:
+        tensor.add_(t * direction)
+        value = function()
+        tensor.sub_(t * direction)
+        return value
+
+    return central_difference(at, 0.0, 1.0, h)
+
+
 def gradients_equal_finite_differences(run, tensors, rng, rtol=1e-5, h=1e-4):
     """Compares along a random direction in which every tensor contributes alike."""
     tensors = [t.detach().requires_grad_() for t in tensors]

@@ -13,6 +13,7 @@ import tifffile
 import torch
 from PIL import Image
 
+from deepinv_deal._atomic import replacing
 from deepinv_deal.cli import main
 from deepinv_deal.evaluation import make_kernel
 from deepinv_deal.files import (
@@ -21,7 +22,6 @@ from deepinv_deal.files import (
     read_array,
     read_mask,
     read_picture,
-    replacing,
     write_picture,
 )
 from deepinv_deal.weights.files import read_checkpoint

@@ -22,15 +22,16 @@ PARTS = NUMERICS | {"problems"}
 ALLOWED = {
     "_batch": set(),
     "_warnings": set(),
+    "_atomic": set(),
     "operators": CORE,
     "splines": CORE,
     "solvers": CORE,
     "problems": NUMERICS,
     "priors": PARTS,
-    "weights": PARTS | {"priors", "files"},
+    "weights": PARTS | {"priors", "_atomic"},
     "optim": PARTS | {"priors"},
     "models": PARTS | {"priors", "optim", "weights"},
-    "files": set(),
+    "files": {"_atomic"},
 }
 for _part in (
     "training",
@@ -38,7 +39,14 @@ for _part in (
     "interpret",
     "evaluation",
 ):  # independent of another
-    ALLOWED[_part] = PARTS | {"priors", "optim", "weights", "models", "files"}
+    ALLOWED[_part] = PARTS | {
+        "priors",
+        "optim",
+        "weights",
+        "models",
+        "files",
+        "_atomic",
+    }
 ALLOWED["evaluation"] |= {"tuning"}
 ALLOWED["training"] |= {"tuning"}  # SAFI and MMR: lambda is chosen anew at the end
 TOP = {"", "cli", "__main__"}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from helpers import central_difference
+from helpers import slope_in_place
 from problems import generator
 from torch import Tensor
 
@@ -121,12 +121,7 @@ def slopes_of_the_loss(trainer, weight: Tensor, step: float) -> tuple[float, flo
     problems = type(problems)(*(v.double() for v in vars(problems).values()))
     trainer.loss(problems, None)[0].backward()
     direction = torch.randn(weight.shape, generator=generator(3)).to(weight)
-
-    def loss_at(t):
-        weight.add_(t * direction)
-        value = trainer.loss(problems, None)[0].item()
-        weight.sub_(t * direction)
-        return value
-
     slope = (weight.grad * direction).sum().item()
-    return slope, central_difference(loss_at, 0.0, 1.0, step)
+    return slope, slope_in_place(
+        lambda: trainer.loss(problems, None)[0].item(), weight, direction, step
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from deepinv_deal.files import replacing
+from deepinv_deal._atomic import replacing
 from deepinv_deal.interpret._figures import TITLE, new_figure, show
 from deepinv_deal.models import ReconstructionInfo
 

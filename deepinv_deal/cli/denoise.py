@@ -112,18 +112,17 @@ def _folder(
 
 def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     """Pairs of input and output below two folders."""
-    from deepinv_deal.files import IMAGES, files_below
+    from deepinv_deal.files import WRITABLE, files_below
 
-    kinds = (*IMAGES, ".npy", ".pt")
-    if target.is_file() or (target.suffix.lower() in kinds and not target.is_dir()):
+    if target.is_file() or (target.suffix.lower() in WRITABLE and not target.is_dir()):
         raise ValueError(f"{source} is a folder, so OUTPUT must be one: got {target}.")
     inside = target.resolve()
-    files = files_below(source, kinds)
+    files = files_below(source, WRITABLE)
     if inside != source.resolve():  # results of an earlier run are no input
         files = [p for p in files if not p.resolve().is_relative_to(inside)]
     if not files:
         raise FileNotFoundError(
-            f"No image in {source} (looked for {', '.join(kinds)})."
+            f"No image in {source} (looked for {', '.join(WRITABLE)})."
         )
     results = [_lossless(p.relative_to(source)) for p in files]
     number = Counter(results)

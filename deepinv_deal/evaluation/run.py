@@ -17,10 +17,10 @@ from deepinv.models import Reconstructor
 from torch import Tensor
 from tqdm import tqdm
 
+from deepinv_deal._atomic import replacing
 from deepinv_deal.evaluation.baselines import TotalVariation
 from deepinv_deal.evaluation.published import PUBLISHED, SOURCE
 from deepinv_deal.evaluation.tasks import Task
-from deepinv_deal.files import replacing
 from deepinv_deal.models import DEAL, SynthesisInfo, SynthesisModel
 from deepinv_deal.tuning import tune
 from deepinv_deal.tuning.run import REPORTING

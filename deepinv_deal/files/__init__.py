@@ -1,7 +1,6 @@
 """Images, kernels, masks and measurements in files."""
 
 from deepinv_deal.files.arrays import ARRAYS, read_array
-from deepinv_deal.files.atomic import replacing
 from deepinv_deal.files.decode import IMAGES
 from deepinv_deal.files.folders import (
     as_float,
@@ -33,6 +32,5 @@ __all__ = [
     "read_array",
     "read_mask",
     "read_picture",
-    "replacing",
     "write_picture",
 ]

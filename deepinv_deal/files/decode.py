@@ -246,26 +246,29 @@ def _tiff_metadata(page: Any) -> dict[str, Any]:
 # -- writing ------------------------------------------------------------------------
 
 
-def check_capability(file: Path, picture: Decoded) -> None:
+def check_capability(
+    file: Path, dtype: np.dtype, *, pages: int, colour: bool, transparent: bool
+) -> None:
     """
-    Checks that a picture file can hold pixels like the given ones.
+    Checks that a picture file can hold pixels of a kind.
 
     :param pathlib.Path file: the file to be written.
-    :param Decoded picture: the pixels; only shape and dtype count.
+    :param numpy.dtype dtype: of the pixels.
+    :param int pages: number of pages.
+    :param bool colour: whether there are three channels.
+    :param bool transparent: whether there is an opacity.
     :raises ValueError: if something would be lost, with what to do.
     """
     suffix = file.suffix.lower()
     if suffix in TIFF:
         return
-    gray, colour, transparency = _CAPABILITIES[suffix]
-    depths = gray if picture.pixels.ndim == 3 else colour
-    dtype = str(picture.pixels.dtype)
+    gray_depths, colour_depths, transparency = _CAPABILITIES[suffix]
     lost = None
-    if len(picture.pixels) > 1:
-        lost = f"{len(picture.pixels)} pages"
-    elif dtype not in depths:
-        lost = dtype if picture.pixels.ndim == 3 else f"{dtype} in colour"
-    elif picture.alpha is not None and not transparency:
+    if pages > 1:
+        lost = f"{pages} pages"
+    elif str(dtype) not in (colour_depths if colour else gray_depths):
+        lost = f"{dtype} in colour" if colour else str(dtype)
+    elif transparent and not transparency:
         lost = "transparency"
     if lost is not None:
         raise ValueError(

@@ -11,9 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepinv_deal._atomic import replacing
 from deepinv_deal.files.arrays import read_array
-from deepinv_deal.files.atomic import replacing
-from deepinv_deal.files.decode import IMAGES, Decoded, check_capability, decode, encode
+from deepinv_deal.files.decode import (
+    IMAGES,
+    TIFF,
+    Decoded,
+    check_capability,
+    decode,
+    encode,
+)
 
 #: Suffixes of files to which a result can be written.
 WRITABLE = (*IMAGES, ".npy", ".pt")
@@ -139,7 +146,13 @@ def check_target(path: str | os.PathLike[str], like: Picture) -> None:
     if file.suffix.lower() not in WRITABLE:
         raise ValueError(f"{file}: the result can be written as {', '.join(WRITABLE)}.")
     if file.suffix.lower() in IMAGES:
-        check_capability(file, _decoded(torch.zeros_like(like.x), like, file))
+        check_capability(
+            file,
+            _depth(like, file)[0],
+            pages=len(like.x),
+            colour=like.x.shape[1] > 1,
+            transparent=like.alpha is not None,
+        )
 
 
 def write_picture(path: str | os.PathLike[str], x: Tensor, like: Picture) -> None:
@@ -184,16 +197,20 @@ def _as_array(x: Tensor, like: Picture) -> np.ndarray:
     return np.ascontiguousarray(image.numpy())
 
 
+def _depth(like: Picture, file: Path) -> tuple[np.dtype, float]:
+    """Returns the dtype of the pixels of a picture file, and which of them is white."""
+    if like.dtype.kind in "ui":
+        return like.dtype, like.white
+    if file.suffix.lower() in TIFF:
+        return np.dtype(np.float32), like.white
+    return np.dtype(np.uint8), 255.0
+
+
 def _decoded(x: Tensor, like: Picture, file: Path) -> Decoded:
     """Returns the pixels for a picture file, in the depth that it shall have."""
     pixels = x.detach().cpu().double().numpy()  # (P, C, H, W)
     pixels = pixels[:, 0] if pixels.shape[1] == 1 else np.moveaxis(pixels, 1, -1)
-    dtype, white = like.dtype, like.white
-    if dtype.kind not in "ui":
-        if file.suffix.lower() in (".tif", ".tiff"):
-            dtype = np.dtype(np.float32)
-        else:
-            dtype, white = np.dtype(np.uint8), 255.0
+    dtype, white = _depth(like, file)
     if dtype.kind in "ui":
         limits = np.iinfo(dtype)
         pixels = np.rint(pixels * white).clip(limits.min, limits.max).astype(dtype)

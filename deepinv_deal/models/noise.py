@@ -6,7 +6,7 @@ import torch
 from deepinv.models.noise_level_estimation import PatchCovarianceNoiseEstimator
 from torch import Tensor
 
-from deepinv_deal._batch import expand
+from deepinv_deal._batch import expand, quantile
 
 #: On images with a smaller side, deepinv's estimate of the noise is useless. On 40 x 40
 #: pixels it is up to 40 % too low, on 64 x 64 up to 10 %.
@@ -55,11 +55,8 @@ def _without_outliers(b: Tensor) -> Tensor:
     """
     Clips pixels far beyond all but a few of them: hot ones are no noise of this kind.
     """
-    flat = b.flatten(1)
-    low, middle, high = (
-        flat.kthvalue(max(1, round(q * flat.shape[1])), 1).values
-        for q in (1 - OUTLIER_QUANTILE, 0.5, OUTLIER_QUANTILE)
-    )
+    quantiles = (1 - OUTLIER_QUANTILE, 0.5, OUTLIER_QUANTILE)
+    low, middle, high = (quantile(b, q) for q in quantiles)
     reach = OUTLIER_REACH * torch.maximum(high - middle, middle - low)
     low, high = (expand(v, b) for v in (middle - reach, middle + reach))
     return torch.minimum(torch.maximum(b, low), high)

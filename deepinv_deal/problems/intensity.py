@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepinv_deal._batch import expand, inner, norm
+from deepinv_deal._batch import expand, inner, norm, quantile
 from deepinv_deal.solvers import conjugate_gradient
 
 if TYPE_CHECKING:
@@ -65,26 +65,28 @@ def guess_unit(data: DataTerm, *, pedestal: bool = True) -> Unit:
     :param bool pedestal: whether real images may stand on a pedestal.
     """
     x = _rough_image(data, data.b)
-    offset = _pedestal(data) if pedestal and not data.complex_pair else None
+    size, offset = quantile(x.abs(), GUESS_QUANTILE), None
+    # Images of usual intensity have none, which saves an application of the physics.
+    may_stand = pedestal and not data.complex_pair
+    if may_stand and bool((size > LARGEST_INTENSITY).any()):
+        shadow = data.normal(torch.ones_like(x))
+        offset = _pedestal(data.b, shadow)
     if offset is not None:
-        ones = torch.ones_like(x)
-        rest = _rough_image(data, data.b - expand(offset, x) * data.normal(ones))
-        low, high = _quantile(rest, 1 - GUESS_QUANTILE), _quantile(rest, GUESS_QUANTILE)
+        rest = _rough_image(data, data.b - expand(offset, x) * shadow)
+        low, high = quantile(rest, 1 - GUESS_QUANTILE), quantile(rest, GUESS_QUANTILE)
         stands = offset != 0
         offset = torch.where(stands, offset + low, 0)
         x = torch.where(expand(stands, x), rest - expand(low, x), x)
-        size = torch.where(stands, high - low, _quantile(x.abs(), GUESS_QUANTILE))
-    else:
-        size = _quantile(x.abs(), GUESS_QUANTILE)
+        size = torch.where(stands, high - low, size)
     scale = torch.tensor([_rung(s) for s in size.tolist()], dtype=x.dtype, device="cpu")
     scale = scale.to(x.device)
     x = x / expand(scale, x)
     side = min(BEYOND_SIDE, *x.shape[-2:])
     margin = DENOISING_MARGIN if data.identity else MARGIN
-    margin = margin + BEYOND_NOISE * rough_noise(x) / side
+    margin = margin + BEYOND_NOISE * _rough_noise(x) / side
     means = F.avg_pool2d(x, side, 1)
-    signed = _quantile(means, BEYOND_QUANTILE) < -margin
-    bright = _quantile(means, 1 - BEYOND_QUANTILE) > 1 + margin
+    signed = quantile(means, BEYOND_QUANTILE) < -margin
+    bright = quantile(means, 1 - BEYOND_QUANTILE) > 1 + margin
     return Unit(scale, offset, signed, bright)
 
 
@@ -104,11 +106,12 @@ def _rough_image(data: DataTerm, b: Tensor) -> Tensor:
     ).x
 
 
-def _pedestal(data: DataTerm) -> Tensor | None:
-    """The constants that explain the data nearly, zero elsewhere; ``None``: nowhere."""
-    b = data.b.detach()
+def _pedestal(b: Tensor, shadow: Tensor) -> Tensor | None:
+    """
+    The constants that explain the right-hand side nearly, zero elsewhere; ``None``:
+    nowhere. ``shadow`` is that of the constant 1.
+    """
     ones = torch.ones_like(b)
-    shadow = data.normal(ones)
     gain = inner(ones, shadow)
     level = (inner(ones, b) / gain.where(gain > 0, 1)).where(gain > 0, 0)
     rest = norm(b - expand(level, b) * shadow)
@@ -129,7 +132,7 @@ def _rung(size: float) -> float:
     return half if size <= 1.6 * half else 10.0**power
 
 
-def rough_noise(x: Tensor) -> Tensor:
+def _rough_noise(x: Tensor) -> Tensor:
     """
     Returns a rough, robust noise level of images ``(B, C, H, W)``, ``(B,)``: the median
     of the mixed second differences.
@@ -138,10 +141,3 @@ def rough_noise(x: Tensor) -> Tensor:
         return x.new_zeros(len(x))
     d = x[..., 1:, 1:] - x[..., :-1, 1:] - x[..., 1:, :-1] + x[..., :-1, :-1]
     return d.abs().flatten(1).median(1).values / (2 * 0.6745)
-
-
-def _quantile(x: Tensor, q: float) -> Tensor:
-    """A quantile of every sample, ``(B,)``, exactly one of its values."""
-    flat = x.flatten(1)
-    rank = min(max(1, int(q * flat.shape[1])), flat.shape[1])
-    return flat.kthvalue(rank).values

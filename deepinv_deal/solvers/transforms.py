@@ -29,18 +29,17 @@ def eager(method: Method) -> Method:
 
     @wraps(method)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            refuse_transforms(type(self).__name__, *args, *kwargs.values())
-            return uncompiled(self, *args, **kwargs)
-        if exporting():
-            raise RuntimeError(_message(type(self).__name__, "torch.export"))
-        _say_not_compiled(type(self).__name__)
+        name = type(self).__name__
+        if torch.compiler.is_compiling() and not _exporting():
+            _say_not_compiled(name)
+        else:
+            _refuse_transforms(name, *args, *kwargs.values())
         return uncompiled(self, *args, **kwargs)
 
     return cast(Method, wrapper)
 
 
-def exporting() -> bool:
+def _exporting() -> bool:
     """Returns whether ``torch.export`` is at work; older versions of torch tell not."""
     return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
 
@@ -53,7 +52,7 @@ def _say_not_compiled(name: str) -> None:
     )
 
 
-def refuse_transforms(name: str, *arguments: Any) -> None:
+def _refuse_transforms(name: str, *arguments: Any) -> None:
     """
     Raises an error within transformations that are not supported.
 
@@ -65,7 +64,7 @@ def refuse_transforms(name: str, *arguments: Any) -> None:
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(_message(name, "torch.jit.trace"))
-    if exporting():
+    if _exporting():
         raise RuntimeError(_message(name, "torch.export"))
     if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
         raise RuntimeError(

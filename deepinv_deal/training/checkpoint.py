@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deal.files import replacing
+from deepinv_deal._atomic import replacing
 
 #: Settings that may change between a run and its continuation.
 FREE_SETTINGS = {

@@ -19,8 +19,9 @@ from deepinv.models import Reconstructor
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from deepinv_deal._atomic import replacing
 from deepinv_deal._warnings import warn
-from deepinv_deal.files import load_images, replacing
+from deepinv_deal.files import load_images
 from deepinv_deal.priors import Configurable
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.training.checkpoint import read_checkpoint, write_checkpoint

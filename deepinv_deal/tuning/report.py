@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
-from deepinv_deal.files import replacing
+from deepinv_deal._atomic import replacing
 from deepinv_deal.solvers import ConvergenceWarning
 
 if TYPE_CHECKING:

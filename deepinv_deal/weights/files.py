@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from deepinv_deal.files import replacing
+from deepinv_deal._atomic import replacing
 
 Module = TypeVar("Module", bound=nn.Module)
 

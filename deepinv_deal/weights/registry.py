@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 from urllib.request import urlopen
 
-from deepinv_deal.files import replacing
+from deepinv_deal._atomic import replacing
 from deepinv_deal.weights.files import read_header
 
 #: Where the repositories of the authors' files are.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import slope_in_place
 from skimage.data import camera
 
 from deepinv_deal import DEAL, MMR, SAFI, PatchSynthesis, SmoothPlusSparse
@@ -48,12 +49,8 @@ def test_gradients_by_default_are_those_of_accurate_solutions(name):
         (y, weight), gradients, lengths, TOLERANCES, strict=True
     ):
         slope = gradient.norm()
-        step = length * gradient / slope
-        with torch.no_grad():
-            tensor += step
-            above = loss(reference, y)
-            tensor -= 2 * step
-            below = loss(reference, y)
-            tensor += step
-        difference = (above - below) / (2 * length)
+        direction = gradient / slope
+        difference = slope_in_place(
+            lambda: loss(reference, y), tensor, direction, length
+        )
         assert float(difference / slope) == pytest.approx(1, abs=tolerance)
