@@ -14,12 +14,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deepinv_deal import ReconstructionInfo
+    from deepinv_deal.cli._likelihood import LikelihoodOption
 
 Commands = argparse._SubParsersAction  # its type parameter exists for checkers only
 
 
 #: What bad input raises.
-BAD_INPUT = (ValueError, TypeError, OSError, FloatingPointError)
+BAD_INPUT = (
+    ValueError,
+    TypeError,
+    OSError,
+    FloatingPointError,
+    NotImplementedError,  # a model that cannot do what it was asked for
+)
 
 #: Models by their names on the command line.
 MODELS = {
@@ -248,7 +255,9 @@ def add_outcome_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def report(name: str, info: ReconstructionInfo, seconds: float) -> bool:
+def report(
+    name: str, info: ReconstructionInfo, seconds: float, likelihood: LikelihoodOption
+) -> bool:
     """Prints how a reconstruction went; returns whether all of it succeeded."""
     succeeded = bool(info.succeeded.all())
     end = "converged" if bool(info.converged.all()) else "finished"
@@ -258,7 +267,8 @@ def report(name: str, info: ReconstructionInfo, seconds: float) -> bool:
         + (f"{inner} inner iterations, " if inner else "")
         + f"{'imbalance' if info.has_mask else 'change'} "
         f"{float(info.criterion.max()):.1e} "
-        f"({end if succeeded else 'NOT converged'}), {seconds:.1f} s"
+        f"({end if succeeded else 'NOT converged'}), {seconds:.1f} s, "
+        f"{likelihood.text}, lambda {float(info.lambda_reg.mean()):.4g}"
     )
     for note in info.notes:
         print(f"  {note}", file=sys.stderr)

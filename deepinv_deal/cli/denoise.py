@@ -11,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from deepinv_deal.cli._likelihood import add_likelihood_option
 from deepinv_deal.cli._options import (
     BAD_INPUT,
     Commands,
@@ -36,9 +37,8 @@ def add_denoise(commands: Commands[argparse.ArgumentParser]) -> None:
     denoise.add_argument(
         "--sigma",
         type=_level,
-        required=True,
         help="noise level in gray levels (of 255 for white, whatever the file), or "
-        "'estimate'",
+        "'estimate'; needed unless --likelihood is poisson or transmission",
     )
     denoise.add_argument(
         "--lambda-reg", type=float, help="weight; if unset, the learned one"
@@ -49,6 +49,7 @@ def add_denoise(commands: Commands[argparse.ArgumentParser]) -> None:
         help="value in the file that is white; if unset, 255 or 65535 for integers of "
         "8 or 16 bit, and 1 for floating point",
     )
+    add_likelihood_option(denoise)
     add_model_options(denoise, default="deal_gray, deal_color for colour")
     add_outcome_options(denoise)
     denoise.set_defaults(run=_denoise)
@@ -71,7 +72,9 @@ def _level(text: str) -> float | str:
 def _denoise(args: argparse.Namespace) -> int:
     from deepinv_deal import DEAL
 
-    models = cache(partial(make_model, args))  # by channels
+    args.likelihood.level(args.sigma, args.white)  # an error, if it is one
+    settings = args.likelihood.settings(args.white)
+    models = cache(partial(make_model, args, **settings))  # by channels
     if args.sigma == "estimate" and not isinstance(models(1), DEAL):
         raise ValueError(
             f"--sigma estimate is for DEAL; {type(models(1)).__name__} needs a number."
@@ -163,7 +166,7 @@ def _one(
 
     from deepinv_deal.files import check_target, read_picture, write_picture
 
-    picture = read_picture(source, args.white)
+    picture = read_picture(source, args.likelihood.white(args.white))
     check_target(target, picture)
     several = len(picture.x) > 1
     if args.figure and several:
@@ -179,12 +182,16 @@ def _one(
         x_hat, info = _page(models(page.shape[0]), page[None], args)
         seconds = time.perf_counter() - start
         results.append(x_hat)
-        converged &= report(f"{name} -> {target}", info, seconds)
-    write_picture(target, torch.cat(results), picture)
+        converged &= report(f"{name} -> {target}", info, seconds, args.likelihood)
+    result = torch.cat(results)
+    args.likelihood.doubt_rounding(target, result, picture)
+    write_picture(target, result, picture)
     if args.figure:
         from deepinv_deal.cli._figures import Panel, plot_reconstructions, save
 
-        panel = Panel(f"sigma {args.sigma}", None, picture.x, x_hat, info)
+        title = args.likelihood.kind if args.sigma is None else f"sigma {args.sigma}"
+        white = float(info.scale.mean()) if args.likelihood.has_unit else 1.0
+        panel = Panel(title, None, picture.x / white, x_hat / white, info)
         save(plot_reconstructions([panel]), args.figure)
     return converged
 
@@ -199,7 +206,8 @@ def _page(model: Any, x: Any, args: argparse.Namespace) -> tuple[Any, Any]:
         y = x.transpose(0, 1)  # the channels of a colour image one by one
     elif x.shape[1] != channels:
         y = x.expand(-1, channels, -1, -1)
-    sigma = args.sigma if isinstance(args.sigma, str) else args.sigma / 255
+    args.likelihood.check(y)
+    sigma = args.likelihood.level(args.sigma, args.white)
     with torch.no_grad():
         x_hat, info = model(
             y, sigma=sigma, lambda_reg=args.lambda_reg, return_info=True

@@ -6,6 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
+from deepinv_deal.cli._likelihood import add_likelihood_option
 from deepinv_deal.cli._options import (
     Commands,
     add_model_options,
@@ -110,6 +111,7 @@ def _operator(
             "of 8 or 16 bit, and 1 for floating point",
         )
     parser.add_argument("--truth", help="file with the true image: print the PSNR")
+    add_likelihood_option(parser)
     both = "deal_gray, deal_color for colour"
     add_model_options(parser, default="deal_gray" if name == "mri" else both)
     add_outcome_options(parser)
@@ -123,36 +125,46 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
     from deepinv_deal.files import check_target, write_picture
     from deepinv_deal.problems.fitted import fitted
 
-    split = False
+    split, likelihood = False, args.likelihood
+    settings = likelihood.settings(getattr(args, "white", None))
+    level = None if args.sigma_model is None else args.sigma_model / 255
+    if likelihood.has_unit:
+        # The image is in counts or the like, but the level is that of the model.
+        level, settings["sigma"] = None, level
     if load is _mri:
+        if likelihood.has_unit:
+            raise ValueError(
+                f"--likelihood {likelihood.kind} is for counts, and k-space holds "
+                "none. Give gaussian, l1 or weights."
+            )
         y, physics, like = _mri(args)
-        model = make_model(args, complex_mode=args.complex_mode)
+        model = make_model(args, complex_mode=args.complex_mode, **settings)
     else:
         like = _picture(args)
-        model = make_model(args, like.x.shape[1])
+        model = make_model(args, like.x.shape[1], **settings)
         # The channels of a colour image one by one, if the filters are gray.
         split = channels_of(model) == 1
         y, physics = load(args, like.x.transpose(0, 1) if split else like.x)
     check_target(args.output, like)
+    likelihood.check(y)
     physics = fitted(physics, y)  # kernels with a side of 1 or 2
     start = time.perf_counter()
     with torch.no_grad():
         x_hat, info = model(
-            y,
-            physics,
-            sigma=None if args.sigma_model is None else args.sigma_model / 255,
-            lambda_reg=args.lambda_reg,
-            return_info=True,
+            y, physics, sigma=level, lambda_reg=args.lambda_reg, return_info=True
         )
         seconds = time.perf_counter() - start
         first = physics.A_adjoint(y)
     if split:
         x_hat, first = x_hat.transpose(0, 1), first.transpose(0, 1)
+    likelihood.doubt_rounding(args.output, x_hat, like)
     _write(args.output, x_hat, like, load is _mri, write_picture)
-    converged = report(f"{args.input} -> {args.output}", info, seconds)
+    converged = report(f"{args.input} -> {args.output}", info, seconds, likelihood)
     truth = _truth(args, x_hat, load is _mri)
     if args.figure:
-        _draw(args, load is _mri, first, x_hat, truth, info)
+        white = float(info.scale.mean()) if likelihood.has_unit else 1.0
+        truth = None if truth is None else truth / white
+        _draw(args, load is _mri, first / white, x_hat / white, truth, info)
     return 1 if args.strict and not converged else 0
 
 
@@ -187,14 +199,17 @@ def _truth(args: argparse.Namespace, x_hat: Any, is_mri: bool) -> Any:
         x = array.reshape(1, 1, *array.shape[-2:])
         x_hat = _magnitude(x_hat)
         unit = float(x.max()) or 1.0
-        x, x_hat = x / unit, x_hat / unit
+        x, x_hat, unit = x / unit, x_hat / unit, 1.0
     else:
-        x = read_picture(args.truth, args.white).x
+        x = read_picture(args.truth, args.likelihood.white(args.white)).x
+        # Where nobody says what is white, the brightest pixel is.
+        unit = args.likelihood.intensity(args.white) or float(x.max()) or 1.0
     if x.shape != x_hat.shape:
         raise ValueError(
             f"--truth has shape {tuple(x.shape)}, the result {tuple(x_hat.shape)}."
         )
-    print("PSNR {:.2f} dB, SSIM {:.4f}".format(*quality(x_hat, x)))
+    scores = quality(x_hat / unit, x / unit)
+    print("PSNR {:.2f} dB, SSIM {:.4f}".format(*scores))
     return x
 
 
@@ -222,7 +237,7 @@ def _draw(
 def _picture(args: argparse.Namespace) -> Picture:
     from deepinv_deal.files import read_picture
 
-    picture = read_picture(args.input, args.white)
+    picture = read_picture(args.input, args.likelihood.white(args.white))
     if len(picture.x) > 1:
         raise ValueError(
             f"{args.input} has {len(picture.x)} pages; reconstruct takes one at a time."
