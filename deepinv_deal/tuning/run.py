@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,9 @@ def tune(
     **Without ground truth**, ``metric="sure"`` takes deepinv's Monte Carlo estimate
     :class:`deepinv.loss.SureGaussianLoss` of :math:`\tfrac1m \|A\hat x - A x\|^2`,
     which needs Gaussian noise of known level (``physics.noise_model``) and one more
-    reconstruction per setting. In denoising this is the mean squared error. With any
+    reconstruction per setting. Counts, of ``PoissonNoise`` or ``PoissonGaussianNoise``
+    or of a model with ``data_fidelity=PoissonLikelihood(gain)``, have the like. All
+    other noise is an error. In denoising this is the mean squared error. With any
     other operator it sees the error of the *measured* part of the image only: it says
     nothing about what :math:`A` does not measure, and should not be used where that is
     much (inpainting, undersampled MRI, super-resolution).
@@ -134,7 +137,7 @@ def tune(
     tuned = {"lambda_reg": True, "sigma": tune_sigma, "beta": tune_beta}
     names = [name for name in POWERS if tuned[name]]
     check_parameters(model, given, names)
-    scorer, options = make_scorer(metric, seed), Search(**search)
+    scorer, options = make_scorer(metric, seed, model), Search(**search)
     problems = read_problems(model, physics, dataset, seed)
     scorer.check(problems)
     start = first_values(model, problems[0], given, names)
@@ -206,9 +209,10 @@ def _evaluate(
             for i, candidate in enumerate(candidates):
                 own = slice(i * size, (i + 1) * size)
 
-                def again(y: Any, physics: Any, settings: Any = candidate) -> Any:
-                    return model(y, physics, **fixed, **settings)
-
+                settings = {**fixed, **candidate}
+                scale = getattr(info, "scale", None)
+                scale = None if scale is None else scale[own]
+                again = partial(_reconstruct_again, model, settings, scale)
                 score = scorer(problem, x_hat[own], again)
                 if not bool(torch.isfinite(score).all()):
                     raise ValueError(
@@ -234,6 +238,27 @@ def _evaluate(
         )
         for i, candidate in enumerate(candidates)
     ]
+
+
+def _reconstruct_again(
+    model: Reconstructor,
+    settings: dict[str, float],
+    scale: Tensor | None,
+    y: Any,
+    physics: Any,
+) -> Tensor:
+    """Reconstructs from other measurements, of which the intensity must be the same."""
+    if scale is None:
+        x_hat: Tensor = model(y, physics, **settings)
+        return x_hat
+    x_hat, info = model(y, physics, return_info=True, **settings)
+    if not torch.equal(info.scale, scale):
+        raise ValueError(
+            f"The intensity of the images was guessed as {scale.tolist()}, and as "
+            f"{info.scale.tolist()} from measurements that hardly differ, which makes "
+            "metric='sure' meaningless. Give the model scale=, a number."
+        )
+    return x_hat
 
 
 def _repeat(y: Any, n: int) -> Any:

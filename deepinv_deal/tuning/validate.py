@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from deepinv_deal.models import ReconstructionModel, SynthesisModel
 from deepinv_deal.models.deal import DEFAULT_SIGMA
 from deepinv_deal.optim import FixedPointOptim
+from deepinv_deal.problems.likelihood_term import LikelihoodTerm
 
 #: Models with a weight of their own.
 ITERATIVE = (ReconstructionModel, FixedPointOptim)
@@ -101,18 +102,39 @@ def first_values(
     lambda_reg, sigma = given["lambda_reg"], given["sigma"]
     own_weight, own_level, prior = own_values(model)
     level: Any = sigma
-    if level is None and denoising:
+    unit, known, intensity = _units(model, problem, sigma)
+    if known is not None:
+        level = known
+    elif level is None and denoising:
         level = noise_level(problem.physics)
     if level is None:
         level = own_level
     weight: Any = own_weight if lambda_reg is None else lambda_reg
     if weight is None and denoising and not (level is None and prior.needs_sigma):
-        weight = prior.default_lambda(level, problem.y)
+        weight = prior.default_lambda(level, problem.y) * unit
     start = {
-        "lambda_reg": 1.0 if weight is None else weight,
+        "lambda_reg": unit if weight is None else weight,
         "sigma": getattr(prior, "sigma", DEFAULT_SIGMA) if level is None else level,
     }
+    start["sigma"] = start["sigma"] * intensity
     return _positive({name: start[name] for name in names})
+
+
+@torch.no_grad()
+def _units(model: Any, problem: Problem, sigma: float | None) -> tuple[Any, Any, Any]:
+    """
+    Returns, for likelihoods other than least squares, by what its weights are to be
+    multiplied, the noise level that the model takes, and the intensity that is its
+    unit; for least squares 1, ``None`` and 1.
+    """
+    if isinstance(model, ReconstructionModel):
+        posed = model.pose(problem.y, problem.physics, sigma=sigma, lambda_reg=1.0)
+        data = posed.equation.data
+        if isinstance(data, LikelihoodTerm):
+            relative = data.relative or model.lambda_mode == "relative"
+            unit = 1.0 if relative or data.typical is None else data.typical
+            return unit, posed.sigma, data.intensity
+    return 1.0, None, 1.0
 
 
 def own_values(model: Any) -> tuple[Any, Any, Any]:
