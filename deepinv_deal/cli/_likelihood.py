@@ -92,6 +92,15 @@ class LikelihoodOption:
         unit = self.white(asked)
         return None if asked is None or unit is None else asked / unit
 
+    def shown_white(self, x: Tensor, asked: float | None) -> float:
+        """
+        Returns what figures show as white: the brightest pixel, where nobody knows.
+
+        :param torch.Tensor x: the image in the unit of what was read.
+        :param float asked: the argument ``--white``.
+        """
+        return self.intensity(asked) or float(x.max()) or 1.0
+
     def settings(self, asked: float | None = None) -> dict[str, Any]:
         """
         Returns the arguments of the model for what was read.

@@ -190,7 +190,7 @@ def _one(
         from deepinv_deal.cli._figures import Panel, plot_reconstructions, save
 
         title = args.likelihood.kind if args.sigma is None else f"sigma {args.sigma}"
-        white = float(info.scale.mean()) if args.likelihood.has_unit else 1.0
+        white = args.likelihood.shown_white(x_hat, args.white)
         panel = Panel(title, None, picture.x / white, x_hat / white, info)
         save(plot_reconstructions([panel]), args.figure)
     return converged

@@ -162,7 +162,7 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
     converged = report(f"{args.input} -> {args.output}", info, seconds, likelihood)
     truth = _truth(args, x_hat, load is _mri)
     if args.figure:
-        white = float(info.scale.mean()) if likelihood.has_unit else 1.0
+        white = likelihood.shown_white(x_hat, getattr(args, "white", None))
         truth = None if truth is None else truth / white
         _draw(args, load is _mri, first / white, x_hat / white, truth, info)
     return 1 if args.strict and not converged else 0
@@ -202,8 +202,7 @@ def _truth(args: argparse.Namespace, x_hat: Any, is_mri: bool) -> Any:
         x, x_hat, unit = x / unit, x_hat / unit, 1.0
     else:
         x = read_picture(args.truth, args.likelihood.white(args.white)).x
-        # Where nobody says what is white, the brightest pixel is.
-        unit = args.likelihood.intensity(args.white) or float(x.max()) or 1.0
+        unit = args.likelihood.shown_white(x, args.white)
     if x.shape != x_hat.shape:
         raise ValueError(
             f"--truth has shape {tuple(x.shape)}, the result {tuple(x_hat.shape)}."
