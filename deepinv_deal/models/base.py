@@ -21,20 +21,17 @@ from deepinv_deal.problems import DataTerm, KnownPhysics, Problem, SolverOptions
 from deepinv_deal.problems.bounds import Bounds, check_bounds, clamp, divided
 from deepinv_deal.problems.checks import (
     check_choice,
-    check_measurements,
     doubt_noise_level,
     is_noise_level,
     per_sample,
 )
 from deepinv_deal.problems.layout import COMPLEX_MODES, ComplexMode
 from deepinv_deal.problems.likelihood import (
-    Gaussian,
     Likelihood,
     check_data_fidelity,
     is_least_squares,
     likelihood_of,
     likelihood_of_noise,
-    weighted,
 )
 from deepinv_deal.problems.likelihood_term import LikelihoodTerm
 from deepinv_deal.problems.options import DEFAULT_RTOL
@@ -89,8 +86,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
     curvature, :math:`1 / \text{variance}`, if it was found, or if the weight is the
     default; so it means the same as for least squares. :math:`\ell_2` and
     :math:`\ell_1` terms are those of images and measurements divided by the scale;
-    counts know their unit, and are not divided. Models other than DEAL solve for least
-    squares only, also weighted; denoising with weights is then an inverse problem.
+    counts know their unit, and are not divided. The weight of dictionaries is ``beta``.
 
     **Gradients** flow to weights, measurements, ``lambda_reg``, ``sigma`` and the
     parameters of physics and data fidelity by implicit differentiation, exact or
@@ -130,9 +126,6 @@ class ReconstructionModel(Reconstructor, Denoiser):
     default_rtol: ClassVar[float | None] = DEFAULT_RTOL
     default_max_iter: ClassVar[int] = 100
     default_adjoint: ClassVar[AdjointOptions] = AdjointOptions()
-
-    #: Whether likelihoods other than least squares can be frozen.
-    freezes_likelihoods: ClassVar[bool] = False
 
     #: Kind of the report.
     info_type: ClassVar[type[ReconstructionInfo]] = ReconstructionInfo
@@ -490,11 +483,6 @@ class ReconstructionModel(Reconstructor, Denoiser):
         # Replicas of torch.nn.DataParallel have no parameters, and are where y is.
         weights = chain(self.prior.parameters(), self.prior.buffers())
         likelihood, note = self._likelihood(y, physics)
-        if isinstance(likelihood, Gaussian) and not self.freezes_likelihoods:
-            check_measurements(y, None)
-            known = isinstance(physics, KnownPhysics)
-            y, physics = weighted(likelihood, y, physics.physics if known else physics)
-            likelihood = None
         data = DataTerm.of(
             y if likelihood is None else likelihood.linear(y),
             physics,
@@ -519,19 +507,11 @@ class ReconstructionModel(Reconstructor, Denoiser):
         """
         fidelity = self.data_fidelity
         if isinstance(fidelity, str):
-            if not self.freezes_likelihoods:
-                return None, None
             known = isinstance(physics, KnownPhysics)
             return likelihood_of_noise(physics.physics if known else physics, y)
         if is_least_squares(fidelity):
             return None, None
-        likelihood = likelihood_of(fidelity)
-        if not self.freezes_likelihoods and not isinstance(likelihood, Gaussian):
-            raise NotImplementedError(
-                f"data_fidelity={type(fidelity).__name__}: {type(self).__name__} can "
-                "only solve for least squares, L2 and WeightedL2. Use DEAL."
-            )
-        return likelihood, None
+        return likelihood_of(fidelity), None
 
     def _bounds(self, data: DataTerm) -> Bounds | None:
         """Returns the bounds in the units of the model."""
@@ -610,20 +590,23 @@ class ReconstructionModel(Reconstructor, Denoiser):
         is_default = lambda_reg is None
         if lambda_reg is None:
             lambda_reg = self._learned_weight(data)
-        typical = None
-        if isinstance(data, LikelihoodTerm):
-            relative = is_default or data.relative or self.lambda_mode == "relative"
-            typical = data.typical if relative else None
+        likelihood = data if isinstance(data, LikelihoodTerm) else None
         if lambda_reg is None:
-            if typical is None:
+            if likelihood is None or likelihood.typical is None:
                 return None
-            lambda_reg = self.prior.default_lambda(level, data.b)
+            # In the unit of the equation already.
+            lambda_reg, unit = self.prior.default_lambda(level, data.b), None
         weight = per_sample("lambda_reg", lambda_reg, data.b)
-        if typical is not None:
-            weight = weight * typical
         if self.lambda_mode == "relative":
             weight = weight * data.sqnorm
-        return weight if unit is None else weight / unit
+        weight = weight if unit is None else weight / unit
+        if likelihood is None:
+            return weight
+        relative = is_default or likelihood.relative or self.lambda_mode == "relative"
+        if relative and likelihood.typical is not None:
+            return weight * likelihood.typical
+        # Least squares are divided by the square of the unit, likelihoods are not.
+        return weight if unit is None else weight * unit.square()
 
     def _first_image(
         self, init: Any, y: Tensor, physics: Any, data: DataTerm

@@ -82,7 +82,6 @@ class DEAL(ReconstructionModel):
     """
 
     prior: AttentiveQuadraticPrior
-    freezes_likelihoods = True
 
     def __init__(
         self,

@@ -34,10 +34,12 @@ class FrozenCurvature:
     :param Callable apply: the map on images.
     :param torch.Tensor density: how much stronger it is than :math:`A^{\top} A` around
         every pixel, for preconditioners, ``(B, C, H, W)``.
+    :param torch.Tensor largest: how much stronger it is at most, ``(B,)``.
     """
 
     apply: LinearMap
     density: Tensor
+    largest: Tensor
 
     def __call__(self, v: Tensor) -> Tensor:
         """Applies it."""
@@ -194,6 +196,20 @@ class DataTerm:
     ) -> FrozenCurvature | None:
         """Returns the curvature at ``x``; ``None``: :meth:`normal`."""
         return None
+
+    def at(
+        self,
+        x: Tensor,  # noqa: ARG002 - for likelihoods
+    ) -> DataTerm:
+        """Returns the least-squares term with the curvature frozen at ``x``: itself."""
+        return self
+
+    def tangent(
+        self,
+        x: Tensor,  # noqa: ARG002 - for likelihoods
+    ) -> DataTerm:
+        """Returns the least-squares term that is tangent at ``x``: itself."""
+        return self
 
     def start(self) -> Tensor:
         """Returns the first image: zero."""

@@ -12,7 +12,7 @@ with a mask :math:`m` that was computed from an image.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -144,10 +144,11 @@ class AttentiveL1Equation(IterativeEquation):
     anderson: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        if self.options.method == "fista" and not self.data.identity:
+        plain = self.data.identity and self.data.quadratic
+        if self.options.method == "fista" and not plain:
             raise ValueError(
-                "solver='fista' solves the dual of denoising problems only. Use 'admm' "
-                "or 'auto' with this physics."
+                "solver='fista' solves the dual of denoising problems with least "
+                "squares only. Use 'admm' or 'auto' with this physics or data_fidelity."
             )
 
     def pair(self, x: Tensor, w: Tensor) -> Tensor:
@@ -172,7 +173,8 @@ class AttentiveL1Equation(IterativeEquation):
         """
         Eigenvalues of H, and the samples, ``(B,)``, for which it has them: for which it
         is a circular convolution, or masks the Fourier transform. The eigenvalues have
-        the shape of the image's spectrum; those of other samples are their gain.
+        the shape of the image's spectrum; those of other samples are their gain, or
+        those of a similar operator.
         """
         with torch.no_grad():
             b, H = self.data.b, self.data.H
@@ -182,6 +184,8 @@ class AttentiveL1Equation(IterativeEquation):
             # An image without room for a kernel of W has no spectrum to speak of.
             if min(b.shape[-2:]) < self.regularizer.W.normal_kernel().shape[-1]:
                 return gain, torch.zeros_like(exact)
+            if H.similar is not None:
+                return H.similar, exact
             eigenvalues, _ = H.transfer
             return eigenvalues.where(expand(exact, eigenvalues), gain), exact
 
@@ -228,8 +232,17 @@ class AttentiveL1Equation(IterativeEquation):
         return self.regularizer.mask(x, self.regularizer.analyse(x))
 
     def freeze(self, p: Tensor) -> FrozenL1:
-        """Returns the convex problem with the mask frozen at the image of ``p``."""
-        return FrozenL1(self, p)
+        """
+        Returns the convex problem with the mask, and the curvature of a likelihood,
+        frozen at the image of ``p``.
+        """
+        return FrozenL1(self.frozen_data(p), p)
+
+    def frozen_data(self, p: Tensor) -> AttentiveL1Equation:
+        """Returns the equation with the least-squares term at the image of ``p``."""
+        if self.data.quadratic:
+            return self
+        return replace(self, data=self.data.at(self.image(p)))
 
     @torch.no_grad()
     def start(self, x: Tensor | None, rtol: float = 0.1) -> Tensor:
@@ -241,13 +254,16 @@ class AttentiveL1Equation(IterativeEquation):
             mask 1.
         """
         data = self.data
-        first = self.clamp(expand(data.step, data.b) * data.b) if x is None else x
+        if x is None and data.quadratic:
+            first = self.clamp(expand(data.step, data.b) * data.b)
+        else:
+            first = self.clamp(data.start()) if x is None else x
         w = torch.zeros_like(self.regularizer.analyse(first))
         p = self.pair(first, w)
         if x is not None:
             return p
         everyone = torch.ones_like(data.step, dtype=torch.bool)
-        unmasked = FrozenL1(self, p, torch.ones_like(w))
+        unmasked = FrozenL1(self.frozen_data(p), p, torch.ones_like(w))
         return unmasked.solve(torch.full_like(data.step, rtol), everyone).x
 
     def smoothed(self, p: Tensor, smoothing: float) -> SmoothedL1Equation:

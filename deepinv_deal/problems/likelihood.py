@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from deepinv.optim import L1, L2, DataFidelity, LogPoissonLikelihood, PoissonLikelihood
 from deepinv.physics import (
-    LinearPhysics,
     LogPoissonNoise,
     PoissonGaussianNoise,
     PoissonNoise,
@@ -19,7 +18,6 @@ from deepinv.utils import TensorList
 from torch import Tensor
 
 from deepinv_deal._batch import expand
-from deepinv_deal.problems.fitted import fitted
 
 #: Counts have at least this variance. It bounds the curvature where none are expected.
 LEAST_VARIANCE = 0.1
@@ -129,6 +127,17 @@ class Likelihood(ABC):
         r"""Returns the curvature :math:`c(u; y) \geq 0`, shape of ``u``."""
         return _each(self._curvature, u, y)
 
+    def slope(self, u: Any, y: Any) -> Any:
+        r"""Returns :math:`\phi''(u; y)`, shape of ``u``, without gradients."""
+
+        def one(u: Tensor, y: Tensor) -> Tensor:
+            with torch.enable_grad():
+                u = u.detach().requires_grad_()
+                total = self.derivative(u, y.detach()).sum()
+            return torch.autograd.grad(total, u)[0].detach()
+
+        return _each(one, u, y)
+
     def level(self, y: Any) -> Tensor | None:
         """
         Returns the typical curvature, one over the variance of the noise, ``(B,)``;
@@ -186,6 +195,10 @@ class Gaussian(Likelihood):
         if isinstance(self.weights, TensorList):
             return _each(self._weight, self.weights, u)
         return _each(lambda u, _: self._weight(self.weights, u), u, y)
+
+    def slope(self, u: Any, y: Any) -> Any:
+        """Returns the weights, without gradients."""
+        return _each(lambda w, _: w.detach(), self.curvature(u, y), y)
 
     def value(self, u: Any, y: Any) -> Tensor:
         """Returns half the weighted square of the misfit, ``(B,)``."""
@@ -419,37 +432,6 @@ class LogPoisson(Likelihood):
             return _parameter(self.mu, y).square() * self._counts(y)
 
         return _mean(_each(curvature, y))
-
-
-class WeightedPhysics(LinearPhysics):
-    r"""
-    A physics whose measurements are multiplied by :math:`\sqrt w`, with which weighted
-    least squares is plain.
-
-    :param deepinv.physics.LinearPhysics physics: forward operator; ``None``: identity.
-    :param torch.Tensor roots: :math:`\sqrt w`, shape of the measurements.
-    """
-
-    def __init__(self, physics: Any, roots: Any):
-        super().__init__()
-        self.physics, self.roots = physics, roots
-
-    def A(self, x: Tensor, **kwargs: Any) -> Any:
-        """Applies the physics, then the weights."""
-        return self.roots * (x if self.physics is None else self.physics.A(x, **kwargs))
-
-    def A_adjoint(self, y: Any, **kwargs: Any) -> Tensor:
-        """Applies the weights, then the adjoint of the physics."""
-        y = self.roots * y
-        return y if self.physics is None else self.physics.A_adjoint(y, **kwargs)
-
-
-def weighted(likelihood: Gaussian, y: Any, physics: Any) -> tuple[Any, WeightedPhysics]:
-    """Returns measurements and physics of a plain least-squares problem."""
-    if isinstance(physics, WeightedPhysics):  # as examined
-        physics = physics.physics
-    roots = _each(lambda w, _: w.sqrt(), likelihood.curvature(y, y), y)
-    return roots * y, WeightedPhysics(fitted(physics, y), roots)
 
 
 # -- which one -------------------------------------------------------------------------

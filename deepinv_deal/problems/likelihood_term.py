@@ -2,7 +2,7 @@ r"""The data term of a likelihood: least squares with weights that follow the im
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from deepinv_deal._batch import expand, inner, norm
 from deepinv_deal.problems.data_term import DataTerm, FrozenCurvature
 from deepinv_deal.problems.likelihood import Likelihood
+from deepinv_deal.problems.normal_operator import NormalOperator
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,23 @@ class LikelihoodTerm(DataTerm):
     it.
 
     :math:`s` is the scale, so :math:`s x` is the image in the units of the physics. A
-    likelihood without unit of its own is that of :math:`A x` and :math:`y / s`. ``b``
-    and ``H`` remain those of least squares, which tell first images and what the
-    physics resembles.
+    likelihood without unit of its own is that of images and measurements divided by the
+    intensity that the term was made with. ``b`` and ``H`` remain those of least
+    squares, which tell first images and what the physics resembles.
 
     :param Likelihood likelihood: the likelihood.
     :param bool relative: whether weights are meant relative to the typical curvature.
+    :param torch.Tensor factor: by which the likelihood is multiplied, ``(B,)``;
+        ``None``: 1.
+    :param DataTerm added: a least-squares term that is added; ``None``: none.
+    :param torch.Tensor rescaled: what :meth:`scaled` has divided by, ``(B,)``.
     """
 
     likelihood: Any = None
     relative: bool = False
+    factor: Tensor | None = None
+    added: DataTerm | None = None
+    rescaled: Tensor | None = None
 
     @classmethod
     def from_least_squares(
@@ -49,20 +57,27 @@ class LikelihoodTerm(DataTerm):
         settings |= {"y": y, "notes": data.notes + likelihood.check(y)}
         return cls(**settings, likelihood=likelihood, relative=relative)
 
+    def scaled(self, scale: Tensor) -> LikelihoodTerm:
+        """Returns the same likelihood for images in another unit."""
+        rescaled = scale if self.rescaled is None else self.rescaled * scale
+        return replace(super().scaled(scale), rescaled=rescaled)  # type: ignore[return-value]
+
     # -- prediction of measurements ------------------------------------------------
 
     @property
     def _unit(self) -> Tensor | None:
-        return None if self.likelihood.unitless else self.scale
+        """By what an unknown is multiplied before a prediction."""
+        return self.rescaled if self.likelihood.unitless else self.scale
 
     @property
     def _measured(self) -> Any:
         """The measurements in the unit of the predictions."""
-        if self.scale is None or self._unit is not None:
+        if self.scale is None or not self.likelihood.unitless:
             return self.y
+        unit = self.scale if self.rescaled is None else self.scale / self.rescaled
         if isinstance(self.y, TensorList):
-            return TensorList([part / expand(self.scale, part) for part in self.y])
-        return self.y / expand(self.scale, self.y)
+            return TensorList([part / expand(unit, part) for part in self.y])
+        return self.y / expand(unit, self.y)
 
     def _predict(self, x: Tensor) -> Any:
         x = x if self._unit is None else x * expand(self._unit, x)
@@ -70,42 +85,67 @@ class LikelihoodTerm(DataTerm):
         return image if self.H is None else self.physics.A(image)
 
     def _project(self, v: Any) -> Tensor:
-        """Applies the adjoint of :meth:`_predict`."""
+        """Applies the adjoint of :meth:`_predict`, times the factor."""
         image = v if self.H is None else self.physics.A_adjoint(v)
         x = image if self.layout is None else self.layout.extract(image)
-        return x if self._unit is None else x * expand(self._unit, x)
+        x = x if self._unit is None else x * expand(self._unit, x)
+        return x if self.factor is None else x * expand(self.factor, x)
 
     # -- as equations see it -------------------------------------------------------
 
     def force(self, x: Tensor) -> Tensor:
         r"""Returns :math:`-s A^{\top} \phi'(s A x; y)`, shape of ``x``."""
         derivative = self.likelihood.derivative(self._predict(x), self._measured)
-        return -self._project(derivative)
+        force = -self._project(derivative)
+        return force if self.added is None else force + self.added.force(x)
 
     def value(self, x: Tensor) -> Tensor:
         r"""Returns :math:`\phi(s A x; y)`, ``(B,)``."""
-        return self.likelihood.value(self._predict(x), self._measured)
+        value = self.likelihood.value(self._predict(x), self._measured)
+        value = value if self.factor is None else self.factor * value
+        return value if self.added is None else value + self.added.value(x)
 
     @torch.no_grad()
     def frozen(self, x: Tensor) -> FrozenCurvature:
         """Returns the curvature at ``x``."""
-        weights = self.likelihood.curvature(self._predict(x), self._measured)
+        return self._weighted(
+            self.likelihood.curvature(self._predict(x), self._measured)
+        )
+
+    def at(self, x: Tensor) -> FrozenTerm:
+        """
+        Returns the least-squares term that has the force of this one at ``x``, and its
+        curvature everywhere.
+        """
+        return FrozenTerm.of(self, x, self.frozen(x))
+
+    def tangent(self, x: Tensor) -> FrozenTerm:
+        r"""Returns :meth:`at` with the second derivative :math:`\phi''` instead."""
+        slope = self.likelihood.slope(self._predict(x.detach()), self._measured)
+        return FrozenTerm.of(self, x, self._weighted(slope))
+
+    @torch.no_grad()
+    def _weighted(self, weights: Any) -> FrozenCurvature:
+        r"""Returns :math:`s^2 A^{\top} D A` for the diagonal of D."""
 
         def apply(v: Tensor) -> Tensor:
-            return self._project(weights * self._predict(v))
+            curvature = self._project(weights * self._predict(v))
+            return curvature if self.added is None else curvature + self.added.normal(v)
 
-        ones = torch.ones_like(x)
-        if self.H is None:
-            return FrozenCurvature(apply, self._project(weights * self._predict(ones)))
-        # Exact where A^T A is diagonal, and a mean where all entries of A have a sign.
-        stretched, plain = apply(ones), self._plain_ones
         parts = list(weights) if isinstance(weights, TensorList) else [weights]
-        factor = 1 if self._unit is None else self._unit.square()
+        factor: Any = 1 if self._unit is None else self._unit.square()
+        factor = factor if self.factor is None else factor * self.factor
         low = torch.stack([w.flatten(1).amin(1) for w in parts]).amin(0) * factor
         high = torch.stack([w.flatten(1).amax(1) for w in parts]).amax(0) * factor
+        ones = torch.ones_like(self.b)
+        stretched = self._project(weights * self._predict(ones))
+        if self.H is None:
+            return FrozenCurvature(apply, stretched, high)
+        # Exact where A^T A is diagonal, and a mean where all entries of A have a sign.
+        plain = self._plain_ones
         ratio = (stretched / plain.where(plain > 0, 1)).where(plain > 0, 0)
-        ratio = ratio.clamp(min=expand(low, x), max=expand(high, x))
-        return FrozenCurvature(apply, ratio)
+        ratio = ratio.clamp(min=expand(low, ones), max=expand(high, ones))
+        return FrozenCurvature(apply, ratio, high)
 
     @cached_property
     @torch.no_grad()
@@ -116,6 +156,11 @@ class LikelihoodTerm(DataTerm):
     def quadratic(self) -> bool:
         """Whether it is least squares: no."""
         return False
+
+    @property
+    def norm_bound(self) -> Tensor:
+        """An upper bound of the norm of the curvature at the first image, ``(B,)``."""
+        return FrozenOperator(self._first_system[0], self).norm_bound
 
     @torch.no_grad()
     def start(self) -> Tensor:
@@ -156,11 +201,95 @@ class LikelihoodTerm(DataTerm):
         to be multiplied by. ``None``: not known.
         """
         level = self.likelihood.level(self._measured)
-        if level is None or self._unit is None:
-            return level
-        return level * self._unit.square()
+        if level is None:
+            return None
+        level = level if self._unit is None else level * self._unit.square()
+        return level if self.factor is None else level * self.factor
+
+    def normalized(self) -> LikelihoodTerm:
+        """Returns the term divided by its typical curvature, if that is known."""
+        typical = self.typical
+        if typical is None:
+            return self
+        factor = 1 / typical if self.factor is None else self.factor / typical
+        return replace(self, factor=factor)
 
     @property
     def noise_level(self) -> Tensor | None:
         """Typical noise level in the units of the model, ``(B,)``, if it is known."""
         return None if self.typical is None else self.typical.rsqrt()
+
+
+@dataclass(frozen=True)
+class FrozenTerm(DataTerm):
+    """
+    The least-squares term that a likelihood is near an image.
+
+    Steps and norms are those of the likelihood, so residuals of different images can be
+    compared.
+
+    :param LikelihoodTerm like: the term of the likelihood.
+    """
+
+    like: Any = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, like: LikelihoodTerm, x: Tensor, curvature: FrozenCurvature
+    ) -> FrozenTerm:
+        """
+        Returns the term at an image.
+
+        :param LikelihoodTerm like: the term of the likelihood.
+        :param torch.Tensor x: the image.
+        :param FrozenCurvature curvature: its curvature there.
+        """
+        settings = {f.name: getattr(like, f.name) for f in fields(DataTerm)}
+        b = curvature(x) + like.force(x)
+        return cls(**settings | {"b": b, "H": FrozenOperator(curvature, like)}, like=like)
+
+    @property
+    def step(self) -> Tensor:  # type: ignore[override]  # not cached
+        """The step of the likelihood, ``(B,)``."""
+        return self.like.step
+
+    @property
+    def b_norm(self) -> Tensor:  # type: ignore[override]  # not cached
+        """The norm of the likelihood, ``(B,)``."""
+        return self.like.b_norm
+
+
+class FrozenOperator(NormalOperator):
+    """
+    The curvature of a likelihood, for preconditioners about that of the physics.
+
+    :param FrozenCurvature curvature: the curvature.
+    :param LikelihoodTerm like: the term of the likelihood.
+    """
+
+    def __init__(self, curvature: FrozenCurvature, like: LikelihoodTerm):
+        super().__init__(curvature, like.b, complex_pair=like.complex_pair)
+        self.curvature, self.base, self.added = curvature, like.H, like.added
+
+    @cached_property
+    def circulant(self) -> Tensor:  # type: ignore[override]  # without trials
+        """Samples for which it is a circular convolution: none, ``(B,)``."""
+        return torch.zeros(len(self.like), dtype=torch.bool, device=self.like.device)
+
+    @cached_property
+    @torch.no_grad()
+    def similar(self) -> Tensor:  # type: ignore[override]  # is known
+        """The eigenvalues of the physics times the mean of the density."""
+        density = self.curvature.density.mean((1, 2, 3), keepdim=True)
+        if self.base is None:
+            return density
+        values, _ = self.base.transfer
+        return values * density
+
+    @cached_property
+    def norm_bound(self) -> Tensor:  # type: ignore[override]  # without trials
+        """An upper bound of its norm, ``(B,)``."""
+        bound = self.curvature.largest
+        bound = bound if self.base is None else bound * self.base.norm_bound
+        return bound if self.added is None else bound + self.added.norm_bound

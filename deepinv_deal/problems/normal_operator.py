@@ -41,6 +41,10 @@ class NormalOperator:
     :param bool complex_pair: whether the two channels are one complex image.
     """
 
+    #: Eigenvalues of a convolution alike, ``(B, C or 1, H or 1, W or 1)``, if one is
+    #: known: for preconditioners of what is no convolution.
+    similar: Tensor | None = None
+
     def __init__(self, apply: LinearMap, like: Tensor, *, complex_pair: bool = False):
         self._apply = apply
         # Only shape, dtype and device are kept.
