@@ -27,8 +27,10 @@ from deepinv_deal.problems.checks import (
 )
 from deepinv_deal.problems.layout import COMPLEX_MODES, ComplexMode
 from deepinv_deal.problems.likelihood import (
+    OTHER_NOISE,
     Likelihood,
     check_data_fidelity,
+    has_noise,
     is_least_squares,
     likelihood_of,
     likelihood_of_noise,
@@ -548,8 +550,16 @@ class ReconstructionModel(Reconstructor, Denoiser):
             if known is not None:
                 return known
         if sigma is None and data.identity:
-            # ZeroNoise, PoissonNoise, ... have no sigma.
-            sigma = getattr(getattr(physics, "noise_model", None), "sigma", None)
+            noise = getattr(physics, "noise_model", None)
+            other = type(noise) in OTHER_NOISE or isinstance(data, LikelihoodTerm)
+            sigma = None if other else getattr(noise, "sigma", None)
+            has_own = self.estimate_sigma or self.sigma is not None
+            if sigma is None and not has_own and data.quadratic and has_noise(noise):
+                raise ValueError(
+                    f"sigma is missing: the physics has {type(noise).__name__}, which "
+                    "is no Gaussian noise of one level. Give sigma, its standard "
+                    "deviation, sigma='estimate', or a data_fidelity that suits it."
+                )
         if sigma is None and self.estimate_sigma:
             sigma = "estimate"
         image = (

@@ -16,6 +16,7 @@ from deepinv_deal.priors.patches import Mean, PatchPrior, PenaltyName, check_mea
 from deepinv_deal.problems import DataTerm, Problem
 from deepinv_deal.problems.checks import per_sample
 from deepinv_deal.problems.dictionary import DICTIONARY_ADJOINT
+from deepinv_deal.problems.likelihood_term import LikelihoodTerm
 from deepinv_deal.solvers import SolverResult
 from deepinv_deal.weights import load
 
@@ -95,15 +96,20 @@ class SynthesisModel(ReconstructionModel):
         self,
         lambda_reg: float | Tensor | None,
         data: DataTerm,
-        level: Tensor | None,
-        unit: Tensor | None,
+        level: Tensor | None,  # noqa: ARG002 - dictionaries have no unit
+        unit: Tensor | None,  # noqa: ARG002
     ) -> Tensor | None:
-        weight = super()._weight(lambda_reg, data, level, unit)
-        if weight is not None:
-            per_sample("lambda_reg", weight, data.b, positive=True)
-        return weight
+        # A threshold, which does not grow with the data term.
+        lambda_reg = self.lambda_reg if lambda_reg is None else lambda_reg
+        if lambda_reg is None:
+            return None
+        return per_sample("lambda_reg", lambda_reg, data.b, positive=True)
 
     def _equation(self, data: DataTerm, *, beta: Any = None, **settings: Any) -> Any:
+        beta = self.beta if beta is None else beta
+        if isinstance(data, LikelihoodTerm) and (beta is None or data.relative):
+            # The learned weight is that of least squares.
+            data = data.normalized()
         coupling = self.default_beta if beta is None else beta
         coupling = per_sample("beta", coupling, data.b, positive=True)
         sigma = per_sample("sigma", settings.pop("sigma"), data.b, positive=True)

@@ -140,10 +140,11 @@ class MMR(AttentiveL1Model):
 
     with concave :math:`\psi_c` (:class:`deepinv_deal.priors.MMRPrior`). Each update
     minimises a convex majoriser of :math:`E`, a problem of SAFI's type, so :math:`E`
-    falls. The problems are solved roughly: how far an update may raise the energy is
-    bounded by the error of its inner solve. ``verify_energy=True`` records the energy
-    and warns if it rises; for denoising, it also records the duality gap, a bound of
-    that error.
+    falls. (With another likelihood than least squares, it falls where the curvature
+    that is frozen lies above the likelihood.) The problems are solved roughly: how far
+    an update may raise the energy is bounded by the error of its inner solve.
+    ``verify_energy=True`` records the energy and warns if it rises; for denoising, it
+    also records the duality gap, a bound of that error.
 
     Arguments are those of :class:`SAFI`.
 
@@ -229,7 +230,8 @@ class _EnergyRecord:
     def observe(self, pair: Tensor) -> None:
         """Records an iterate."""
         self.energies.append(self._of(pair))
-        if self.equation.data.identity:
+        data = self.equation.data
+        if data.identity and data.quadratic:
             self.gaps.append(self.equation.freeze(self.last).gap(pair))
             self.last = pair
 

@@ -216,9 +216,14 @@ class DataTerm:
         return torch.zeros_like(self.b)
 
     def value(self, x: Tensor) -> Tensor:
-        r"""Returns :math:`\tfrac12 \|A x - y\|_2^2` of an unknown, ``(B,)``."""
+        r"""
+        Returns :math:`\tfrac12 \|A x - y\|_2^2` of an unknown, ``(B,)``; without the
+        constant if there is an operator but no physics.
+        """
         if self.H is None:
             return 0.5 * (x - self.b).square().flatten(1).sum(1)
+        if self.physics is None:
+            return inner(x, 0.5 * self.normal(x) - self.b)
         residual = self.physics.A(self.image(x)) - self.y
         parts = list(residual) if isinstance(residual, TensorList) else [residual]
         total = sum(part.abs().square().flatten(1).sum(1) for part in parts)

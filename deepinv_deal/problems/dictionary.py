@@ -18,6 +18,7 @@ from deepinv_deal.problems.synthesis_solvers import (
     eliminated_fista,
     ipalm,
     joint_admm,
+    reweighted,
 )
 from deepinv_deal.solvers import AdjointOptions, SolverResult
 
@@ -96,8 +97,13 @@ class DictionaryEquation:
         return DEFAULT_RTOLS.get(self.method, DEFAULT_OTHER_RTOL)
 
     def start(self, x: Tensor | None) -> Tensor:
-        r"""Returns the first image: the given one, :math:`A^{\top} y` if ``None``."""
-        if x is None:
+        r"""
+        Returns the first image: the given one; :math:`A^{\top} y`, or with a physics
+        the constant that suits a likelihood, if ``None``.
+        """
+        if x is None and not (self.data.quadratic or self.data.identity):
+            x = self.data.start()
+        elif x is None:
             # With tied means, b holds these as well, many times the image.
             H = self.data.H
             x = H.data.b if isinstance(H, TiedMeans) else self.data.b
@@ -145,17 +151,34 @@ class DictionaryEquation:
             x, coefficients = result.x, result.state[0].detach()
             return x, replace(result, x=x.detach(), state=(coefficients,))
         start = start.detach()
-        if self.method == "fista":
-            result = eliminated_fista(p, start, a, **limits)
-        elif self.method == "ipalm":
-            result = ipalm(p, start, a, bounds=bounds, **limits)
+        if p.data.quadratic:
+            result = self._minimise(p, start, a, **limits)
         else:
-            r = ADMM_WEAKLY_CONVEX if p.penalty.weak_convexity else ADMM_CONVEX
-            result = joint_admm(p, start, a, r=r, bounds=bounds, **limits)
+            result = reweighted(
+                p,
+                lambda p, x, a, rtol: self._minimise(
+                    p, x, a, rtol=rtol, max_iter=max_iter
+                ),
+                start,
+                a,
+                rtol=limits["rtol"],
+                callback=callback,
+            )
         image, _ = self._held(result, options.strict).differentiable(
             result.x, result.state[0], options
         )
         return image, result
+
+    def _minimise(
+        self, p: SynthesisProblem, x: Tensor, a: Tensor, **limits: Any
+    ) -> SolverResult:
+        """Minimises a problem with a least-squares term by the method."""
+        if self.method == "fista":
+            return eliminated_fista(p, x, a, **limits)
+        if self.method == "ipalm":
+            return ipalm(p, x, a, bounds=self.bounds, **limits)
+        r = ADMM_WEAKLY_CONVEX if p.penalty.weak_convexity else ADMM_CONVEX
+        return joint_admm(p, x, a, r=r, bounds=self.bounds, **limits)
 
     def _held(self, result: SolverResult, strict: bool) -> SynthesisProblem:
         """Returns the problem with the pixels that have met a bound held there."""

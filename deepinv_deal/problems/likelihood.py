@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from deepinv.optim import L1, L2, DataFidelity, LogPoissonLikelihood, PoissonLikelihood
 from deepinv.physics import (
+    FisherTippettNoise,
+    GammaNoise,
+    GaussianNoise,
+    LaplaceNoise,
     LogPoissonNoise,
     PoissonGaussianNoise,
     PoissonNoise,
+    RicianNoise,
+    SaltPepperNoise,
+    UniformGaussianNoise,
+    UniformNoise,
 )
 from deepinv.utils import TensorList
 from torch import Tensor
@@ -113,7 +121,7 @@ class Likelihood(ABC):
 
     #: Whether it is evaluated for images and measurements divided by their scale, since
     #: it has no unit of its own.
-    unitless: ClassVar[bool] = True
+    unitless: bool = True
 
     def value(self, u: Any, y: Any) -> Tensor:
         r"""Returns :math:`\phi(u; y)` of every sample, ``(B,)``."""
@@ -171,12 +179,15 @@ class Likelihood(ABC):
 
 class Gaussian(Likelihood):
     """
-    Gaussian noise: :math:`w |u - y|^2 / 2`, for images and measurements in [0, 1].
+    Gaussian noise: :math:`w |u - y|^2 / 2`.
 
-    :param torch.Tensor weights: one over the variances, in units of the model.
+    :param torch.Tensor weights: one over the variances.
+    :param bool unitless: whether the variances are those of images and measurements in
+        [0, 1], or of the measurements as they are.
     """
 
-    def __init__(self, weights: Any):
+    def __init__(self, weights: Any, *, unitless: bool = True):
+        self.unitless = unitless
         parts = list(weights) if isinstance(weights, TensorList) else [weights]
         for part in map(torch.as_tensor, parts):
             if not bool(((part >= 0) & part.isfinite()).all()):
@@ -524,7 +535,41 @@ def likelihood_of_noise(physics: Any, y: Any) -> tuple[Likelihood | None, str | 
         shift = (noise.sigma / noise.gain).square()
         likelihood = Poisson(noise.gain, 0.0, shift=shift)
         return likelihood, f"the shifted Poisson likelihood of {name}"
+    if has_noise_map(noise):
+        weights = noise.sigma.square().reciprocal()
+        return Gaussian(weights, unitless=False), f"the noise levels of {name}"
+    if type(noise) in OTHER_NOISE:
+        advice = OTHER_NOISE[type(noise)]
+        return None, f"least squares, though the physics has {name}; {advice}"
     return None, None
+
+
+#: Noise that no likelihood here matches, and what to do about it.
+OTHER_NOISE: dict[type, str] = {
+    LaplaceNoise: "data_fidelity=L1() suits it",
+    SaltPepperNoise: "data_fidelity=L1() suits it",
+    GammaNoise: "denoise the logarithm of y with its noise level",
+    FisherTippettNoise: "denoise y as an image with its noise level",
+    RicianNoise: "where the signal is strong it is nearly Gaussian",
+    UniformNoise: "it is treated as Gaussian noise of the level that is given",
+}
+
+
+def has_noise(noise: Any) -> bool:
+    """Whether a noise model is one of deepinv's that adds noise."""
+    return type(noise) in {
+        *OTHER_NOISE,
+        GaussianNoise,
+        UniformGaussianNoise,
+        PoissonNoise,
+        PoissonGaussianNoise,
+        LogPoissonNoise,
+    }
+
+
+def has_noise_map(noise: Any) -> bool:
+    """Whether a noise model is Gaussian with a level for every measurement."""
+    return type(noise) is GaussianNoise and noise.sigma.ndim > 1
 
 
 def whole(counts: Tensor) -> Tensor:

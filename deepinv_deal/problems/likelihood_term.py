@@ -59,8 +59,10 @@ class LikelihoodTerm(DataTerm):
 
     def scaled(self, scale: Tensor) -> LikelihoodTerm:
         """Returns the same likelihood for images in another unit."""
+        total = scale if self.scale is None else self.scale * scale
         rescaled = scale if self.rescaled is None else self.rescaled * scale
-        return replace(super().scaled(scale), rescaled=rescaled)  # type: ignore[return-value]
+        b = self.b / expand(scale, self.b)
+        return replace(self, b=b, scale=total, rescaled=rescaled)
 
     # -- prediction of measurements ------------------------------------------------
 
@@ -117,12 +119,12 @@ class LikelihoodTerm(DataTerm):
         Returns the least-squares term that has the force of this one at ``x``, and its
         curvature everywhere.
         """
-        return FrozenTerm.of(self, x, self.frozen(x))
+        return FrozenTerm.near(self, x, self.frozen(x))
 
     def tangent(self, x: Tensor) -> FrozenTerm:
         r"""Returns :meth:`at` with the second derivative :math:`\phi''` instead."""
         slope = self.likelihood.slope(self._predict(x.detach()), self._measured)
-        return FrozenTerm.of(self, x, self._weighted(slope))
+        return FrozenTerm.near(self, x, self._weighted(slope))
 
     @torch.no_grad()
     def _weighted(self, weights: Any) -> FrozenCurvature:
@@ -235,7 +237,7 @@ class FrozenTerm(DataTerm):
 
     @classmethod
     @torch.no_grad()
-    def of(
+    def near(
         cls, like: LikelihoodTerm, x: Tensor, curvature: FrozenCurvature
     ) -> FrozenTerm:
         """
@@ -247,15 +249,17 @@ class FrozenTerm(DataTerm):
         """
         settings = {f.name: getattr(like, f.name) for f in fields(DataTerm)}
         b = curvature(x) + like.force(x)
-        return cls(**settings | {"b": b, "H": FrozenOperator(curvature, like)}, like=like)
+        return cls(
+            **settings | {"b": b, "H": FrozenOperator(curvature, like)}, like=like
+        )
 
     @property
-    def step(self) -> Tensor:  # type: ignore[override]  # not cached
+    def step(self) -> Tensor:
         """The step of the likelihood, ``(B,)``."""
         return self.like.step
 
     @property
-    def b_norm(self) -> Tensor:  # type: ignore[override]  # not cached
+    def b_norm(self) -> Tensor:
         """The norm of the likelihood, ``(B,)``."""
         return self.like.b_norm
 
@@ -273,13 +277,13 @@ class FrozenOperator(NormalOperator):
         self.curvature, self.base, self.added = curvature, like.H, like.added
 
     @cached_property
-    def circulant(self) -> Tensor:  # type: ignore[override]  # without trials
+    def circulant(self) -> Tensor:
         """Samples for which it is a circular convolution: none, ``(B,)``."""
         return torch.zeros(len(self.like), dtype=torch.bool, device=self.like.device)
 
-    @cached_property
+    @property
     @torch.no_grad()
-    def similar(self) -> Tensor:  # type: ignore[override]  # is known
+    def similar(self) -> Tensor:
         """The eigenvalues of the physics times the mean of the density."""
         density = self.curvature.density.mean((1, 2, 3), keepdim=True)
         if self.base is None:
@@ -288,7 +292,7 @@ class FrozenOperator(NormalOperator):
         return values * density
 
     @cached_property
-    def norm_bound(self) -> Tensor:  # type: ignore[override]  # without trials
+    def norm_bound(self) -> Tensor:
         """An upper bound of its norm, ``(B,)``."""
         bound = self.curvature.largest
         bound = bound if self.base is None else bound * self.base.norm_bound

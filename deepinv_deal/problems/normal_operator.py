@@ -41,10 +41,6 @@ class NormalOperator:
     :param bool complex_pair: whether the two channels are one complex image.
     """
 
-    #: Eigenvalues of a convolution alike, ``(B, C or 1, H or 1, W or 1)``, if one is
-    #: known: for preconditioners of what is no convolution.
-    similar: Tensor | None = None
-
     def __init__(self, apply: LinearMap, like: Tensor, *, complex_pair: bool = False):
         self._apply = apply
         # Only shape, dtype and device are kept.
@@ -73,6 +69,14 @@ class NormalOperator:
     def is_circulant(self) -> bool:
         """Whether it is one for all samples."""
         return bool(self.circulant.all())
+
+    @property
+    def similar(self) -> Tensor | None:
+        """
+        Eigenvalues of a convolution alike, ``(B, C or 1, H or 1, W or 1)``, if one is
+        known: for preconditioners of what is no convolution.
+        """
+        return None
 
     @cached_property
     @torch.no_grad()

@@ -14,7 +14,8 @@ from deepinv_deal._batch import expand, inner
 from deepinv_deal.operators import PatchConv, PatchFrame
 from deepinv_deal.operators.patches import channel_map
 from deepinv_deal.operators.row_blocks import cache_bytes, in_row_blocks
-from deepinv_deal.problems.data_term import DataTerm
+from deepinv_deal.problems.data_term import DataTerm, operator_term
+from deepinv_deal.problems.likelihood_term import LikelihoodTerm
 from deepinv_deal.problems.normal_operator import NormalOperator
 from deepinv_deal.problems.penalties import GROUP_SIDE, L1Penalty, Penalty
 from deepinv_deal.solvers import (
@@ -26,9 +27,13 @@ from deepinv_deal.solvers import (
 )
 from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.solvers.preconditioner import convolve
+from deepinv_deal.solvers.proximal import proximal_gradient, relative_change
 
 #: Limit on the conjugate gradient iterations of one linear solve.
 MAX_CG_ITER = 1000
+
+#: Limit on the linear solves for one image with a likelihood.
+MAX_NEWTON_STEPS = 100
 
 #: Patches whose active sets are solved in one batch of matrices.
 ACTIVE_SET_CHUNK = 256
@@ -80,6 +85,9 @@ def with_means(data: DataTerm, image: Tensor, n: int, weight: Tensor) -> DataTer
     """
     means = PatchConv(image.new_full((1, n, n), 1 / n), "valid")  # sqrt(d) M
     tied = expand(weight, image) * means.adjoint(means(image))
+    if isinstance(data, LikelihoodTerm):
+        nothing = operator_term(torch.zeros_like(tied), torch.zeros_like)
+        return replace(data, added=DataTerm(tied, TiedMeans(nothing, means, weight)))
     return replace(data, b=data.b + tied, H=TiedMeans(data, means, weight))
 
 
@@ -104,6 +112,8 @@ class SynthesisProblem:
     :param torch.Tensor pinned: image whose finite pixels are held fixed, where a
         solution has met its bounds; NaN elsewhere. ``None``: all pixels are free.
     :param bool strict: raise if a linear system of the backward pass is not solved.
+    :param torch.Tensor near: an image near the solution, at which a likelihood is
+        linearised for the backward pass.
     """
 
     data: DataTerm
@@ -113,6 +123,7 @@ class SynthesisProblem:
     cg_rtol: float = 1e-6
     pinned: Tensor | None = None
     strict: bool = False
+    near: Tensor | None = None
 
     # -- the parts of the objective --------------------------------------------
 
@@ -142,7 +153,10 @@ class SynthesisProblem:
 
     def objective(self, x: Tensor, a: Tensor) -> Tensor:
         """Returns J(x, a) per sample, ``(B,)``."""
-        data = inner(x, 0.5 * self.data.normal(x) - self.data.b)
+        if self.data.quadratic:
+            data = inner(x, 0.5 * self.data.normal(x) - self.data.b)
+        else:
+            data = self.data.value(x)
         r = self.features(x) - self.synthesis(a)
         return data + 0.5 * inner(r, r) + self.penalty.value(a)
 
@@ -174,6 +188,8 @@ class SynthesisProblem:
     def data_spectrum(self) -> Tensor | None:
         """Eigenvalues of H, ``(B or 1, 1, H, W)``; ``None``: it is no convolution."""
         H = self.data.H
+        if not self.data.quadratic:
+            return None
         if H is None:
             return self.data.b.new_ones(1, 1, *self.data.b.shape[2:])
         return H.transfer[0] if H.is_circulant else None
@@ -247,7 +263,9 @@ class SynthesisProblem:
         data = self.data
         kernel = self._aggregation if K is None else self._spectrum(K)
         H = self.data_spectrum
-        if H is None:  # only preconditions: as if H were a multiple of the identity
+        if H is None and data.H is not None:
+            H = data.H.similar  # only preconditions
+        if H is None:  # as if H were a multiple of the identity
             H = expand(data.norm_bound, data.b)
         spectrum = H + expand(self.beta, data.b) * kernel
         if shift is not None:
@@ -303,15 +321,46 @@ class SynthesisProblem:
 
     def image_of(self, synthesis: Tensor, init: Tensor | None = None) -> Tensor:
         r"""Returns the best image for coefficients with this :math:`G^{\top} a`."""
-        rhs = self.data.b + self.features_adjoint(synthesis)
-        equation = ImageEquation(self, rhs)
+        equation = ImageEquation(self, self.features_adjoint(synthesis))
         with torch.no_grad():
-            if self.pinned is None:
-                x = self.solve_image(rhs, init=init).x
+            if not self.data.quadratic:
+                x = self._newton(equation, self.near if init is None else init)
+            elif self.pinned is None:
+                x = self.solve_image(self.data.b + equation.coupling, init=init).x
             else:
-                fixed = self.pinned.nan_to_num(0.0)
-                x = fixed + self.solve_image(equation(fixed)).x
+                x = self.pinned.nan_to_num(0.0)
+                x = x + self.solve_image(equation(x)).x
         return attach_gradient(equation, x, LINEAR.made_strict(self.strict))
+
+    def _newton(self, equation: ImageEquation, init: Tensor | None) -> Tensor:
+        """Solves for the image with a likelihood, by freezing its curvature."""
+        x = self.data.start() if init is None else init
+        if self.pinned is not None:
+            x = self.pinned.where(self.pinned.isfinite(), x)
+
+        def step(x: Tensor, _: tuple[Tensor, ...]) -> Tensor:
+            return x + self.frozen(x).solve_image(equation(x)).x
+
+        result = proximal_gradient(
+            [step],
+            [x],
+            inertia="none",
+            rtol=self.cg_rtol,
+            max_iter=MAX_NEWTON_STEPS,
+            measure=relative_change,
+            look_every=1,
+        )
+        return result.x
+
+    def frozen(self, x: Tensor) -> SynthesisProblem:
+        """Returns the problem with the curvature of a likelihood frozen at ``x``."""
+        return replace(self, data=self.data.at(x)) if not self.data.quadratic else self
+
+    def tangent(self, x: Tensor) -> SynthesisProblem:
+        """Returns the problem with the second derivative of a likelihood at ``x``."""
+        if self.data.quadratic:
+            return self
+        return replace(self, data=self.data.tangent(x))
 
     def _divide(self, inverse: Tensor, v: Tensor) -> Tensor:
         """Multiplies the Fourier transform of ``v``."""
@@ -325,11 +374,12 @@ class SynthesisProblem:
         """Attaches implicit gradients to a solution (x, a), pixels pinned or not."""
         if not torch.is_grad_enabled():
             return x, a
-        a = attach_gradient(CoefficientEquation(self), a, options)
+        near = replace(self, near=x)
+        a = attach_gradient(CoefficientEquation(near), a, options)
         if not a.requires_grad:
             return x, a
         # The value is that which was found, with or without gradients.
-        image = self.image(a, init=x)
+        image = near.image(a, init=x)
         return x + (image - image.detach()), a
 
 
@@ -343,23 +393,24 @@ class ImageEquation:
     The optimality condition of the image for given coefficients.
 
     :param SynthesisProblem problem: the problem.
-    :param torch.Tensor rhs: :math:`b + \sqrt{\beta} F^{\top} G^{\top} a`.
+    :param torch.Tensor coupling: :math:`\sqrt{\beta} F^{\top} G^{\top} a`.
     """
 
     problem: SynthesisProblem
-    rhs: Tensor
+    coupling: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Returns the residual of the linear system."""
+        """Returns the residual of the system."""
         p = self.problem
-        residual = self.rhs - p.data.normal(x) - p.features_adjoint(p.features(x))
+        residual = p.data.force(x) + self.coupling - p.features_adjoint(p.features(x))
         if p.pinned is None:
             return residual
         return torch.where(p.pinned.isnan(), residual, 0)
 
-    def adjoint_solver(self, x: Tensor) -> LinearSolve:  # noqa: ARG002 - linear
-        """Returns the solver of the linear system."""
-        return lambda v, rtol: self.problem.solve_image(v, rtol=rtol)
+    def adjoint_solver(self, x: Tensor) -> LinearSolve:
+        """Returns the solver of the linear system, of a likelihood at ``x``."""
+        solve = self.problem.tangent(x).solve_image
+        return lambda v, rtol: solve(v, rtol=rtol)
 
 
 @dataclass(frozen=True)
@@ -402,8 +453,13 @@ class CoefficientEquation:
         p = self.problem
         f = p.synthesis(e)
         if self.features is None:
-            f = f - p.features(p.solve_image(p.features_adjoint(f)).x)
+            f = f - p.features(self._solve_image(p.features_adjoint(f)).x)
         return p.analysis(f)
+
+    @cached_property
+    def _solve_image(self) -> ImageSolver:
+        p = self.problem
+        return (p if p.near is None else p.tangent(p.near)).solve_image
 
     def adjoint_solver(self, x: Tensor) -> LinearSolve:
         r"""Returns the solver of :math:`-F_a^{\top} w = v` at coefficients ``x``."""

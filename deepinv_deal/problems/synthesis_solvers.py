@@ -42,6 +42,73 @@ SETTLE = 5
 RELAXATION, CODING_PENALTY = 1.6, 0.03
 
 
+#: ``minimise(problem, x, a, rtol)``: a solver of a problem with a least-squares term.
+Minimiser = Callable[[SynthesisProblem, Tensor, Tensor, Tensor], SolverResult]
+
+#: How often the curvature of a likelihood is frozen at most; the tolerance of the first
+#: problem, and that of the others relative to the last change of the image.
+MAX_REWEIGHTINGS, FIRST_FORCING, FORCING = 300, 1e-2, 0.1
+
+
+@torch.no_grad()
+def reweighted(
+    problem: SynthesisProblem,
+    minimise: Minimiser,
+    x: Tensor,
+    a: Tensor,
+    *,
+    rtol: float,
+    callback: Observer | None = None,
+) -> SolverResult:
+    """
+    Minimises J with a likelihood: freezes its curvature at the image and minimises the
+    problem with that least-squares term, again and again, from where the last ended.
+
+    :param SynthesisProblem problem: the problem.
+    :param Callable minimise: ``minimise(problem, x, a, rtol)``, a solver of problems
+        with a least-squares term.
+    :param torch.Tensor x: first image.
+    :param torch.Tensor a: first coefficients.
+    :param float rtol: tolerance on the relative change of the image per reweighting.
+    :param Callable callback: called with the number of every iteration and the images
+        before and after it.
+    :return: (:class:`SolverResult`) the image in ``x``, coefficients and image in
+        ``state``; ``n_inner`` counts the iterations of ``minimise``.
+    """
+    n_inner = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    inner_status = torch.zeros_like(n_inner, dtype=torch.int8)
+    image, inner_rtol = x, torch.full_like(norm(x), max(FIRST_FORCING, rtol))
+
+    def step_coefficients(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
+        nonlocal n_inner, inner_status, image
+        frozen = problem.frozen(blocks[1])
+        result = minimise(frozen, blocks[1], v, inner_rtol)
+        n_inner, inner_status = n_inner + result.n_iter, result.status
+        image = result.x
+        return result.state[0]
+
+    def measure(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> Tensor:
+        nonlocal inner_rtol
+        change, solved_to = relative_change(new[1:], old[1:]), inner_rtol
+        inner_rtol = torch.minimum(FORCING * change, inner_rtol).clamp_min(rtol)
+        # An image says nothing that was found more roughly than is asked for.
+        return torch.maximum(change, solved_to)
+
+    result = proximal_gradient(
+        [step_coefficients, lambda *_: image],
+        [a, x],
+        inertia="none",
+        rtol=rtol,
+        max_iter=MAX_REWEIGHTINGS,
+        measure=measure,
+        callback=_watched(callback, 1),
+        look_every=1,  # an iteration, with its solves, costs more than a look
+    )
+    # An image that has settled is none if the problem behind it was not solved.
+    status = torch.maximum(result.status, inner_status)
+    return replace(result, x=result.state[1], status=status, n_inner=n_inner)
+
+
 @torch.no_grad()
 def ipalm(
     problem: SynthesisProblem,

@@ -1,79 +1,26 @@
 """DEAL with likelihoods other than least squares."""
 
+import re
+
 import deepinv as dinv
 import pytest
 import torch
-from deepinv.optim import L1, L2, LogPoissonLikelihood, PoissonLikelihood
+from deepinv.optim import L2, LogPoissonLikelihood, PoissonLikelihood
 from helpers import gradients_equal_finite_differences
+from likelihoods import CASES, SHAPE, blur, poisson, transmission, truth, weights
 from problems import (
     DOUBLE,
     MODELS,
     TIGHT,
     generator,
-    images,
     random_model,
     random_prior,
     relative_error,
 )
 
-from deepinv_deal import MMR, SAFI, interpret
+from deepinv_deal import interpret
 from deepinv_deal.optim import SmoothedL1, WeightedL2
 
-SHAPE = (1, 8, 7)
-
-
-def blur(noise=None):
-    kernel = torch.tensor([[1.0, 2, 1], [2, 9, 2], [1, 2, 3]], dtype=DOUBLE)[None, None]
-    physics = dinv.physics.Blur(kernel / kernel.sum(), padding="circular")
-    if noise is not None:
-        physics.set_noise_model(noise)
-    return physics
-
-
-def truth(batch=1):
-    return images(batch, *SHAPE, seed=2)
-
-
-def poisson(gain=0.05, **settings):
-    return dinv.physics.PoissonNoise(gain, rng=generator(3), **settings)
-
-
-def transmission():
-    return dinv.physics.LogPoissonNoise(300.0, 0.8, rng=generator(3))
-
-
-def weights(batch=1):
-    return 0.2 + 3 * torch.rand(batch, *SHAPE, generator=generator(5), dtype=DOUBLE)
-
-
-def impulses(u):
-    hit = torch.rand(u.shape, generator=generator(6), dtype=DOUBLE) < 0.1
-    return torch.where(hit, 1 - u.round(), u + 0.01)
-
-
-#: Data fidelity and measurements; the weight that gives about as much smoothing.
-CASES = {
-    "L2": (lambda _: L2(0.5), lambda u: u + 0.02, 4.0),
-    "WeightedL2": (lambda n: WeightedL2(weights(n)), lambda u: u + 0.02, 1.0),
-    "L1": (lambda _: L1(), impulses, 1.0),
-    "SmoothedL1": (lambda _: SmoothedL1(0.03), impulses, 1.0),
-    "Poisson": (lambda _: PoissonLikelihood(0.05), lambda u: poisson()(u), 20.0),
-    "background": (
-        lambda _: PoissonLikelihood(0.05, 2.0),
-        lambda u: poisson()(u + 0.1),
-        20.0,
-    ),
-    "raw counts": (
-        lambda _: PoissonLikelihood(0.05, denormalize=False),
-        lambda u: poisson(normalize=False)(u),
-        20.0,
-    ),
-    "LogPoisson": (
-        lambda _: LogPoissonLikelihood(300.0, 0.8),
-        lambda u: transmission()(u),
-        50.0,
-    ),
-}
 EXACT = {"rtol": 1e-9, "max_iter": 400, "adjoint": TIGHT}
 
 
@@ -222,7 +169,7 @@ def test_auto_takes_the_likelihood_of_the_physics(noise, words):
     assert torch.equal(again, x)
 
 
-def test_auto_is_least_squares_for_other_noise_and_other_models():
+def test_auto_is_least_squares_for_gaussian_noise():
     y = truth()
     physics = blur(dinv.physics.GaussianNoise(0.1))
     auto, plain = random_model(), random_model(data_fidelity=L2())
@@ -286,32 +233,6 @@ def test_no_transmitted_counts_have_a_solution():
         model_for("auto")(y, physics, sigma=0.1, lambda_reg=1.0)
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-@pytest.mark.parametrize("kind", ["SAFI", "CPR", "PatchSynthesis"])
-def test_weighted_least_squares_of_other_models(kind, scale):
-    """Weights 0 and 4 are inpainting with the mask 2 where they are 4."""
-    w = 4.0 * (weights() > 1)
-    y = blur().A(truth())
-    mask = dinv.physics.Inpainting(SHAPE, mask=w[0].sqrt())
-    # SAFI takes the same iterations for both; few of them are enough.
-    settings = {"rtol": 0.1 if kind == "SAFI" else 1e-2, "scale": scale}
-    call = {"lambda_reg": 0.1}
-    expected = MODELS[kind](**settings)(w.sqrt() * y, mask, **call)
-    model = MODELS[kind](data_fidelity=WeightedL2(w), **settings)
-    found = model(y, **call)
-    assert relative_error(found, expected) < 1e-6
-    assert relative_error(model(y + 0.1 * (w == 0), **call), found) < 1e-6
-    known = model.examine(y, dinv.physics.Denoising())
-    assert relative_error(model(y, known, **call), found) < 1e-6
-
-
-@pytest.mark.parametrize("kind", [MMR, SAFI])
-def test_models_that_cannot_freeze_a_likelihood_say_so(kind):
-    model = kind(data_fidelity=PoissonLikelihood(0.1))
-    with pytest.raises(NotImplementedError, match="PoissonLikelihood.*least squares"):
-        model(truth().float(), blur().float(), lambda_reg=0.1)
-
-
 def test_linearization_is_for_least_squares():
     model = random_model(data_fidelity=PoissonLikelihood(0.05))
     y = poisson()(truth())
@@ -328,3 +249,44 @@ def test_data_fidelity_is_checked_at_once():
     model = random_model(data_fidelity=PoissonLikelihood(0.1))
     with pytest.raises(ValueError, match="negative"):
         model(-truth(), sigma=0.1)
+
+
+NOISE = dinv.physics.noise
+#: Noise of deepinv: whether denoising knows its level, and a word of the note.
+NOISES = {
+    "zero": (NOISE.ZeroNoise(), None, None),
+    "Gaussian": (NOISE.GaussianNoise(0.1), 0.1, None),
+    "Gaussian map": (NOISE.GaussianNoise(torch.full((1, 1, 8, 7), 0.1)), 0.1, "levels"),
+    "uniform Gaussian": (NOISE.UniformGaussianNoise(0.1, 0.2), None, None),
+    "Poisson": (NOISE.PoissonNoise(0.05), 0.16, "Poisson likelihood"),
+    "Poisson of no counts": (NOISE.PoissonNoise(0.03), None, "no counts|not hold"),
+    "Poisson-Gaussian": (NOISE.PoissonGaussianNoise(0.05, 0.1), 0.19, "shifted"),
+    "LogPoisson": (NOISE.LogPoissonNoise(300.0, 0.8), 0.09, "transmission"),
+    "gamma": (NOISE.GammaNoise(3.0), None, "logarithm"),
+    "uniform": (NOISE.UniformNoise(0.1), None, "level that is given"),
+    "salt and pepper": (NOISE.SaltPepperNoise(), None, "L1"),
+    "Fisher-Tippett": (NOISE.FisherTippettNoise(3.0), None, "noise level"),
+    "Rician": (NOISE.RicianNoise(0.1), None, "nearly Gaussian"),
+    "Laplace": (NOISE.LaplaceNoise(0.1), None, "L1"),
+}
+
+
+@pytest.mark.parametrize("kind", ["DEAL", "SAFI", "CPR", "two-step"])
+@pytest.mark.parametrize("name", NOISES)
+def test_every_noise_model_is_used_or_refused(name, kind):
+    noise, level, words = NOISES[name]
+    physics = dinv.physics.Denoising(noise)
+    y = 0.05 * (truth() / 0.05).round()
+    model = MODELS[kind](bounds=None, warn=False)
+    if level is not None:
+        _, info = model(y, physics, return_info=True)
+        found = info.sigma
+        if kind == "SAFI":  # rescales itself
+            found = re.search(r"rescaled to sigma=(\d\.\d+)", " ".join(info.notes))[1]
+        assert float(found) == pytest.approx(level, rel=0.2)
+    elif name != "zero" or kind == "DEAL":
+        with pytest.raises(ValueError, match="sigma is missing"):
+            model(y, physics)
+    _, info = model(y, physics, sigma=0.1, return_info=True)
+    if words is not None:
+        assert re.search(words, " ".join(info.notes))
