@@ -8,6 +8,7 @@ from typing import Any
 
 import deepinv as dinv
 import torch
+from deepinv.optim import PoissonLikelihood
 from problems import DOUBLE, dense, generator, images, random_model, random_prior
 from torch import Tensor
 
@@ -51,7 +52,9 @@ class DenseProblem:
 
     @cached_property
     def H(self) -> Tensor:
-        return dense(self.equation.data.normal, SHAPE)
+        data = self.equation.data
+        curvature = data.normal if data.quadratic else data.frozen(self.at.x)
+        return dense(curvature, SHAPE).detach()
 
     @cached_property
     def F(self) -> Tensor:
@@ -81,18 +84,20 @@ PROBLEMS = {
     "inpainting": ("inpainting", 3, 9.0, 1.0),
     "inpainting, large weight": ("inpainting", 3, 9.0, 3.0),
     "blur": ("blur", 3, 6.0, 0.1),
+    "counts": ("blur", 3, 6.0, 40.0),
 }
 
 
 @lru_cache
 def small_problem(name: str) -> DenseProblem:
     kind, seed, gain, lambda_reg = PROBLEMS[name]
-    model = random_model(random_prior(seed=seed, gain=gain))
+    fidelity = PoissonLikelihood(0.01, 1.0) if name == "counts" else "auto"
+    model = random_model(random_prior(seed=seed, gain=gain), data_fidelity=fidelity)
     x = images(1, *SHAPE, seed=seed)
     physics = physics_of(kind)
     y = x if physics is None else physics.A(x)
     noise = torch.randn(y.shape, generator=generator(seed + 7), dtype=DOUBLE)
-    y = y + 0.05 * noise
+    y = y + 0.05 * noise if name != "counts" else 0.01 * (100 * y + 1 + noise).round()
     settings = {"sigma": 0.05, "lambda_reg": lambda_reg}
     at = linearize(
         model, y, physics, rtol=1e-10, max_iter=300, inner_rtol=1e-7, **settings

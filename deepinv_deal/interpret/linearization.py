@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deepinv_deal.interpret._models import attentive
 from deepinv_deal.problems import AttentiveEquation, AttentiveL1Equation, Problem
+from deepinv_deal.problems.data_term import FrozenCurvature
 from deepinv_deal.solvers import (
     AdjointOptions,
     SolverResult,
@@ -81,11 +82,6 @@ def linearize(
                 "model has bounds, with which DEAL's frozen problems are no linear "
                 "systems. Linearise a model without."
             )
-        if not problem.data.quadratic:
-            raise ValueError(
-                "data_fidelity is not least squares, the only data term that can be "
-                "linearised. Give the model data_fidelity=deepinv.optim.L2()."
-            )
         b = problem.data.b
         if len(b) != 1:
             raise ValueError(
@@ -123,6 +119,10 @@ class Linearization:
         J = \frac{\partial T}{\partial x}(\hat x) = I + B^{-1} F_x, \qquad
         \frac{\partial \hat x}{\partial y} = (I - J)^{-1} B^{-1} A^{\top}
         = (-F_x)^{-1} A^{\top}.
+
+    With a likelihood, :math:`T` also freezes its curvature D, :math:`B = A^{\top} D A +
+    \lambda W^{\top} M(\hat x)^2 W`, and the right-hand side of :math:`\partial \hat x
+    / \partial y` is another one.
 
     All products are exact up to the tolerance of the solver: those with :math:`F_x` by
     automatic differentiation, those with :math:`B^{-1}` by conjugate gradients, those
@@ -171,11 +171,11 @@ class Linearization:
     def jacobian(self, v: Tensor) -> Tensor:
         r"""Returns :math:`J v`, shape of ``v``."""
         self._needs_linear_systems("jacobian")
-        return self._each(lambda at, w: at.invert(at.mask_change(w)), v)
+        return self._each(lambda at, w: at.invert(at.frozen_change(w)), v)
 
     def jacobian_adjoint(self, v: Tensor) -> Tensor:
         r"""Returns :math:`J^{\top} v`, shape of ``v``."""
-        return self._each(lambda at, w: at.mask_change.adjoint(at.invert(w)), v)
+        return self._each(lambda at, w: at.frozen_change.adjoint(at.invert(w)), v)
 
     def sensitivity(self, v: Tensor) -> Tensor:
         r"""
@@ -193,7 +193,16 @@ class Linearization:
         return self._each(lambda at, w: at.invert_equation(at.change.adjoint, w), v)
 
     def data_normal(self, v: Tensor) -> Tensor:
-        r"""Returns :math:`A^{\top} A v`, shape of ``v``."""
+        r"""
+        Returns :math:`A^{\top} A v`, shape of ``v``.
+
+        :raises ValueError: with a likelihood, whose measurements enter otherwise.
+        """
+        if not self.problem.data.quadratic:
+            raise ValueError(
+                "data_fidelity is not least squares, so the derivative in y is another "
+                "one. Backpropagate through the model."
+            )
         with torch.no_grad():
             return self.problem.data.normal(v)
 
@@ -245,11 +254,22 @@ class _Copies:
             return self.equation.freeze(self.x)
 
     @cached_property
-    def mask_change(self) -> _Derivative:
-        """Derivative of F where only the mask follows the image."""
-        return _Derivative(
-            lambda z: self.equation(self.x, self.equation.mask(z)), self.x
-        )
+    def curvature(self) -> FrozenCurvature | None:
+        """The frozen curvature of a likelihood."""
+        return self.equation.data.frozen(self.x)
+
+    @cached_property
+    def frozen_change(self) -> _Derivative:
+        """Derivative of F where only what is frozen follows the image."""
+
+        def follow(z: Tensor) -> Tensor:
+            F = self.equation(self.x, self.equation.mask(z))
+            if self.curvature is None:
+                return F
+            # The force at z, without what the frozen data term makes of it.
+            return F + self.equation.data.force(z) + self.curvature(z)
+
+        return _Derivative(follow, self.x)
 
     @cached_property
     def change(self) -> _Derivative:

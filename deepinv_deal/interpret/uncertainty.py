@@ -3,16 +3,17 @@ r"""How sure the model is of each pixel, and whether it is right about that."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from deepinv.utils import TensorList
 from torch import Tensor
 
 from deepinv_deal._batch import expand
 from deepinv_deal.interpret._figures import BLUE, GRAY, finish, new_figure, show
 from deepinv_deal.interpret.linearization import Linearization
 from deepinv_deal.interpret.local import random_signs
+from deepinv_deal.problems.likelihood import each
+from deepinv_deal.problems.likelihood_term import LikelihoodTerm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ NOMINAL, HALF_WIDTH = 0.9, 1.6449
 
 def posterior_variance(
     at: Linearization,
-    noise: float,
+    noise: float | None = None,
     *,
     spacing: int = 8,
     num_probes: int = 1,
@@ -67,7 +68,8 @@ def posterior_variance(
     (torch.Size([1, 1, 12, 12]), True)
 
     :param Linearization at: from :func:`linearize`, of :class:`deepinv_deal.DEAL`.
-    :param float noise: standard deviation of the noise in the measurements.
+    :param float noise: standard deviation of the noise in the measurements; ``None``
+        for a likelihood, which knows its noise: s is then 1, in units of the model.
     :param int spacing: distance of the pixels of one probe.
     :param int num_probes: number of random signs.
     :param int batch_size: solves that run together.
@@ -76,7 +78,8 @@ def posterior_variance(
         below 0 are set to 0.
     :raises ValueError: if a number is not positive.
     """
-    _check_positive(noise=noise, spacing=spacing, num_probes=num_probes)
+    s = _unit_of_noise(at, noise)
+    _check_positive(spacing=spacing, num_probes=num_probes)
     channels, height, width = at.x.shape[1:]
     offsets = [
         (c, i, j)
@@ -92,12 +95,12 @@ def posterior_variance(
             probe[grid] = signs[grid]
         for v in probes.split(batch_size):
             total += (v * at.solve(v)).sum(0)
-    return noise**2 * (total / num_probes).clamp_min(0)
+    return s.square() * (total / num_probes).clamp_min(0)
 
 
 def posterior_samples(
     at: Linearization,
-    noise: float,
+    noise: float | None = None,
     num_samples: int = 8,
     *,
     batch_size: int = 8,
@@ -126,14 +129,16 @@ def posterior_samples(
     torch.Size([3, 1, 12, 12])
 
     :param Linearization at: from :func:`linearize`, of :class:`deepinv_deal.DEAL`.
-    :param float noise: standard deviation of the noise in the measurements.
+    :param float noise: standard deviation of the noise in the measurements; ``None``
+        for a likelihood, which knows its noise: s is then 1, in units of the model.
     :param int num_samples: number of samples.
     :param int batch_size: solves that run together.
     :param torch.Generator generator: of the perturbations; a fresh one if ``None``.
     :return: images of the physics, ``(num_samples, C, H, W)``.
     :raises ValueError: if a number is not positive.
     """
-    _check_positive(noise=noise, num_samples=num_samples)
+    s = _unit_of_noise(at, noise)
+    _check_positive(num_samples=num_samples)
     generator = generator or torch.Generator().manual_seed(0)
     equation = at.problem.equation
     regularizer = equation.regularizer
@@ -146,9 +151,27 @@ def posterior_samples(
             prior = weight * regularizer.adjoint(mask * n2, at.x)
             right.append(_back_projected_noise(at, generator) + prior)
     changes = [at.solve(v) for v in torch.cat(right).split(batch_size)]
-    # The noise is in the units of the data, changes of x in those of the model.
+    # Changes of x are in the units of the model.
     scale = expand(at.problem.data.intensity, at.x)
-    return at.problem.image(at.x + noise / scale * torch.cat(changes))
+    return at.problem.image(at.x + s / scale * torch.cat(changes))
+
+
+def _unit_of_noise(at: Linearization, noise: float | None) -> Tensor:
+    r"""Returns :math:`s` in units of the image, to be broadcast to images."""
+    data = at.problem.data
+    if data.quadratic:
+        if noise is None:
+            raise ValueError(
+                "noise is missing: the standard deviation of the noise in y."
+            )
+        _check_positive(noise=noise)
+        return torch.full_like(at.x[:, :1, :1, :1], noise)
+    if noise is not None:
+        raise ValueError(
+            f"noise={noise}: the data_fidelity is a likelihood, which knows its noise. "
+            "Leave noise out."
+        )
+    return expand(data.intensity, at.x)
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -157,18 +180,19 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _back_projected_noise(at: Linearization, generator: torch.Generator) -> Tensor:
-    r"""Returns :math:`A^{\top} n` for white noise of variance 1, shape of ``at.x``."""
+    r"""
+    Returns :math:`A^{\top} n` for white noise of variance 1, shape of ``at.x``; for
+    likelihoods :math:`A^{\top} D^{1/2} n`.
+    """
     data = at.problem.data
+    if isinstance(data, LikelihoodTerm):
+        return data.score(at.x, lambda like: _white(like, generator))
     if data.identity:
         return _normal(at.x, generator)
     layout, physics = data.layout, data.physics
     assert layout is not None
     y = physics.A(layout.embed(torch.zeros_like(at.x)))
-    noise: Any
-    if isinstance(y, TensorList):
-        noise = TensorList([_white(part, generator) for part in y])
-    else:
-        noise = _white(y, generator)
+    noise = each(lambda part: _white(part, generator), y)
     return layout.extract(physics.A_adjoint(noise))
 
 

@@ -65,7 +65,7 @@ class WeightedL2(DataFidelity):
         self.weights = weights
 
     def _distance(self, u: Any, y: Any, *_: Any, **__: Any) -> Tensor:
-        return 0.5 * _total(self.weights * _each(_squared, u - y))
+        return 0.5 * _total(self.weights * each(_squared, u - y))
 
 
 class SmoothedL1(DataFidelity):
@@ -125,15 +125,15 @@ class Likelihood(ABC):
 
     def value(self, u: Any, y: Any) -> Tensor:
         r"""Returns :math:`\phi(u; y)` of every sample, ``(B,)``."""
-        return _total(_each(self._value, u, y))
+        return _total(each(self._value, u, y))
 
     def derivative(self, u: Any, y: Any) -> Any:
         r"""Returns :math:`\phi'(u; y)`, shape of ``u``."""
-        return _each(self._derivative, u, y)
+        return each(self._derivative, u, y)
 
     def curvature(self, u: Any, y: Any) -> Any:
         r"""Returns the curvature :math:`c(u; y) \geq 0`, shape of ``u``."""
-        return _each(self._curvature, u, y)
+        return each(self._curvature, u, y)
 
     def slope(self, u: Any, y: Any) -> Any:
         r"""Returns :math:`\phi''(u; y)`, shape of ``u``, without gradients."""
@@ -144,14 +144,20 @@ class Likelihood(ABC):
                 total = self.derivative(u, y.detach()).sum()
             return torch.autograd.grad(total, u)[0].detach()
 
-        return _each(one, u, y)
+        return each(one, u, y)
 
-    def level(self, y: Any) -> Tensor | None:
+    def level(
+        self,
+        y: Any,  # noqa: ARG002 - not known here
+        seen: Any,  # noqa: ARG002
+    ) -> Tensor | None:
         """
         Returns the typical curvature, one over the variance of the noise, ``(B,)``;
         ``None``: not known.
+
+        :param torch.Tensor y: measurements.
+        :param torch.Tensor seen: which of them the image contributes to.
         """
-        del y
         return None
 
     def linear(self, y: Any) -> Any:
@@ -204,20 +210,20 @@ class Gaussian(Likelihood):
     def curvature(self, u: Any, y: Any) -> Any:
         """Returns the weights."""
         if isinstance(self.weights, TensorList):
-            return _each(self._weight, self.weights, u)
-        return _each(lambda u, _: self._weight(self.weights, u), u, y)
+            return each(self._weight, self.weights, u)
+        return each(lambda u, _: self._weight(self.weights, u), u, y)
 
     def slope(self, u: Any, y: Any) -> Any:
         """Returns the weights, without gradients."""
-        return _each(lambda w, _: w.detach(), self.curvature(u, y), y)
+        return each(lambda w, _: w.detach(), self.curvature(u, y), y)
 
     def value(self, u: Any, y: Any) -> Tensor:
         """Returns half the weighted square of the misfit, ``(B,)``."""
-        return 0.5 * _total(self.curvature(u, y) * _each(_squared, u - y))
+        return 0.5 * _total(self.curvature(u, y) * each(_squared, u - y))
 
-    def level(self, y: Any) -> Tensor:
+    def level(self, y: Any, seen: Any) -> Tensor:
         """Returns the mean of the weights, ``(B,)``."""
-        return _mean(self.curvature(y, y))
+        return _mean(self.curvature(y, y), seen)
 
     @staticmethod
     def _weight(weights: Any, like: Tensor) -> Tensor:
@@ -337,16 +343,16 @@ class Poisson(Likelihood):
             k = k if self.shift is None else k - _parameter(self.shift, y)
             return k * _parameter(self.gain, y)
 
-        return _each(one, y)
+        return each(one, y)
 
-    def level(self, y: Any) -> Tensor:
+    def level(self, y: Any, seen: Any) -> Tensor:
         """Returns one over the mean variance, ``(B,)``."""
 
         def variance(y: Tensor) -> Tensor:
             gain = _parameter(self.gain, y)
             return self._variance(self.counts(y)) * gain.square()
 
-        return 1 / _mean(_each(variance, y))
+        return 1 / _mean(each(variance, y), seen)
 
     def check(self, y: Any) -> list[str]:
         """Checks that the measurements are counts."""
@@ -371,7 +377,9 @@ class Poisson(Likelihood):
                     raise ValueError(
                         "data_fidelity: y holds whole numbers only "
                         f"{'before' if self.denormalize else 'after'} division by the "
-                        f"gain. Give denormalize={not self.denormalize}."
+                        f"gain. Give denormalize={not self.denormalize}, or for the "
+                        "rounded numbers of a camera a physics with "
+                        "PoissonGaussianNoise."
                     )
                 notes.append("y does not hold whole numbers of counts.")
             few = int((counts == 0).sum())
@@ -434,15 +442,15 @@ class LogPoisson(Likelihood):
             most = (2 * _parameter(self.N0, y)).log() / _parameter(self.mu, y)
             return torch.where(y == math.inf, most, y)
 
-        return _each(one, y) if isinstance(y, (Tensor, TensorList)) else y
+        return each(one, y) if isinstance(y, (Tensor, TensorList)) else y
 
-    def level(self, y: Any) -> Tensor:
+    def level(self, y: Any, seen: Any) -> Tensor:
         """Returns the mean of the curvature at the measurements, ``(B,)``."""
 
         def curvature(y: Tensor) -> Tensor:
             return _parameter(self.mu, y).square() * self._counts(y)
 
-        return _mean(_each(curvature, y))
+        return _mean(each(curvature, y), seen)
 
 
 # -- which one -------------------------------------------------------------------------
@@ -582,7 +590,7 @@ def whole(counts: Tensor) -> Tensor:
 # -- details ---------------------------------------------------------------------------
 
 
-def _each(function: Callable[..., Tensor], *arguments: Any) -> Any:
+def each(function: Callable[..., Tensor], *arguments: Any) -> Any:
     """Applies a function to one measurement tensor, or to each of several."""
     if isinstance(arguments[0], TensorList):
         return TensorList([function(*parts) for parts in zip(*arguments, strict=True)])
@@ -599,10 +607,11 @@ def _total(values: Any) -> Tensor:
     return torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
 
 
-def _mean(values: Any) -> Tensor:
-    """Mean of every sample, ``(B,)``."""
-    parts = list(values) if isinstance(values, TensorList) else [values]
-    return torch.cat([part.flatten(1) for part in parts], 1).mean(1)
+def _mean(values: Any, seen: Any) -> Tensor:
+    """Mean over the measurements that are seen, of every sample, ``(B,)``."""
+    count = _total(each(lambda s: s.to(s.device, torch.float64), seen))
+    total = _total(each(lambda v, s: v.where(s, 0), values, seen))
+    return total / count.to(total)
 
 
 def _parameter(value: Any, like: Tensor) -> Tensor:

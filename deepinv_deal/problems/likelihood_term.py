@@ -2,6 +2,7 @@ r"""The data term of a likelihood: least squares with weights that follow the im
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from deepinv_deal._batch import expand, inner, norm
 from deepinv_deal.problems.data_term import DataTerm, FrozenCurvature
-from deepinv_deal.problems.likelihood import Likelihood
+from deepinv_deal.problems.likelihood import Likelihood, each
 from deepinv_deal.problems.normal_operator import NormalOperator
 
 
@@ -63,6 +64,15 @@ class LikelihoodTerm(DataTerm):
         rescaled = scale if self.rescaled is None else self.rescaled * scale
         b = self.b / expand(scale, self.b)
         return replace(self, b=b, scale=total, rescaled=rescaled)
+
+    def expanded(self, number: int) -> LikelihoodTerm:
+        """Returns the term of one sample for ``number`` equal ones."""
+        y = self.y
+        if isinstance(y, TensorList):
+            y = TensorList([part.expand(number, *part.shape[1:]) for part in y])
+        else:
+            y = y.expand(number, *y.shape[1:])
+        return replace(super().expanded(number), y=y)  # type: ignore[return-value]
 
     # -- prediction of measurements ------------------------------------------------
 
@@ -125,6 +135,18 @@ class LikelihoodTerm(DataTerm):
         r"""Returns :meth:`at` with the second derivative :math:`\phi''` instead."""
         slope = self.likelihood.slope(self._predict(x.detach()), self._measured)
         return FrozenTerm.near(self, x, self._weighted(slope))
+
+    @torch.no_grad()
+    def score(self, x: Tensor, white: Callable[[Tensor], Tensor]) -> Tensor:
+        r"""
+        Returns random forces on an image whose covariance is the frozen curvature.
+
+        :param torch.Tensor x: the image.
+        :param Callable white: returns white noise of variance 1, of a tensor's shape.
+        """
+        weights = self.likelihood.curvature(self._predict(x), self._measured)
+        force = self._project(each(lambda w: w.sqrt() * white(w), weights))
+        return force if self.factor is None else force / expand(self.factor.sqrt(), x)
 
     @torch.no_grad()
     def _weighted(self, weights: Any) -> FrozenCurvature:
@@ -202,7 +224,9 @@ class LikelihoodTerm(DataTerm):
         Typical curvature, ``(B,)``, differentiable: what the weight of least squares is
         to be multiplied by. ``None``: not known.
         """
-        level = self.likelihood.level(self._measured)
+        with torch.no_grad():
+            seen = self._predict(torch.ones_like(self.b))
+        level = self.likelihood.level(self._measured, each(_is_seen, seen))
         if level is None:
             return None
         level = level if self._unit is None else level * self._unit.square()
@@ -220,6 +244,12 @@ class LikelihoodTerm(DataTerm):
     def noise_level(self) -> Tensor | None:
         """Typical noise level in the units of the model, ``(B,)``, if it is known."""
         return None if self.typical is None else self.typical.rsqrt()
+
+
+def _is_seen(prediction: Tensor) -> Tensor:
+    """Which measurements a constant image contributes to; all, if it does to none."""
+    seen = prediction != 0
+    return seen | ~seen.flatten(1).any(1).view(-1, *[1] * (seen.ndim - 1))
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def risk_of_counts(
         power = size.floor().square() + size.frac() * (2 * size.floor() + 1)
         probed = y * (1 + step / k.where(k > 0, 1))
     else:  # Gaussian noise beside the counts leaves nothing whole
-        size = PROBE * likelihood.level(y).rsqrt()
+        size = PROBE * likelihood.level(y, y == y).rsqrt()
         step = sign * expand(size, y) / gain
         power = step.square()
         probed = y + step * gain

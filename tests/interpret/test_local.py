@@ -36,6 +36,7 @@ LONG = ("denoising", "blur")
     scope="module",
     params=[
         "blur",  # the most general, the others take minutes more
+        pytest.param("counts", marks=pytest.mark.slow),
         pytest.param("denoising", marks=pytest.mark.slow),
         pytest.param("inpainting", marks=pytest.mark.slow),
     ],

@@ -233,14 +233,50 @@ def test_no_transmitted_counts_have_a_solution():
         model_for("auto")(y, physics, sigma=0.1, lambda_reg=1.0)
 
 
-def test_linearization_is_for_least_squares():
+def test_linearization_and_posterior():
     model = random_model(data_fidelity=PoissonLikelihood(0.05))
     y = poisson()(truth())
+    at = interpret.linearize(model, y, sigma=0.1, lambda_reg=20.0, rtol=1e-9)
+    n = truth().numel()
+    v = torch.eye(n, dtype=DOUBLE).view(n, *SHAPE)
+    B, J, F = (
+        product(v).flatten(1).T for product in (at.normal, at.jacobian, at.sensitivity)
+    )
+    equation, x = at.problem.equation, at.x
+    Fx = torch.autograd.functional.jacobian(equation, x).reshape(n, n)
+    torch.testing.assert_close(F, torch.linalg.inv(-Fx), rtol=1e-6, atol=1e-7)
+    eye = torch.eye(n, dtype=DOUBLE)
+    torch.testing.assert_close(J, eye + torch.linalg.solve(B, Fx), rtol=1e-6, atol=1e-7)
+    variance = interpret.posterior_variance(at, spacing=8)
+    exact = torch.linalg.inv(B).diagonal().view_as(variance)
+    torch.testing.assert_close(variance, exact, rtol=1e-5, atol=0)
+    samples = interpret.posterior_samples(at, num_samples=800, batch_size=800)
+    spread = (samples - x).square().mean(0, keepdim=True)
+    assert (spread / exact).mean().item() == pytest.approx(1, abs=0.05)
+    with pytest.raises(ValueError, match="noise=0.1.*knows its noise"):
+        interpret.posterior_variance(at, 0.1)
     with pytest.raises(ValueError, match="data_fidelity is not least squares"):
-        interpret.linearize(model, y, sigma=0.1)
+        interpret.divergence(at)
+
+
+def test_solution_path():
+    model = random_model(data_fidelity=PoissonLikelihood(0.05))
+    y = poisson()(truth())
     path = interpret.solution_path(model, y, sigma=0.1, lambda_reg=20.0, num_iter=60)
     solution = model_for(model.data_fidelity)(y, sigma=0.1, lambda_reg=20.0)
     assert relative_error(path.x[-1], solution) < 1e-3
+
+
+def test_typical_variance_is_that_of_what_was_measured():
+    """Pixels that inpainting leaves out hold no counts, and say nothing."""
+    mask = torch.ones(1, *SHAPE, dtype=DOUBLE)
+    mask[..., ::2] = 0
+    counts = poisson()(torch.full((1, *SHAPE), 0.6, dtype=DOUBLE))
+    model = random_model(data_fidelity=PoissonLikelihood(0.05))
+    physics = dinv.physics.Inpainting(SHAPE, mask=mask)
+    masked = model.pose(mask * counts, physics, lambda_reg=1.0).data.typical
+    seen = counts[..., 1::2]
+    assert float(masked) == pytest.approx(1 / (0.05 * float(seen.mean())), rel=1e-6)
 
 
 def test_data_fidelity_is_checked_at_once():

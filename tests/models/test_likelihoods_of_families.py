@@ -228,3 +228,19 @@ def test_gradients(solver, kind, rng):
     # The kinks of SAFI are close together.
     accuracy = {"rtol": 1e-3, "h": 1e-5} if solver == "SAFI" else {"h": 1e-4}
     gradients_equal_finite_differences(run, tensors, rng, **{"rtol": 1e-5} | accuracy)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("family", ["SAFI", "CPR"])
+def test_weighted_least_squares(family, scale):
+    """Weights 0 and 4 are inpainting with the mask 2 where they are 4."""
+    w = 4.0 * (weights() > 1)
+    y, call = truth(), call_for(family, 2.0)
+    mask = dinv.physics.Inpainting(w.shape[1:], mask=w[0].sqrt())
+    rtol = 1e-5 if family == "SAFI" else 1e-6
+    expected = FAMILIES[family](rtol=rtol, scale=scale)(w.sqrt() * y, mask, **call)
+    model = FAMILIES[family](rtol=rtol, scale=scale, data_fidelity=WeightedL2(w))
+    blank = dinv.physics.Inpainting(w.shape[1:], mask=torch.ones_like(w[0]))
+    found = model(y, blank, **call)
+    assert relative_error(found, expected) < 1e-3
+    assert relative_error(model(y + 0.1 * (w == 0), blank, **call), found) < 1e-3
