@@ -54,8 +54,8 @@ FAULTS = (
     Fault(
         "scale left out of the adjoint of a likelihood",
         "problems/likelihood_term.py",
-        "return x if self._unit is None else x * expand(self._unit, x)",
-        "return x",
+        "x * expand(self._unit, x)\n        return x if self.factor",
+        "x\n        return x if self.factor",
         ("models/test_likelihoods.py::test_scaling_law",),
     ),
     Fault(

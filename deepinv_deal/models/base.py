@@ -60,7 +60,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
     :class:`deepinv.physics.Denoising`) it is taken from the argument, the physics'
     noise model or the constructor, in this order; ``"estimate"`` estimates it from the
     data. For all other physics it is a hyperparameter of the model: the argument, or
-    the constructor's, never the physics' own.
+    the constructor's, never the physics' own (but see below for likelihoods).
 
     **Regularization weight.** ``lambda_reg`` is absolute. Denoising uses the learned
     weight unless told otherwise. With ``lambda_mode="relative"`` it is multiplied by
@@ -86,7 +86,9 @@ class ReconstructionModel(Reconstructor, Denoiser):
     or :class:`deepinv_deal.optim.WeightedL2`, :class:`deepinv_deal.optim.SmoothedL1`.
     A weight is absolute if the data term was given, and relative to its typical
     curvature, :math:`1 / \text{variance}`, if it was found, or if the weight is the
-    default; so it means the same as for least squares. :math:`\ell_2` and
+    default; so it means the same as for least squares. Counts and transmission tell the
+    level of the noise: the defaults of ``sigma`` and ``lambda_reg`` are then those of
+    denoising, also with a physics (of norm about 1). :math:`\ell_2` and
     :math:`\ell_1` terms are those of images and measurements divided by the scale;
     counts know their unit, and are not divided. The weight of dictionaries is ``beta``.
 
@@ -545,10 +547,10 @@ class ReconstructionModel(Reconstructor, Denoiser):
         self, sigma: float | Tensor | str | None, physics: Any, data: DataTerm
     ) -> Tensor | None:
         """Returns the noise level in the units of the model, ``(B,)``."""
-        if sigma is None and data.identity and isinstance(data, LikelihoodTerm):
-            known = data.noise_level
-            if known is not None:
-                return known
+        own = self.sigma is not None and not data.identity
+        if sigma is None and not own and isinstance(data, LikelihoodTerm):
+            if data.tells_noise:
+                return data.noise_level
         if sigma is None and data.identity:
             noise = getattr(physics, "noise_model", None)
             other = type(noise) in OTHER_NOISE or isinstance(data, LikelihoodTerm)
@@ -598,11 +600,12 @@ class ReconstructionModel(Reconstructor, Denoiser):
         if lambda_reg is None:
             lambda_reg = self.lambda_reg
         is_default = lambda_reg is None
-        if lambda_reg is None:
-            lambda_reg = self._learned_weight(data)
         likelihood = data if isinstance(data, LikelihoodTerm) else None
+        typical = None if likelihood is None else likelihood.typical
+        if lambda_reg is None and not (likelihood and likelihood.tells_noise):
+            lambda_reg = self._learned_weight(data)
         if lambda_reg is None:
-            if likelihood is None or likelihood.typical is None:
+            if typical is None:
                 return None
             # In the unit of the equation already.
             lambda_reg, unit = self.prior.default_lambda(level, data.b), None
@@ -613,8 +616,8 @@ class ReconstructionModel(Reconstructor, Denoiser):
         if likelihood is None:
             return weight
         relative = is_default or likelihood.relative or self.lambda_mode == "relative"
-        if relative and likelihood.typical is not None:
-            return weight * likelihood.typical
+        if relative and typical is not None:
+            return weight * typical
         # Least squares are divided by the square of the unit, likelihoods are not.
         return weight if unit is None else weight * unit.square()
 

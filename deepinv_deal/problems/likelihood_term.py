@@ -241,6 +241,15 @@ class LikelihoodTerm(DataTerm):
         return replace(self, factor=factor)
 
     @property
+    def tells_noise(self) -> bool:
+        """
+        Whether it says how strong the noise is, so that learned weights can serve. With
+        a physics, weights without unit may be anything.
+        """
+        known = self.typical is not None
+        return known and (self.identity or not self.likelihood.unitless)
+
+    @property
     def noise_level(self) -> Tensor | None:
         """Typical noise level in the units of the model, ``(B,)``, if it is known."""
         return None if self.typical is None else self.typical.rsqrt()

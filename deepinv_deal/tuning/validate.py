@@ -102,7 +102,7 @@ def first_values(
     lambda_reg, sigma = given["lambda_reg"], given["sigma"]
     own_weight, own_level, prior = own_values(model)
     level: Any = sigma
-    unit, known, intensity = _units(model, problem, sigma)
+    unit, known, intensity, tells_noise = _units(model, problem, sigma)
     if known is not None:
         level = known
     elif level is None and denoising:
@@ -110,7 +110,8 @@ def first_values(
     if level is None:
         level = own_level
     weight: Any = own_weight if lambda_reg is None else lambda_reg
-    if weight is None and denoising and not (level is None and prior.needs_sigma):
+    learned_serves = denoising or tells_noise
+    if weight is None and learned_serves and not (level is None and prior.needs_sigma):
         weight = prior.default_lambda(level, problem.y) * unit
     start = {
         "lambda_reg": unit if weight is None else weight,
@@ -121,11 +122,13 @@ def first_values(
 
 
 @torch.no_grad()
-def _units(model: Any, problem: Problem, sigma: float | None) -> tuple[Any, Any, Any]:
+def _units(
+    model: Any, problem: Problem, sigma: float | None
+) -> tuple[Any, Any, Any, bool]:
     """
     Returns, for likelihoods other than least squares, by what its weights are to be
-    multiplied, the noise level that the model takes, and the intensity that is its
-    unit; for least squares 1, ``None`` and 1.
+    multiplied, the noise level that the model takes, the intensity that is its unit,
+    and whether it tells the noise; for least squares 1, ``None``, 1 and ``False``.
     """
     if isinstance(model, ReconstructionModel):
         posed = model.pose(problem.y, problem.physics, sigma=sigma, lambda_reg=1.0)
@@ -133,8 +136,8 @@ def _units(model: Any, problem: Problem, sigma: float | None) -> tuple[Any, Any,
         if isinstance(data, LikelihoodTerm):
             relative = data.relative or model.lambda_mode == "relative"
             unit = 1.0 if relative or data.typical is None else data.typical
-            return unit, posed.sigma, data.intensity
-    return 1.0, None, 1.0
+            return unit, posed.sigma, data.intensity, data.tells_noise
+    return 1.0, None, 1.0, False
 
 
 def own_values(model: Any) -> tuple[Any, Any, Any]:

@@ -270,7 +270,7 @@ def test_an_unknown_inner_solver_is_refused():
     prior, y = random_l1_prior(SAFIPrior), noisy_images()
     with pytest.raises(ValueError, match="'newton'"):
         prior.equation(operator_term(y), options=SolverOptions("newton"))
-    with pytest.raises(ValueError, match="denoising problems only"):
+    with pytest.raises(ValueError, match="denoising problems with least squares only"):
         prior.equation(operator_term(y, lambda v: v), options=SolverOptions("fista"))
     with pytest.raises(ValueError, match="leave sigma out"):
         prior.equation(operator_term(y), sigma=0.1)

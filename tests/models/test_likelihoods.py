@@ -326,3 +326,16 @@ def test_every_noise_model_is_used_or_refused(name, kind):
     _, info = model(y, physics, sigma=0.1, return_info=True)
     if words is not None:
         assert re.search(words, " ".join(info.notes))
+
+
+@pytest.mark.parametrize("kind", ["DEAL", "SAFI", "CPR"])
+@pytest.mark.parametrize("noise", [poisson(), transmission()], ids=["counts", "rays"])
+def test_counts_tell_the_defaults_also_with_a_physics(noise, kind):
+    physics = blur(noise)
+    y = physics(truth())
+    model = MODELS[kind](rtol=1e-2, bounds=None)
+    x, info = model(y, physics, return_info=True)
+    denoising = dinv.physics.Denoising(noise)
+    _, expected = model(y, denoising, return_info=True)
+    torch.testing.assert_close(info.lambda_reg, expected.lambda_reg)
+    assert relative_error(x, truth()) < 0.5
