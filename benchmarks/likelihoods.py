@@ -75,6 +75,7 @@ class Problem(NamedTuple):
     physics: dinv.physics.LinearPhysics
     fidelity: Any
     rival: str
+    start: dict[str, float]  # where tuning starts; empty: the noise tells
 
 
 def problems(size: int) -> dict[str, Problem]:
@@ -98,11 +99,20 @@ def problems(size: int) -> dict[str, Problem]:
         0.05, 0.05, rng=torch.Generator().manual_seed(1)
     )
     return {
-        "photons, peak 30": Problem(deblurring(photons(30)), "auto", "Richardson-Lucy"),
-        "photons, peak 5": Problem(deblurring(photons(5)), "auto", "Richardson-Lucy"),
-        "CT, 10,000 photons": Problem(tomography(1e4), "auto", "FBP"),
-        "CT, 1,000 photons": Problem(tomography(1e3), "auto", "FBP"),
-        "10 % impulses": Problem(deblurring(impulses), SmoothedL1(), "median"),
+        "photons, peak 30": Problem(
+            deblurring(photons(30)), "auto", "Richardson-Lucy", {}
+        ),
+        "photons, peak 5": Problem(
+            deblurring(photons(5)), "auto", "Richardson-Lucy", {}
+        ),
+        "CT, 10,000 photons": Problem(tomography(1e4), "auto", "FBP", {}),
+        "CT, 1,000 photons": Problem(tomography(1e3), "auto", "FBP", {}),
+        "10 % impulses": Problem(
+            deblurring(impulses),
+            SmoothedL1(),
+            "median",
+            {"lambda_reg": 10.0, "sigma": 15 / 255},
+        ),
     }
 
 
@@ -191,13 +201,18 @@ def run(name: str, problem: Problem, size: int, number: int, pretrained: str) ->
     settings = {"pretrained": pretrained, "warn": False, "scale": None}
     deal = DEAL(data_fidelity=problem.fidelity, **settings)
     squares = DEAL(data_fidelity=L2(), **settings)
-    starts = {"DEAL, likelihood": (deal, None), "DEAL, least squares": (squares, 0.3)}
-    starts["TV, likelihood"] = (TotalVariation(likelihood), 10.0)
+    starts: dict[str, tuple[Any, dict[str, float]]] = {
+        "DEAL, likelihood": (deal, problem.start),
+        "DEAL, least squares": (squares, {"lambda_reg": 10.0, "sigma": 25 / 255}),
+        "TV, likelihood": (TotalVariation(likelihood), {"lambda_reg": 3.0}),
+    }
     methods: dict[str, Callable[[Tensor], Any]] = {}
     weights = {}
     for label, (model, start) in starts.items():
-        own = {"tune_sigma": True} if isinstance(model, DEAL) else {}
-        result = tune(model, physics, tuning, lambda_reg=start, precision=1.5, **own)
+        own: dict[str, Any] = {}
+        if isinstance(model, DEAL):
+            own = {"tune_sigma": True, "max_trials": 18}
+        result = tune(model, physics, tuning, spread=3, precision=1.8, **start, **own)
         weights[label] = result.settings
         methods[label] = lambda y, m=model, w=result.settings: m(y, physics, **w)
     methods[problem.rival] = rival(problem, tuning)

@@ -14,7 +14,7 @@ from torch import Tensor
 from deepinv_deal._batch import expand, inner, norm
 from deepinv_deal.problems.checks import check_measurements
 from deepinv_deal.problems.fitted import fitted
-from deepinv_deal.problems.intensity import guess_unit
+from deepinv_deal.problems.intensity import HOT, guess_unit
 from deepinv_deal.problems.layout import ImageLayout
 from deepinv_deal.problems.normal_operator import (
     KnownPhysics,
@@ -327,6 +327,12 @@ def _in_guessed_unit(data: DataTerm, *, pedestal: bool) -> DataTerm:
     """Returns the data term in the unit that is guessed, with notes if it differs."""
     unit = guess_unit(data, pedestal=pedestal)
     data = replace(data, signed=unit.signed, bright=unit.bright)
+    if unit.hot:
+        data.notes.append(
+            f"{unit.hot} pixels are more than {HOT:g} times as bright as the rest and "
+            "spoil what is around them. Replace them, or take deepinv.optim.L1() as "
+            "data_fidelity."
+        )
     if unit.offset is not None:
         levels = [float(f"{o:.4g}") for o in unit.offset.tolist()]
         data.notes.append(

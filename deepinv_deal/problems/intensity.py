@@ -37,6 +37,9 @@ PEDESTAL = 0.03
 BEYOND_SIDE, BEYOND_QUANTILE, BEYOND_NOISE = 5, 0.02, 3.0
 DENOISING_MARGIN, MARGIN = 0.03, 0.15
 
+#: Single pixels beyond this many times the intensity of the others are hot.
+HOT = 10.0
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -48,12 +51,14 @@ class Unit:
         unit of the data; ``None``: there is none.
     :param torch.Tensor signed: samples with negative values, boolean, ``(B,)``.
     :param torch.Tensor bright: samples with values above 1 after the division.
+    :param int hot: number of pixels of all images that stand out as hot ones.
     """
 
     scale: Tensor
     offset: Tensor | None
     signed: Tensor
     bright: Tensor
+    hot: int
 
 
 @torch.no_grad()
@@ -87,7 +92,9 @@ def guess_unit(data: DataTerm, *, pedestal: bool = True) -> Unit:
     means = F.avg_pool2d(x, side, 1)
     signed = quantile(means, BEYOND_QUANTILE) < -margin
     bright = quantile(means, 1 - BEYOND_QUANTILE) > 1 + margin
-    return Unit(scale, offset, signed, bright)
+    # Where the image is guessed from other measurements, they are spread out.
+    hot = int((x.abs() > HOT).sum()) if data.identity else 0
+    return Unit(scale, offset, signed, bright, hot)
 
 
 def _rough_image(data: DataTerm, b: Tensor) -> Tensor:

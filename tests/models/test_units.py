@@ -108,4 +108,5 @@ def test_a_few_hot_pixels_do_not_spoil_the_guesses():
     levels = [float(estimated_level(image)) for image in (y, hot)]
     assert levels[1] == pytest.approx(levels[0], rel=0.1)
     _, info = DEAL().double()(hot, sigma=100.0, return_info=True)
+    assert any("3 pixels are more than 10 times as bright" in n for n in info.notes)
     assert info.scale == 1000
