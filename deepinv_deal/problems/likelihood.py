@@ -8,7 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepinv.optim import L1, L2, DataFidelity, LogPoissonLikelihood, PoissonLikelihood
+from deepinv.optim import (
+    L1,
+    L2,
+    DataFidelity,
+    LogPoissonLikelihood,
+    PoissonLikelihood,
+    StackedPhysicsDataFidelity,
+)
 from deepinv.physics import (
     FisherTippettNoise,
     GammaNoise,
@@ -99,6 +106,45 @@ class SmoothedL1(DataFidelity):
         return SmoothedAbsolute(self.delta).value(u, y)
 
 
+class CorrelatedL2(DataFidelity):
+    r"""
+    Least squares for noise that is correlated between channels, in deepinv's style.
+
+    .. math::
+        \tfrac12 \sum_i r_i^H \Psi^{-1} r_i, \qquad r = A x - y,
+
+    where :math:`r_i` holds the values of all channels (coils of a scanner, bands of a
+    camera) at one place and :math:`\Psi` is the covariance of their noise, as measured
+    by a scan without signal. The choice of the unit of :math:`\Psi` changes the weight
+    of the regularizer only.
+
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal.optim import CorrelatedL2
+    >>> fidelity = CorrelatedL2(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), dim=1)
+    >>> fidelity.d(torch.ones(1, 2, 3), torch.zeros(1, 2, 3))
+    tensor([1.])
+
+    :param torch.Tensor covariance: :math:`\Psi`, ``(N, N)``, symmetric or Hermitian
+        and positive definite. A complex one mixes real and imaginary parts of real
+        measurements ``(B, 2, ...)``, as deepinv's MRI has them.
+    :param int dim: dimension of the measurements with the N channels: 2 for the coils
+        of :class:`deepinv.physics.MultiCoilMRI`.
+    :raises ValueError: if the covariance is no such matrix.
+    """
+
+    def __init__(self, covariance: Tensor, dim: int = 1):
+        self.covariance, self.dim = covariance, dim
+        _whitening(covariance)
+        super().__init__(d=self._distance)
+
+    def _distance(self, u: Any, y: Any, *_: Any, **__: Any) -> Tensor:
+        return Correlated(self.covariance, self.dim).value(u, y)
+
+
 class Likelihood(ABC):
     r"""
     A negative log-likelihood :math:`\phi(u; y)` of measurements :math:`y`, separable
@@ -119,9 +165,17 @@ class Likelihood(ABC):
     :meth:`derivative` and :meth:`curvature` also take several, a ``TensorList``.
     """
 
-    #: Whether it is evaluated for images and measurements divided by their scale, since
-    #: it has no unit of its own.
+    #: Whether it has no unit of its own: it is that of images and measurements in
+    #: [0, 1], see :meth:`in_unit`.
     unitless: bool = True
+
+    def in_unit(self, scale: Tensor) -> Likelihood:
+        """
+        Returns the likelihood of measurements as they are; itself if it has a unit.
+
+        :param torch.Tensor scale: by which they are to be divided, ``(B,)``.
+        """
+        return InUnit(self, scale) if self.unitless else self
 
     def value(self, u: Any, y: Any) -> Tensor:
         r"""Returns :math:`\phi(u; y)` of every sample, ``(B,)``."""
@@ -172,6 +226,21 @@ class Likelihood(ABC):
         """
         del y
         return []
+
+    # -- products with the curvature D --------------------------------------------
+
+    def weigh(self, c: Any, v: Any) -> Any:
+        """Returns D v, shape of ``v``, for the curvature ``c``."""
+        return c * v
+
+    def weigh_root(self, c: Any, v: Any) -> Any:
+        """Returns :math:`D^{1/2} v`, up to a rotation, for the curvature ``c``."""
+        return each(lambda c, v: c.sqrt() * v, c, v)
+
+    def largest(self, c: Any) -> Tensor:
+        """Returns the largest eigenvalue of D, ``(B,)``, for the curvature ``c``."""
+        parts = list(c) if isinstance(c, TensorList) else [c]
+        return torch.stack([part.flatten(1).amax(1) for part in parts]).amax(0)
 
     @abstractmethod
     def _value(self, u: Tensor, y: Tensor) -> Tensor: ...
@@ -453,6 +522,199 @@ class LogPoisson(Likelihood):
         return _mean(each(curvature, y), seen)
 
 
+class InUnit(Likelihood):
+    r"""
+    A likelihood without unit, of measurements as they are: :math:`\phi(u / s; y / s)`.
+
+    :param Likelihood likelihood: the likelihood, for measurements in [0, 1].
+    :param torch.Tensor scale: s, ``(B,)``.
+    """
+
+    def __init__(self, likelihood: Likelihood, scale: Tensor):
+        self.likelihood, self.scale = likelihood, scale
+
+    def _divided(self, v: Any, power: int = 1) -> Any:
+        return each(lambda v: v / expand(self.scale, v) ** power, v)
+
+    def value(self, u: Any, y: Any) -> Tensor:
+        """Returns the value, ``(B,)``."""
+        return self.likelihood.value(self._divided(u), self._divided(y))
+
+    def derivative(self, u: Any, y: Any) -> Any:
+        """Returns the derivative in u."""
+        inner = self.likelihood.derivative(self._divided(u), self._divided(y))
+        return self._divided(inner)
+
+    def curvature(self, u: Any, y: Any) -> Any:
+        """Returns the curvature."""
+        inner = self.likelihood.curvature(self._divided(u), self._divided(y))
+        return self._divided(inner, 2)
+
+    def slope(self, u: Any, y: Any) -> Any:
+        """Returns the second derivative in u."""
+        inner = self.likelihood.slope(self._divided(u), self._divided(y))
+        return self._divided(inner, 2)
+
+    def level(self, y: Any, seen: Any) -> Tensor | None:
+        """Returns the typical curvature, ``(B,)``."""
+        level = self.likelihood.level(self._divided(y), seen)
+        return None if level is None else level / self.scale.square()
+
+    def check(self, y: Any) -> list[str]:
+        """Checks the measurements."""
+        return self.likelihood.check(self._divided(y))
+
+    def weigh(self, c: Any, v: Any) -> Any:
+        """Returns D v."""
+        return self.likelihood.weigh(c, v)
+
+    def weigh_root(self, c: Any, v: Any) -> Any:
+        """Returns the root of D times v."""
+        return self.likelihood.weigh_root(c, v)
+
+    def largest(self, c: Any) -> Tensor:
+        """Returns the largest eigenvalue of D, ``(B,)``."""
+        return self.likelihood.largest(c)
+
+    def _value(self, u: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    _derivative = _curvature = _value
+
+
+class Stacked(Likelihood):
+    """
+    Likelihoods of several independent measurements of one image.
+
+    :param list parts: the likelihood of each.
+    """
+
+    def __init__(self, parts: list[Likelihood]):
+        self.parts = parts
+        self.unitless = any(part.unitless for part in parts)
+
+    def _paired(self, *values: Any) -> Any:
+        number = len(values[0]) if isinstance(values[0], TensorList) else 1
+        if number != len(self.parts):
+            raise ValueError(
+                f"data_fidelity has {len(self.parts)} parts, the measurements "
+                f"{number}. Give one for each operator of a StackedLinearPhysics."
+            )
+        return zip(self.parts, *values, strict=True)
+
+    def in_unit(self, scale: Tensor) -> Likelihood:
+        """Returns the likelihoods of measurements as they are."""
+        stacked = Stacked([part.in_unit(scale) for part in self.parts])
+        stacked.unitless = self.unitless
+        return stacked
+
+    def value(self, u: Any, y: Any) -> Tensor:
+        """Returns the sum of the values, ``(B,)``."""
+        return torch.stack([p.value(*uy) for p, *uy in self._paired(u, y)]).sum(0)
+
+    def derivative(self, u: Any, y: Any) -> Any:
+        """Returns the derivatives."""
+        return TensorList([p.derivative(*uy) for p, *uy in self._paired(u, y)])
+
+    def curvature(self, u: Any, y: Any) -> Any:
+        """Returns the curvatures."""
+        return TensorList([p.curvature(*uy) for p, *uy in self._paired(u, y)])
+
+    def slope(self, u: Any, y: Any) -> Any:
+        """Returns the second derivatives."""
+        return TensorList([p.slope(*uy) for p, *uy in self._paired(u, y)])
+
+    def linear(self, y: Any) -> Any:
+        """Returns what the measurements say of their predictions."""
+        return TensorList([p.linear(part) for p, part in self._paired(y)])
+
+    def check(self, y: Any) -> list[str]:
+        """Checks all measurements."""
+        return [note for p, part in self._paired(y) for note in p.check(part)]
+
+    def level(self, y: Any, seen: Any) -> Tensor | None:
+        """Returns the mean of the levels over all measurements, ``(B,)``."""
+        levels = [p.level(*values) for p, *values in self._paired(y, seen)]
+        counts = [_total(s.to(torch.float64)) for s in seen]
+        if any(level is None for level in levels):
+            return None
+        total = sum(n * c.to(n) for n, c in zip(levels, counts, strict=True))
+        return total / sum(c.to(total) for c in counts)
+
+    def weigh(self, c: Any, v: Any) -> Any:
+        """Returns D v."""
+        return TensorList([p.weigh(*values) for p, *values in self._paired(c, v)])
+
+    def weigh_root(self, c: Any, v: Any) -> Any:
+        """Returns the root of D times v."""
+        return TensorList([p.weigh_root(*values) for p, *values in self._paired(c, v)])
+
+    def largest(self, c: Any) -> Tensor:
+        """Returns the largest eigenvalue of D, ``(B,)``."""
+        return torch.stack([p.largest(part) for p, part in self._paired(c)]).amax(0)
+
+    def _value(self, u: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    _derivative = _curvature = _value
+
+
+class Correlated(Likelihood):
+    r"""
+    Gaussian noise with a covariance :math:`\Psi` between channels or coils,
+    :math:`\tfrac12 \|R (u - y)\|^2` with :math:`R^H R = \Psi^{-1}`; see
+    :class:`CorrelatedL2`.
+
+    :param torch.Tensor covariance: :math:`\Psi`, ``(N, N)``.
+    :param int dim: the dimension of the measurements that it mixes.
+    """
+
+    def __init__(self, covariance: Tensor, dim: int):
+        self.dim = dim
+        self.root = _whitening(covariance)
+        self.precision = self.root.mH @ self.root
+
+    def _value(self, u: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * _squared(mixed(self.root, u - y, self.dim))
+
+    def _derivative(self, u: Tensor, y: Tensor) -> Tensor:
+        return mixed(self.precision, u - y, self.dim)
+
+    def _curvature(self, u: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+        # The mean of the eigenvalues stands for all where one number is wanted.
+        mean = self.precision.diagonal().real.mean()
+        return torch.ones_like(u.real if u.is_complex() else u) * mean.to(u.device)
+
+    def slope(self, u: Any, y: Any) -> Any:
+        """Returns the curvature."""
+        return self.curvature(u, y)
+
+    def level(self, y: Any, seen: Any) -> Tensor:
+        """Returns the mean of the precisions, ``(B,)``."""
+        return _mean(self.curvature(y, y), seen)
+
+    def weigh(self, c: Any, v: Any) -> Any:
+        """Returns the precision matrix times v."""
+        factor = self.precision.diagonal().real.mean()
+        return each(
+            lambda c, v: c / factor.to(c) * mixed(self.precision, v, self.dim), c, v
+        )
+
+    def weigh_root(self, c: Any, v: Any) -> Any:
+        """Returns a root of the precision matrix times v."""
+        factor = self.precision.diagonal().real.mean()
+        return each(
+            lambda c, v: (c / factor.to(c)).sqrt() * mixed(self.root.mH, v, self.dim),
+            c,
+            v,
+        )
+
+    def largest(self, c: Any) -> Tensor:
+        """Returns the largest precision, ``(B,)``."""
+        eigenvalues = torch.linalg.eigvalsh(self.precision)
+        return super().largest(c) * (eigenvalues.max() / eigenvalues.mean())
+
+
 # -- which one -------------------------------------------------------------------------
 
 
@@ -467,6 +729,10 @@ LIKELIHOODS: dict[type[DataFidelity], Callable[[Any], Likelihood]] = {
     WeightedL2: lambda fidelity: Gaussian(fidelity.weights),
     L1: lambda _: SmoothedAbsolute(DEFAULT_DELTA),
     SmoothedL1: lambda fidelity: SmoothedAbsolute(fidelity.delta),
+    CorrelatedL2: lambda fidelity: Correlated(fidelity.covariance, fidelity.dim),
+    StackedPhysicsDataFidelity: lambda fidelity: Stacked(
+        [likelihood_of(part) for part in fidelity.data_fidelity_list]
+    ),
     PoissonLikelihood: lambda fidelity: Poisson(
         fidelity.d.gain, fidelity.d.bkg, fidelity.d.denormalize
     ),
@@ -595,6 +861,47 @@ def each(function: Callable[..., Tensor], *arguments: Any) -> Any:
     if isinstance(arguments[0], TensorList):
         return TensorList([function(*parts) for parts in zip(*arguments, strict=True)])
     return function(*arguments)
+
+
+def _whitening(covariance: Any) -> Tensor:
+    r"""Returns R with :math:`R^H R = \Psi^{-1}`."""
+    matrix = covariance if isinstance(covariance, Tensor) else torch.empty(0)
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] > 0
+    if square and torch.allclose(matrix, matrix.mH, rtol=1e-4):
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not bool(failed):
+            eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+            return torch.linalg.solve_triangular(factor, eye, upper=False)
+    shape = tuple(matrix.shape) if matrix is covariance else type(covariance).__name__
+    raise ValueError(
+        "data_fidelity: the covariance of CorrelatedL2 must be a square, symmetric (or "
+        f"Hermitian) and positive definite matrix, got {shape}."
+    )
+
+
+def mixed(matrix: Tensor, v: Tensor, dim: int) -> Tensor:
+    """
+    Multiplies one dimension of measurements by a matrix.
+
+    :param torch.Tensor matrix: ``(N, N)``; a complex one multiplies the complex numbers
+        of real measurements ``(B, 2, ...)``.
+    :param torch.Tensor v: the measurements.
+    :param int dim: the dimension, of size N.
+    """
+    if v.ndim <= dim or v.shape[dim] != len(matrix):
+        raise ValueError(
+            f"data_fidelity: the covariance of CorrelatedL2 is for {len(matrix)} "
+            f"channels in dimension {dim} of the measurements, got {tuple(v.shape)}."
+        )
+    matrix = matrix.to(v.device, v.dtype if v.is_complex() else v.dtype.to_complex())
+    pair = not v.is_complex()
+    if pair and not bool(matrix.imag.any()):
+        return torch.movedim(torch.tensordot(matrix.real, v, ([1], [dim])), 0, dim)
+    if pair:  # real and imaginary part in dimension 1
+        v = torch.view_as_complex(v.movedim(1, -1).contiguous())
+        dim = dim - 1
+    product = torch.tensordot(matrix, v, ([1], [dim])).movedim(0, dim)
+    return torch.view_as_real(product).movedim(-1, 1) if pair else product
 
 
 def _squared(r: Tensor) -> Tensor:

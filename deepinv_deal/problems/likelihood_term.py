@@ -33,14 +33,12 @@ class LikelihoodTerm(DataTerm):
     :param torch.Tensor factor: by which the likelihood is multiplied, ``(B,)``;
         ``None``: 1.
     :param DataTerm added: a least-squares term that is added; ``None``: none.
-    :param torch.Tensor rescaled: what :meth:`scaled` has divided by, ``(B,)``.
     """
 
     likelihood: Any = None
     relative: bool = False
     factor: Tensor | None = None
     added: DataTerm | None = None
-    rescaled: Tensor | None = None
 
     @classmethod
     def from_least_squares(
@@ -56,14 +54,9 @@ class LikelihoodTerm(DataTerm):
         """
         settings = {f.name: getattr(data, f.name) for f in fields(data)}
         settings |= {"y": y, "notes": data.notes + likelihood.check(y)}
+        if data.scale is not None:
+            likelihood = likelihood.in_unit(data.scale)
         return cls(**settings, likelihood=likelihood, relative=relative)
-
-    def scaled(self, scale: Tensor) -> LikelihoodTerm:
-        """Returns the same likelihood for images in another unit."""
-        total = scale if self.scale is None else self.scale * scale
-        rescaled = scale if self.rescaled is None else self.rescaled * scale
-        b = self.b / expand(scale, self.b)
-        return replace(self, b=b, scale=total, rescaled=rescaled)
 
     def expanded(self, number: int) -> LikelihoodTerm:
         """Returns the term of one sample for ``number`` equal ones."""
@@ -76,23 +69,8 @@ class LikelihoodTerm(DataTerm):
 
     # -- prediction of measurements ------------------------------------------------
 
-    @property
-    def _unit(self) -> Tensor | None:
-        """By what an unknown is multiplied before a prediction."""
-        return self.rescaled if self.likelihood.unitless else self.scale
-
-    @property
-    def _measured(self) -> Any:
-        """The measurements in the unit of the predictions."""
-        if self.scale is None or not self.likelihood.unitless:
-            return self.y
-        unit = self.scale if self.rescaled is None else self.scale / self.rescaled
-        if isinstance(self.y, TensorList):
-            return TensorList([part / expand(unit, part) for part in self.y])
-        return self.y / expand(unit, self.y)
-
     def _predict(self, x: Tensor) -> Any:
-        x = x if self._unit is None else x * expand(self._unit, x)
+        x = x if self.scale is None else x * expand(self.scale, x)
         image = x if self.layout is None else self.layout.embed(x)
         return image if self.H is None else self.physics.A(image)
 
@@ -100,29 +78,27 @@ class LikelihoodTerm(DataTerm):
         """Applies the adjoint of :meth:`_predict`, times the factor."""
         image = v if self.H is None else self.physics.A_adjoint(v)
         x = image if self.layout is None else self.layout.extract(image)
-        x = x if self._unit is None else x * expand(self._unit, x)
+        x = x if self.scale is None else x * expand(self.scale, x)
         return x if self.factor is None else x * expand(self.factor, x)
 
     # -- as equations see it -------------------------------------------------------
 
     def force(self, x: Tensor) -> Tensor:
         r"""Returns :math:`-s A^{\top} \phi'(s A x; y)`, shape of ``x``."""
-        derivative = self.likelihood.derivative(self._predict(x), self._measured)
+        derivative = self.likelihood.derivative(self._predict(x), self.y)
         force = -self._project(derivative)
         return force if self.added is None else force + self.added.force(x)
 
     def value(self, x: Tensor) -> Tensor:
         r"""Returns :math:`\phi(s A x; y)`, ``(B,)``."""
-        value = self.likelihood.value(self._predict(x), self._measured)
+        value = self.likelihood.value(self._predict(x), self.y)
         value = value if self.factor is None else self.factor * value
         return value if self.added is None else value + self.added.value(x)
 
     @torch.no_grad()
     def frozen(self, x: Tensor) -> FrozenCurvature:
         """Returns the curvature at ``x``."""
-        return self._weighted(
-            self.likelihood.curvature(self._predict(x), self._measured)
-        )
+        return self._weighted(self.likelihood.curvature(self._predict(x), self.y))
 
     def at(self, x: Tensor) -> FrozenTerm:
         """
@@ -133,7 +109,7 @@ class LikelihoodTerm(DataTerm):
 
     def tangent(self, x: Tensor) -> FrozenTerm:
         r"""Returns :meth:`at` with the second derivative :math:`\phi''` instead."""
-        slope = self.likelihood.slope(self._predict(x.detach()), self._measured)
+        slope = self.likelihood.slope(self._predict(x.detach()), self.y)
         return FrozenTerm.near(self, x, self._weighted(slope))
 
     @torch.no_grad()
@@ -144,8 +120,9 @@ class LikelihoodTerm(DataTerm):
         :param torch.Tensor x: the image.
         :param Callable white: returns white noise of variance 1, of a tensor's shape.
         """
-        weights = self.likelihood.curvature(self._predict(x), self._measured)
-        force = self._project(each(lambda w: w.sqrt() * white(w), weights))
+        weights = self.likelihood.curvature(self._predict(x), self.y)
+        noise = each(white, self._predict(x))
+        force = self._project(self.likelihood.weigh_root(weights, noise))
         return force if self.factor is None else force / expand(self.factor.sqrt(), x)
 
     @torch.no_grad()
@@ -153,23 +130,25 @@ class LikelihoodTerm(DataTerm):
         r"""Returns :math:`s^2 A^{\top} D A` for the diagonal of D."""
 
         def apply(v: Tensor) -> Tensor:
-            curvature = self._project(weights * self._predict(v))
+            weighted = self.likelihood.weigh(weights, self._predict(v))
+            curvature = self._project(weighted)
             return curvature if self.added is None else curvature + self.added.normal(v)
 
         parts = list(weights) if isinstance(weights, TensorList) else [weights]
-        factor: Any = 1 if self._unit is None else self._unit.square()
+        factor: Any = 1 if self.scale is None else self.scale.square()
         factor = factor if self.factor is None else factor * self.factor
         low = torch.stack([w.flatten(1).amin(1) for w in parts]).amin(0) * factor
         high = torch.stack([w.flatten(1).amax(1) for w in parts]).amax(0) * factor
+        largest = self.likelihood.largest(weights) * factor
         ones = torch.ones_like(self.b)
-        stretched = self._project(weights * self._predict(ones))
+        stretched = self._project(each(torch.mul, weights, self._predict(ones)))
         if self.H is None:
-            return FrozenCurvature(apply, stretched, high)
+            return FrozenCurvature(apply, stretched, largest)
         # Exact where A^T A is diagonal, and a mean where all entries of A have a sign.
         plain = self._plain_ones
         ratio = (stretched / plain.where(plain > 0, 1)).where(plain > 0, 0)
         ratio = ratio.clamp(min=expand(low, ones), max=expand(high, ones))
-        return FrozenCurvature(apply, ratio, high)
+        return FrozenCurvature(apply, ratio, largest)
 
     @cached_property
     @torch.no_grad()
@@ -226,10 +205,10 @@ class LikelihoodTerm(DataTerm):
         """
         with torch.no_grad():
             seen = self._predict(torch.ones_like(self.b))
-        level = self.likelihood.level(self._measured, each(_is_seen, seen))
+        level = self.likelihood.level(self.y, each(_is_seen, seen))
         if level is None:
             return None
-        level = level if self._unit is None else level * self._unit.square()
+        level = level if self.scale is None else level * self.scale.square()
         return level if self.factor is None else level * self.factor
 
     def normalized(self) -> LikelihoodTerm:

@@ -19,7 +19,7 @@ from problems import (
 )
 
 from deepinv_deal import interpret
-from deepinv_deal.optim import SmoothedL1, WeightedL2
+from deepinv_deal.optim import CorrelatedL2, SmoothedL1, WeightedL2
 
 EXACT = {"rtol": 1e-9, "max_iter": 400, "adjoint": TIGHT}
 
@@ -339,3 +339,96 @@ def test_counts_tell_the_defaults_also_with_a_physics(noise, kind):
     _, expected = model(y, denoising, return_info=True)
     torch.testing.assert_close(info.lambda_reg, expected.lambda_reg)
     assert relative_error(x, truth()) < 0.5
+
+
+def equation_error(model, fidelity, y, physics, weight, sigma=0.1):
+    """Imbalance of the forces of deepinv's data fidelity and of the regularizer."""
+    x, info = model(y, physics, sigma=sigma, lambda_reg=weight, return_info=True)
+    assert info.converged.all()
+    z = x.detach().requires_grad_()
+    force = torch.autograd.grad(fidelity(z, y, physics).sum(), z)[0]
+    return relative_error(-force, weight * model.prior.grad(z, sigma))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [(L2(0.3), PoissonLikelihood(0.05)), (L2(0.3), L2(2.0)), (SmoothedL1(), L2())],
+    ids=["counts", "levels", "outliers"],
+)
+def test_stacked_measurements(parts):
+    physics = dinv.physics.StackedLinearPhysics([dinv.physics.Denoising(), blur()])
+    y = physics.A(truth())
+    y[0], y[1] = y[0] + 0.02, poisson()(y[1])
+    fidelity = dinv.optim.StackedPhysicsDataFidelity(list(parts))
+    assert equation_error(model_for(fidelity), fidelity, y, physics, 10.0) < 1e-6
+    # The weights of L2 are those of images in [0, 1].
+    model = model_for(fidelity, scale=1.0)
+    x = model(y, physics, sigma=0.1, lambda_reg=10.0)
+    if not isinstance(parts[1], PoissonLikelihood):
+        y = dinv.utils.TensorList([100 * y[0], 100 * y[1]])
+        scaled = model_for(fidelity, scale=100.0)
+        again = scaled(y, physics, sigma=10.0, lambda_reg=10.0)
+        assert relative_error(again, 100 * x) < 1e-6
+    alone = dinv.optim.StackedPhysicsDataFidelity([L2(0.3)])
+    with pytest.raises(ValueError, match="1 parts, the measurements 2"):
+        random_model(data_fidelity=alone)(y, physics)
+
+
+def covariance(n, complex_valued):
+    v = torch.randn(n, n, generator=generator(8), dtype=DOUBLE)
+    if complex_valued:
+        v = v + 1j * torch.randn(n, n, generator=generator(9), dtype=DOUBLE)
+    return v @ v.mH + torch.eye(n)
+
+
+@pytest.mark.parametrize("complex_valued", [False, True])
+def test_noise_that_is_correlated_between_coils(complex_valued):
+    """The coils may as well be mixed until their noise is white."""
+    maps = torch.randn(1, 3, 8, 7, generator=generator(2), dtype=torch.complex128)
+    mask = (torch.rand(8, 7, generator=generator(3)) < 0.6).double()
+    physics = dinv.physics.MultiCoilMRI(mask=mask, coil_maps=maps, img_size=(8, 7))
+    x = torch.cat([truth(), 0.3 * truth().flip(-1)], 1)
+    y = physics.A(x) + 0.05
+    cov = covariance(3, complex_valued)
+    fidelity = CorrelatedL2(cov, dim=2)
+    model = model_for(fidelity, rtol=1e-8)
+    assert equation_error(model, fidelity, y, physics, 0.3) < 1e-6
+    root = torch.linalg.inv(torch.linalg.cholesky(cov)).to(maps)
+    whitened = dinv.physics.MultiCoilMRI(
+        mask=mask,
+        coil_maps=torch.einsum("nm,bmhw->bnhw", root, maps),
+        img_size=(8, 7),
+    )
+    v = torch.view_as_complex(y.movedim(1, -1).contiguous())
+    v = torch.view_as_real(torch.einsum("nm,bmhw->bnhw", root, v)).movedim(-1, 1)
+    settings = {"sigma": 0.1, "lambda_reg": 0.3}
+    expected = model_for("auto", rtol=1e-8)(v, whitened, **settings)
+    found = model(y, physics, **settings)
+    assert relative_error(found, expected) < 1e-6
+    # Random forces have the covariance of the curvature, and its norm is bounded.
+    data = model_for(fidelity).pose(y, physics, **settings).data
+    rng = generator(11)
+
+    def white(like):
+        return torch.randn(like.shape, generator=rng, dtype=DOUBLE)
+
+    forces = torch.cat([data.score(found, white) for _ in range(300)])
+    n = x.numel()
+    curvature = data.frozen(found)
+    H = torch.cat(
+        [curvature(e.view_as(x)).flatten()[None] for e in torch.eye(n).double()]
+    )
+    ratio = forces.square().mean(0).flatten() / H.diagonal()
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.05)
+    assert torch.linalg.eigvalsh(H)[-1] <= data.at(found).norm_bound
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.ones(2, 3), -torch.eye(2), torch.tensor([[1.0, 2], [0, 1]]), 1.0]
+)
+def test_bad_covariances(bad):
+    with pytest.raises(ValueError, match="covariance of CorrelatedL2 must be"):
+        CorrelatedL2(bad)
+    model = random_model(data_fidelity=CorrelatedL2(torch.eye(3).double()))
+    with pytest.raises(ValueError, match="for 3 channels in dimension 1"):
+        model(truth(), sigma=0.1)
