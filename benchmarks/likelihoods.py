@@ -53,8 +53,8 @@ TUNING = ("coffee", "moon")
 #: Line integrals of the brightest ray, roughly.
 ATTENUATION = 4.0
 
-#: Iterations of total variation, and of Newton's method in its proximal map.
-TV_ITERATIONS, NEWTON = 300, 12
+#: Iterations of total variation, and bisections in its proximal map.
+TV_ITERATIONS, BISECTIONS = 300, 24
 
 RICHARDSON_LUCY = (2, 4, 8, 15, 30, 60, 120)
 
@@ -151,11 +151,14 @@ class TotalVariation(Reconstructor):
 
     @staticmethod
     def _prox(likelihood: Likelihood, v: Tensor, y: Tensor, sigma: float) -> Tensor:
-        u = likelihood.linear(y)
-        for _ in range(NEWTON):
-            slope = likelihood.derivative(u, y) + sigma * (u - v)
-            u = u - slope / (likelihood.curvature(u, y) + sigma)
-        return u
+        # What is to vanish grows from v to the measurement, so bisection finds it.
+        z = likelihood.linear(y)
+        low, high = torch.minimum(v, z), torch.maximum(v, z)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            too_high = likelihood.derivative(middle, y) + sigma * (middle - v) > 0
+            low, high = middle.where(~too_high, low), middle.where(too_high, high)
+        return (low + high) / 2
 
 
 def richardson_lucy(y: Tensor, physics: Any, iterations: int) -> Tensor:
