@@ -54,9 +54,23 @@ FAULTS = (
     Fault(
         "scale left out of the adjoint of a likelihood",
         "problems/likelihood_term.py",
-        "x * expand(self._unit, x)\n        return x if self.factor",
+        "x * expand(self.scale, x)\n        return x if self.factor",
         "x\n        return x if self.factor",
         ("models/test_likelihoods.py::test_scaling_law",),
+    ),
+    Fault(
+        "curvature of a likelihood instead of its second derivative",
+        "problems/likelihood_term.py",
+        "self.likelihood.slope(self._predict(x.detach()), self.y)",
+        "self.likelihood.curvature(self._predict(x.detach()), self.y)",
+        ("models/test_likelihoods_of_families.py::test_gradients",),
+    ),
+    Fault(
+        "correlated noise mixed by the transposed root",
+        "problems/likelihood.py",
+        "mixed(self.root.mH, v, self.dim)",
+        "mixed(self.root, v, self.dim)",
+        ("models/test_likelihoods.py::test_noise_that_is_correlated_between_coils",),
     ),
     Fault(
         "kernels of the adjoint not transposed",
