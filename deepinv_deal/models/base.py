@@ -88,8 +88,8 @@ class ReconstructionModel(Reconstructor, Denoiser):
     curvature, :math:`1 / \text{variance}`, if it was found, or if the weight is the
     default; so it means the same as for least squares. Counts and transmission tell the
     level of the noise: the defaults of ``sigma`` and ``lambda_reg`` are then those of
-    denoising, also with a physics (of norm about 1). :math:`\ell_2` and
-    :math:`\ell_1` terms are those of images and measurements divided by the scale;
+    denoising an image that is about as uncertain, also with a physics. :math:`\ell_2`
+    and :math:`\ell_1` terms are those of images and measurements divided by the scale;
     counts know their unit, and are not divided. The weight of dictionaries is ``beta``.
 
     **Gradients** flow to weights, measurements, ``lambda_reg``, ``sigma`` and the
@@ -605,10 +605,10 @@ class ReconstructionModel(Reconstructor, Denoiser):
         if lambda_reg is None and not (likelihood and likelihood.tells_noise):
             lambda_reg = self._learned_weight(data)
         if lambda_reg is None:
-            if typical is None:
+            if likelihood is None or typical is None:
                 return None
-            # In the unit of the equation already.
-            lambda_reg, unit = self.prior.default_lambda(level, data.b), None
+            level = level if unit is None else unit * self.prior.sigma
+            lambda_reg = self.prior.default_lambda(level, data.b) * likelihood.gain
         weight = per_sample("lambda_reg", lambda_reg, data.b)
         if self.lambda_mode == "relative":
             weight = weight * data.sqnorm

@@ -16,6 +16,9 @@ from deepinv_deal.problems.data_term import DataTerm, FrozenCurvature
 from deepinv_deal.problems.likelihood import Likelihood, each
 from deepinv_deal.problems.normal_operator import NormalOperator
 
+#: The strongest noise that weights are made for.
+LARGEST_LEVEL = 50 / 255
+
 
 @dataclass(frozen=True)
 class LikelihoodTerm(DataTerm):
@@ -212,12 +215,17 @@ class LikelihoodTerm(DataTerm):
         return level if self.factor is None else level * self.factor
 
     def normalized(self) -> LikelihoodTerm:
-        """Returns the term divided by its typical curvature, if that is known."""
+        """
+        Returns the term divided such that weights of denoising suit it, if that is
+        known.
+        """
         typical = self.typical
         if typical is None:
             return self
-        factor = 1 / typical if self.factor is None else self.factor / typical
-        return replace(self, factor=factor)
+        factor = 1 / (typical * self.gain)
+        return replace(
+            self, factor=factor if self.factor is None else self.factor * factor
+        )
 
     @property
     def tells_noise(self) -> bool:
@@ -230,8 +238,28 @@ class LikelihoodTerm(DataTerm):
 
     @property
     def noise_level(self) -> Tensor | None:
-        """Typical noise level in the units of the model, ``(B,)``, if it is known."""
-        return None if self.typical is None else self.typical.rsqrt()
+        r"""
+        The noise level at which denoising is about as hard, in the units of the model,
+        ``(B,)``: typical noise over the root of the mean eigenvalue of :math:`A^{\top}
+        A`, at most that for which weights are made. ``None``: not known.
+        """
+        if self.typical is None:
+            return None
+        level = self.typical.rsqrt()
+        if not self.tells_noise or self.H is None:
+            return level
+        return (level * self.H.mean_eigenvalue.rsqrt()).clamp_max(LARGEST_LEVEL)
+
+    @property
+    def gain(self) -> Tensor | float:
+        """
+        By what weights of denoising at :attr:`noise_level`, relative to the typical
+        curvature, are to be multiplied, ``(B,)``.
+        """
+        level, typical = self.noise_level, self.typical
+        if level is None or typical is None or not self.tells_noise:
+            return 1.0
+        return 1 / (level.square() * typical)
 
 
 def _is_seen(prediction: Tensor) -> Tensor:

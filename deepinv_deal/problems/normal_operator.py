@@ -122,6 +122,13 @@ class NormalOperator:
             v = select(settled, v, stretched)
         return v / expand(norm(v), v)
 
+    @cached_property
+    @torch.no_grad()
+    def mean_eigenvalue(self) -> Tensor:
+        """About the mean of its eigenvalues, ``(B,)``, from one random image."""
+        v = random_images(self.like, 1)[0]
+        return inner(v, self(v)) / inner(v, v)
+
     @property
     def sqnorm(self) -> Tensor:
         """

@@ -136,7 +136,7 @@ def _units(
         if isinstance(data, LikelihoodTerm):
             relative = data.relative or model.lambda_mode == "relative"
             unit = 1.0 if relative or data.typical is None else data.typical
-            return unit, posed.sigma, data.intensity, data.tells_noise
+            return unit * data.gain, posed.sigma, data.intensity, data.tells_noise
     return 1.0, None, 1.0, False
 
 
