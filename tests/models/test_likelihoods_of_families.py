@@ -46,8 +46,8 @@ DICTIONARY = {"rtol": 1e-7, "max_iter": 20000, "adjoint": TIGHT}
 SLOW = ("MMR", "NCPR")
 EACH = [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FAMILIES]
 
-#: Data terms with a physics; the others in addition take their time.
-WITH_PHYSICS = ("Poisson", "LogPoisson")
+#: One data term with a physics for each; the others take their time.
+WITH_PHYSICS = {"SAFI": "LogPoisson", "CPR": "Poisson", "PatchSynthesis": "LogPoisson"}
 PROBLEMS = [
     pytest.param(
         family,
@@ -55,7 +55,7 @@ PROBLEMS = [
         blurred,
         id=f"{family}-{name}-{'blur' if blurred else 'denoising'}",
         marks=[pytest.mark.slow]
-        * (family in SLOW or (blurred and name not in WITH_PHYSICS)),
+        * (family in SLOW or (blurred and name != WITH_PHYSICS.get(family))),
     )
     for family in FAMILIES
     for name in CASES
@@ -135,7 +135,7 @@ def least(function, *start):
 
 @pytest.mark.parametrize(
     "name",
-    ["LogPoisson", *(pytest.param(n, marks=pytest.mark.slow) for n in WITH_PHYSICS)],
+    ["LogPoisson", pytest.param("Poisson", marks=pytest.mark.slow)],
 )
 def test_cpr_has_the_energy_of_a_generic_convex_solver(name):
     make, measure, weight = CASES[name]
