@@ -34,8 +34,12 @@ from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
-#: Whether this version of torch has what it takes.
-AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+#: Whether this version of torch has what it takes, and no accelerator of its own: with
+#: two kinds of device, its engine of gradients asks this one for streams.
+AVAILABLE = (
+    hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+    and not torch.accelerator.is_available()
+)
 
 NAME = "pretend"
 
@@ -260,12 +264,14 @@ def register() -> torch.device:
     """
     Makes the device known to torch, once, and returns it.
 
-    :raises RuntimeError: if torch is too old, or another such device is registered.
+    :raises RuntimeError: if torch is too old, or there is another device.
     """
     device = torch.device
     if not _registered:
         if not AVAILABLE:
-            raise RuntimeError(f"torch {torch.__version__} is older than 2.9.")
+            raise RuntimeError(
+                f"torch {torch.__version__} is older than 2.9, or it has a device."
+            )
 
         class Module(backend_registration._DummyBackendModule):
             """What torch asks a device about."""

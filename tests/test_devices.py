@@ -1,8 +1,8 @@
 """
 Everything gives on an accelerator what it gives on the CPU.
 
-The device is that of the environment variable ``DEEPINV_DEAL_DEVICE``, for example
-``cuda``; without it, one that only pretends, see ``pretend_accelerator.py``.
+The device is that of the environment variable ``DEEPINV_DEAL_DEVICE``, else the CUDA
+device that torch finds, else one that only pretends, see ``pretend_accelerator.py``.
 """
 
 from __future__ import annotations
@@ -35,14 +35,20 @@ from deepinv_deal import (
     SolverOptions,
 )
 from deepinv_deal.solvers import conjugate_gradient
+from deepinv_deal.solvers.precision import (
+    rough_solvers,
+    solver_precision,
+    tf32_convolutions,
+)
 from deepinv_deal.training.data import DenoisingSampler, Prefetched
 
-NAME = os.environ.get("DEEPINV_DEAL_DEVICE", "")
+FOUND = "cuda" if torch.cuda.is_available() else ""
+NAME = os.environ.get("DEEPINV_DEAL_DEVICE", FOUND)
 REAL = bool(NAME)
 
 pytestmark = pytest.mark.skipif(
     not REAL and not pretend_accelerator.AVAILABLE,
-    reason=f"torch {torch.__version__} has no devices in Python: they came with 2.9",
+    reason="no accelerator, and torch before 2.9 has no devices in Python",
 )
 
 SIZE = (16, 17)
@@ -302,3 +308,24 @@ def test_conjugate_gradients_look_every_eight_iterations(device):
         result = conjugate_gradient(lambda v: scale * v, b, rtol=1e-12)
     assert bool(result.converged.all())
     assert counts.waits <= int(result.n_iter) / 8 + 4
+
+
+def test_steps_of_a_training_may_round_and_validations_may_not():
+    """The switches of torch can be read without a GPU."""
+    device = torch.device("cuda")
+
+    def allowed() -> bool:
+        matrix = torch.backends.cuda.matmul
+        if hasattr(matrix, "fp32_precision"):
+            return matrix.fp32_precision == "tf32"
+        return matrix.allow_tf32
+
+    before = allowed()
+    for tf32 in (True, False):
+        with rough_solvers(tf32), tf32_convolutions(device, tf32):
+            with solver_precision(device):
+                assert allowed() == tf32
+            assert allowed() == tf32
+        with solver_precision(device):
+            assert not allowed()
+    assert allowed() == before

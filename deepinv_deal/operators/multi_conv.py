@@ -27,7 +27,8 @@ class Convolution:
     wastes most of the machine. There, 2 x 2 neighbouring output pixels are computed as
     four times as many channels, by a kernel enlarged by one pixel and a stride of 2:
     the same sums, 1.5 to 8 times faster. A large kernel from many channels to one is
-    applied row by row, its rows as output channels, which are shifted and added.
+    applied row by row, its rows as output channels, which are shifted and added. On an
+    accelerator large kernels are applied in blocks, see :class:`BlockConvolution`.
 
     :param torch.Tensor kernel: shape ``(C_out, C_in, k, k)``.
     :param int pad: rows and columns of zeros on each side; ``k // 2`` if ``None``,
@@ -41,6 +42,9 @@ class Convolution:
         on_cpu = kernel.device.type == "cpu"
         self.by_rows = on_cpu and c_out == 1 and c_in >= 16 and k >= 9
         self.polyphase = on_cpu and c_out <= 8 and not self.by_rows
+        self.blocks: BlockConvolution | None = None
+        if self.pad == k // 2 and BlockConvolution.pays(kernel):
+            self.blocks = BlockConvolution(kernel)
         if self.by_rows:
             kernel = kernel.transpose(0, 2)  # (k, C_in, 1, k)
         if self.polyphase:
@@ -59,6 +63,9 @@ class Convolution:
             rows = F.conv2d(x, self.kernel, padding=self.pad)  # (B, k, H + 2 pad, W')
             shifted = [row[:, i : i + height] for i, row in enumerate(rows.unbind(1))]
             return torch.stack(shifted, 1).sum(1, keepdim=True)
+        if self.blocks is not None:
+            blocks = self.blocks(to_blocks(x))
+            return from_blocks(blocks, height, width)
         if not self.polyphase:
             return F.conv2d(x, self.kernel, padding=self.pad)
         odd = (0, width % 2, 0, height % 2)
@@ -139,6 +146,23 @@ class MultiConvOperator:
         return self(dirac)
 
 
+#: Side, in pixels, of the blocks whose pixels become channels.
+BLOCK = 4
+
+
+def to_blocks(x: Tensor) -> Tensor:
+    """Brings ``(B, C, H, W)`` into blocks; images end in zeros if need be."""
+    height, width = x.shape[-2:]
+    rest = (0, -width % BLOCK, 0, -height % BLOCK)
+    x = F.pad(x, rest) if any(rest) else x
+    return F.pixel_unshuffle(x, BLOCK).contiguous(memory_format=torch.channels_last)
+
+
+def from_blocks(x: Tensor, height: int, width: int) -> Tensor:
+    """Brings blocks back into images of the given size."""
+    return F.pixel_shuffle(x, BLOCK)[..., :height, :width]
+
+
 class BlockConvolution:
     r"""
     A zero-padded convolution of images whose :math:`s \times s` blocks are channels.
@@ -152,22 +176,28 @@ class BlockConvolution:
     :param int side: side :math:`s` of a block.
     """
 
-    def __init__(self, kernel: Tensor, side: int):
+    def __init__(self, kernel: Tensor, side: int = BLOCK):
         c_out, c_in, k, _ = kernel.shape
         pad = k // 2
         self.reach = -(-pad // side)  # in blocks
         n = side * (2 * self.reach + 1)
-        first = side * self.reach - pad  # where the kernel of the first pixel begins
-        shifted = torch.stack(
-            [
-                F.pad(kernel, (q, n - k - q, p, n - k - p))
-                for p in range(first, first + side)
-                for q in range(first, first + side)
-            ],
-            1,
-        ).reshape(c_out * side**2, c_in, n // side, side, n // side, side)
-        shifted = shifted.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-        self.kernel = shifted.clone(memory_format=torch.channels_last)
+        # Pixel number p of a block sees the kernel shifted by p, and shifted windows
+        # of the kernel amid zeros are that, in reverse.
+        before = side * self.reach - pad + side - 1
+        after = n + side - 1 - k - before
+        windows = F.pad(kernel, (before, after, before, after))
+        windows = windows.unfold(2, n, 1).unfold(3, n, 1).flip(2, 3)
+        windows = windows.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))
+        # (C_out, C_in, s, s, N, s, N, s) -> (C_out s s, C_in s s, N, N)
+        windows = windows.permute(0, 2, 3, 1, 5, 7, 4, 6)
+        windows = windows.flatten(3, 5).flatten(0, 2)
+        self.kernel = windows.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def pays(kernel: Tensor) -> bool:
+        """Tells whether a kernel is large, of few channels, and on an accelerator."""
+        few = min(kernel.shape[:2]) <= 8
+        return kernel.device.type != "cpu" and few and kernel.shape[-1] >= 7
 
     def __call__(self, x: Tensor) -> Tensor:
         """Convolves images ``(B, C_in s s, H / s, W / s)``."""
@@ -183,15 +213,12 @@ class BlockedNormal:
     layers of :class:`MultiConvOperator` one by one.
 
     :param tuple kernels: the layers of W, first applied first.
-    :param int side: side of a block.
     """
 
-    def __init__(self, kernels: Sequence[Tensor], side: int = 4):
-        self.side = side
-        self.layers = [BlockConvolution(k, side) for k in kernels]
+    def __init__(self, kernels: Sequence[Tensor]):
+        self.layers = [BlockConvolution(k) for k in kernels]
         self.adjoint_layers = [
-            BlockConvolution(k.flip(-2, -1).transpose(0, 1), side)
-            for k in reversed(kernels)
+            BlockConvolution(k.flip(-2, -1).transpose(0, 1)) for k in reversed(kernels)
         ]
 
     @staticmethod
@@ -200,32 +227,24 @@ class BlockedNormal:
         on_cpu = kernels[0].device.type == "cpu"
         return not on_cpu and all(kernel.shape[-1] >= 7 for kernel in kernels)
 
-    def arrange(self, x: Tensor) -> Tensor:
-        """Brings ``(B, C, H, W)`` into blocks; images end in zeros if need be."""
-        height, width = x.shape[-2:]
-        rest = (0, -width % self.side, 0, -height % self.side)
-        x = F.pad(x, rest) if any(rest) else x
-        blocks = F.pixel_unshuffle(x, self.side)
-        return blocks.contiguous(memory_format=torch.channels_last)
-
     def __call__(self, x: Tensor, squared_mask: Tensor) -> Tensor:
         """
         Applies the map.
 
         :param torch.Tensor x: images ``(B, C, H, W)``.
-        :param torch.Tensor squared_mask: :math:`m^2` in blocks, from :meth:`arrange`.
+        :param torch.Tensor squared_mask: :math:`m^2` in blocks, by :func:`to_blocks`.
         """
         height, width = x.shape[-2:]
         inside: Tensor | None = None
-        if height % self.side or width % self.side:
+        if height % BLOCK or width % BLOCK:
             # The zeros that complete the blocks must stay zeros in every layer.
-            inside = self.arrange(x.new_ones(1, 1, height, width))
-        w = self._chain(self.layers, self.arrange(x), inside)
+            inside = to_blocks(x.new_ones(1, 1, height, width))
+        w = self._chain(self.layers, to_blocks(x), inside)
         # New memory for large features takes about as long as the product.
         overwrite = not torch.is_grad_enabled()
         w = w.mul_(squared_mask) if overwrite else squared_mask * w
         blocks = self._chain(self.adjoint_layers, w, inside)
-        return F.pixel_shuffle(blocks, self.side)[..., :height, :width]
+        return from_blocks(blocks, height, width)
 
     @staticmethod
     def _chain(

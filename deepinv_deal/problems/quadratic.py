@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepinv_deal._batch import expand, inner, norm, select
 from deepinv_deal.operators import MultiConvOperator
-from deepinv_deal.operators.multi_conv import BlockedNormal
+from deepinv_deal.operators.multi_conv import BlockedNormal, to_blocks
 from deepinv_deal.operators.row_blocks import BLOCK_BYTES, in_row_blocks
 from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent
 from deepinv_deal.problems.data_term import DataTerm
@@ -111,7 +111,7 @@ class AttentiveQuadratic:
         """Returns a squared mask in the form that :meth:`normal` takes fastest."""
         if self.blocked is None or squared_mask.shape[1] != self.W.out_channels:
             return squared_mask
-        return ArrangedMask(self.blocked.arrange(squared_mask))
+        return ArrangedMask(to_blocks(squared_mask))
 
     def normal(self, x: Tensor, squared_mask: Tensor | ArrangedMask) -> Tensor:
         r"""Returns :math:`W^{\top} (m^2 \odot W x)`, the gradient at a frozen mask."""
@@ -127,7 +127,7 @@ class AttentiveQuadratic:
 
         def normal(x: Tensor, squared_mask: Tensor) -> Tensor:
             if blocked is not None:
-                return blocked(x, blocked.arrange(squared_mask))
+                return blocked(x, to_blocks(squared_mask))
             w = self.W(x)
             # New memory for large features takes about as long as the product.
             w = squared_mask * w if torch.is_grad_enabled() else w.mul_(squared_mask)

@@ -49,6 +49,28 @@ def _switches(allowed: bool) -> list[tuple[Any, str, Any]]:
     return [(owner, "allow_tf32", allowed) for owner in (torch.backends.cudnn, matrix)]
 
 
+#: Whether solvers may round, too. Like torch's own switches, it belongs to the whole
+#: process: the thread that computes gradients on a GPU is not that of the caller.
+_rough = False
+
+
+@contextmanager
+def rough_solvers(rough: bool = True) -> Iterator[None]:
+    """
+    Lets solvers in the block round to TF32 on GPUs that have it.
+
+    For the steps of a training, which stop long before rounding matters.
+
+    :param bool rough: whether to do so, or nothing.
+    """
+    global _rough
+    before, _rough = _rough, rough or _rough
+    try:
+        yield
+    finally:
+        _rough = before
+
+
 @contextmanager
 def solver_precision(device: torch.device) -> Iterator[None]:
     """
@@ -58,7 +80,7 @@ def solver_precision(device: torch.device) -> Iterator[None]:
     """
     # "meta" has none: the checks of the arguments then say what is wrong.
     kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
-    with torch.autocast(kind, enabled=False), tf32_convolutions(device, False):
+    with torch.autocast(kind, enabled=False), tf32_convolutions(device, _rough):
         yield
 
 

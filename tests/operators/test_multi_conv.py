@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from deepinv_deal._batch import inner, norm
 from deepinv_deal.operators import MultiConv, MultiConvOperator
 from deepinv_deal.operators.multi_conv import (
+    BlockConvolution,
     BlockedNormal,
     CollapsedOperator,
     Convolution,
+    to_blocks,
 )
 
 GRAY, COLOUR = (
@@ -496,7 +498,7 @@ def test_the_normal_operator_in_blocks_of_pixels_is_the_same(channels, size):
         m = squared_mask.clone().requires_grad_()
         if blocked:
             normal = BlockedNormal(operator.kernels)
-            out = normal(x_, normal.arrange(m))
+            out = normal(x_, to_blocks(m))
         else:
             out = operator.adjoint(m * operator(x_))
         gradients = torch.autograd.grad(out.square().sum(), [x_, m, *kernels])
@@ -510,3 +512,29 @@ def test_blocks_of_pixels_are_for_large_kernels_on_accelerators():
     assert not BlockedNormal.pays([kernel])
     assert BlockedNormal.pays([kernel.to("meta")])
     assert not BlockedNormal.pays([kernel[..., :3, :3].to("meta")])
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 9), (5, 3, 7), (2, 6, 13)])
+@pytest.mark.parametrize("size", [(16, 12), (17, 15), (5, 6)])
+def test_one_convolution_in_blocks_of_pixels_is_the_same(shape, size, rng, monkeypatch):
+    c_out, c_in, k = shape
+    kernel = torch.randn(c_out, c_in, k, k, generator=rng, dtype=torch.float64)
+    x = torch.randn(2, c_in, *size, generator=rng, dtype=torch.float64)
+    results = []
+    for blocks in (False, True):
+        monkeypatch.setattr(BlockConvolution, "pays", lambda _, b=blocks: b)
+        inputs = [t.clone().requires_grad_() for t in (kernel, x)]
+        convolution = Convolution(inputs[0])
+        assert (convolution.blocks is not None) == blocks
+        out = convolution(inputs[1])
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_single_convolutions_are_in_blocks_where_channels_are_few():
+    kernel = torch.zeros(128, 8, 9, 9)
+    assert Convolution(kernel).blocks is None
+    assert Convolution(kernel.to("meta")).blocks is not None
+    assert Convolution(kernel.to("meta"), pad=0).blocks is None
+    assert Convolution(torch.zeros(48, 48, 7, 7, device="meta")).blocks is None
