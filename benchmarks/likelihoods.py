@@ -36,8 +36,9 @@ from trials import counted
 
 from deepinv_deal import DEAL, tune
 from deepinv_deal.optim import SmoothedL1
-from deepinv_deal.problems.likelihood import Likelihood, likelihood_of_noise
-from deepinv_deal.problems.likelihood import likelihood_of as likelihood_of_fidelity
+from deepinv_deal.problems.likelihood import Likelihood
+from deepinv_deal.problems.noise import likelihood_of as likelihood_of_fidelity
+from deepinv_deal.problems.noise import likelihood_of_noise
 from deepinv_deal.solvers import soft_threshold
 
 #: Photographs, and how much they are shrunk.

@@ -44,8 +44,8 @@ FAULTS = (
     Fault(
         "counts divided by the gain once too often",
         "problems/likelihood.py",
-        "/ self._variance(n) / _parameter(self.gain, u)",
-        "/ self._variance(n) / _parameter(self.gain, u).square()",
+        "/ self._variance(n) / parameter(self.gain, u)",
+        "/ self._variance(n) / parameter(self.gain, u).square()",
         (
             "equations/test_likelihood.py"
             "::test_value_and_derivative_are_those_of_the_data_fidelity",

@@ -12,8 +12,8 @@ from deepinv_deal._batch import expand
 from deepinv_deal.interpret._figures import BLUE, GRAY, finish, new_figure, show
 from deepinv_deal.interpret.linearization import Linearization
 from deepinv_deal.interpret.local import random_signs
-from deepinv_deal.problems.likelihood import each
 from deepinv_deal.problems.likelihood_term import LikelihoodTerm
+from deepinv_deal.problems.measurements import each
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,16 +26,16 @@ from deepinv_deal.problems.checks import (
     per_sample,
 )
 from deepinv_deal.problems.layout import COMPLEX_MODES, ComplexMode
-from deepinv_deal.problems.likelihood import (
+from deepinv_deal.problems.likelihood import Likelihood
+from deepinv_deal.problems.likelihood_term import LikelihoodTerm
+from deepinv_deal.problems.noise import (
     OTHER_NOISE,
-    Likelihood,
     check_data_fidelity,
     has_noise,
     is_least_squares,
     likelihood_of,
     likelihood_of_noise,
 )
-from deepinv_deal.problems.likelihood_term import LikelihoodTerm
 from deepinv_deal.problems.options import DEFAULT_RTOL
 from deepinv_deal.solvers import AdjointOptions, SolverResult, eager, full_precision
 from deepinv_deal.solvers.fixed_point import Callback

@@ -4,145 +4,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepinv.optim import (
-    L1,
-    L2,
-    DataFidelity,
-    LogPoissonLikelihood,
-    PoissonLikelihood,
-    StackedPhysicsDataFidelity,
-)
-from deepinv.physics import (
-    FisherTippettNoise,
-    GammaNoise,
-    GaussianNoise,
-    LaplaceNoise,
-    LogPoissonNoise,
-    PoissonGaussianNoise,
-    PoissonNoise,
-    RicianNoise,
-    SaltPepperNoise,
-    UniformGaussianNoise,
-    UniformNoise,
-)
 from deepinv.utils import TensorList
 from torch import Tensor
 
 from deepinv_deal._batch import expand
+from deepinv_deal.problems.measurements import (
+    each,
+    mean,
+    mixed,
+    parameter,
+    squared,
+    total,
+    whitening,
+    whole,
+)
 
 #: Counts have at least this variance. It bounds the curvature where none are expected.
 LEAST_VARIANCE = 0.1
-
-#: Residuals below this, for images in [0, 1], count as least squares in the L1 norm.
-DEFAULT_DELTA = 0.01
-
-#: Counts that deviate from whole numbers by more than this, or by rounding, are none.
-WHOLE_ATOL = 1e-2
-
-
-class WeightedL2(DataFidelity):
-    r"""
-    Least squares with a weight for every measurement, in deepinv's style.
-
-    .. math::
-        \tfrac12 \sum_i w_i \, |(A x)_i - y_i|^2, \qquad w_i \geq 0,
-
-    the likelihood of Gaussian noise of variance :math:`1 / w_i`.
-
-    |sep|
-
-    :Example:
-
-    >>> import torch
-    >>> from deepinv_deal.optim import WeightedL2
-    >>> fidelity = WeightedL2(torch.tensor([[1.0, 4.0]]))
-    >>> fidelity.d(torch.ones(1, 2), torch.zeros(1, 2))
-    tensor([2.5000])
-
-    :param torch.Tensor weights: weights that expand to the measurements; for several
-        measurements a ``TensorList``.
-    """
-
-    def __init__(self, weights: Tensor | TensorList):
-        super().__init__(d=self._distance)
-        self.weights = weights
-
-    def _distance(self, u: Any, y: Any, *_: Any, **__: Any) -> Tensor:
-        return 0.5 * _total(self.weights * each(_squared, u - y))
-
-
-class SmoothedL1(DataFidelity):
-    r"""
-    The :math:`\ell_1` norm of the misfit, made smooth (Huber), in deepinv's style.
-
-    .. math::
-        \sum_i h\big((A x)_i - y_i\big), \qquad h(r) = \begin{cases}
-        \tfrac{r^2}{2 \delta} + \tfrac{\delta}{2}, & |r| \leq \delta \\
-        |r|, & \text{else} \end{cases}
-
-    |sep|
-
-    :Example:
-
-    >>> import torch
-    >>> from deepinv_deal.optim import SmoothedL1
-    >>> SmoothedL1(0.5).d(torch.tensor([[2.0, 0.5]]), torch.zeros(1, 2))
-    tensor([2.5000])
-
-    :param float delta: misfit below which the term is quadratic.
-    """
-
-    def __init__(self, delta: float = DEFAULT_DELTA):
-        if not 0 < delta < math.inf:
-            raise ValueError(f"delta must be positive and finite, got {delta}.")
-        self.delta = delta
-        super().__init__(d=self._distance)
-
-    def _distance(self, u: Any, y: Any, *_: Any, **__: Any) -> Tensor:
-        return SmoothedAbsolute(self.delta).value(u, y)
-
-
-class CorrelatedL2(DataFidelity):
-    r"""
-    Least squares for noise that is correlated between channels, in deepinv's style.
-
-    .. math::
-        \tfrac12 \sum_i r_i^H \Psi^{-1} r_i, \qquad r = A x - y,
-
-    where :math:`r_i` holds the values of all channels (coils of a scanner, bands of a
-    camera) at one place and :math:`\Psi` is the covariance of their noise, as measured
-    by a scan without signal. The choice of the unit of :math:`\Psi` changes the weight
-    of the regularizer only.
-
-    |sep|
-
-    :Example:
-
-    >>> import torch
-    >>> from deepinv_deal.optim import CorrelatedL2
-    >>> fidelity = CorrelatedL2(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), dim=1)
-    >>> fidelity.d(torch.ones(1, 2, 3), torch.zeros(1, 2, 3))
-    tensor([1.])
-
-    :param torch.Tensor covariance: :math:`\Psi`, ``(N, N)``, symmetric or Hermitian
-        and positive definite. A complex one mixes real and imaginary parts of real
-        measurements ``(B, 2, ...)``, as deepinv's MRI has them.
-    :param int dim: dimension of the measurements with the N channels: 2 for the coils
-        of :class:`deepinv.physics.MultiCoilMRI`.
-    :raises ValueError: if the covariance is no such matrix.
-    """
-
-    def __init__(self, covariance: Tensor, dim: int = 1):
-        self.covariance, self.dim = covariance, dim
-        _whitening(covariance)
-        super().__init__(d=self._distance)
-
-    def _distance(self, u: Any, y: Any, *_: Any, **__: Any) -> Tensor:
-        return Correlated(self.covariance, self.dim).value(u, y)
 
 
 class Likelihood(ABC):
@@ -179,7 +60,7 @@ class Likelihood(ABC):
 
     def value(self, u: Any, y: Any) -> Tensor:
         r"""Returns :math:`\phi(u; y)` of every sample, ``(B,)``."""
-        return _total(each(self._value, u, y))
+        return total(each(self._value, u, y))
 
     def derivative(self, u: Any, y: Any) -> Any:
         r"""Returns :math:`\phi'(u; y)`, shape of ``u``."""
@@ -288,15 +169,15 @@ class Gaussian(Likelihood):
 
     def value(self, u: Any, y: Any) -> Tensor:
         """Returns half the weighted square of the misfit, ``(B,)``."""
-        return 0.5 * _total(self.curvature(u, y) * each(_squared, u - y))
+        return 0.5 * total(self.curvature(u, y) * each(squared, u - y))
 
     def level(self, y: Any, seen: Any) -> Tensor:
         """Returns the mean of the weights, ``(B,)``."""
-        return _mean(self.curvature(y, y), seen)
+        return mean(self.curvature(y, y), seen)
 
     @staticmethod
     def _weight(weights: Any, like: Tensor) -> Tensor:
-        weights = _parameter(weights, like)
+        weights = parameter(weights, like)
         try:
             return weights.expand(like.shape)
         except RuntimeError:
@@ -373,30 +254,30 @@ class Poisson(Likelihood):
 
     def counts(self, y: Tensor) -> Tensor:
         """Returns the counts of the measurements."""
-        counts = y / _parameter(self.gain, y) if self.denormalize else y
-        return counts if self.shift is None else counts + _parameter(self.shift, y)
+        counts = y / parameter(self.gain, y) if self.denormalize else y
+        return counts if self.shift is None else counts + parameter(self.shift, y)
 
     def expected(self, u: Tensor) -> Tensor:
         """Returns the counts that are expected."""
-        expected = u / _parameter(self.gain, u) + _parameter(self.bkg, u)
-        return expected if self.shift is None else expected + _parameter(self.shift, u)
+        expected = u / parameter(self.gain, u) + parameter(self.bkg, u)
+        return expected if self.shift is None else expected + parameter(self.shift, u)
 
     def _variance(self, n: Tensor) -> Tensor:
         least = torch.as_tensor(LEAST_VARIANCE).to(n)
         if self.shift is not None:
-            least = torch.maximum(least, _parameter(self.shift, n))
+            least = torch.maximum(least, parameter(self.shift, n))
         return torch.maximum(n, least)
 
     def _derivative(self, u: Tensor, y: Tensor) -> Tensor:
         n = self.expected(u)
-        return (n - self.counts(y)) / self._variance(n) / _parameter(self.gain, u)
+        return (n - self.counts(y)) / self._variance(n) / parameter(self.gain, u)
 
     def _curvature(self, u: Tensor, y: Tensor) -> Tensor:
         n = self.expected(u)
         variance = self._variance(n)
         # Below the least variance it is a parabola.
         ratio = torch.where(n >= variance, self.counts(y) / variance / 2, 1)
-        return ratio.clamp_min(1) / variance / _parameter(self.gain, u).square()
+        return ratio.clamp_min(1) / variance / parameter(self.gain, u).square()
 
     def _value(self, u: Tensor, y: Tensor) -> Tensor:
         n, k = self.expected(u), self.counts(y)
@@ -408,9 +289,9 @@ class Poisson(Likelihood):
         """Returns the counts without background, times the gain."""
 
         def one(y: Tensor) -> Tensor:
-            k = self.counts(y) - _parameter(self.bkg, y)
-            k = k if self.shift is None else k - _parameter(self.shift, y)
-            return k * _parameter(self.gain, y)
+            k = self.counts(y) - parameter(self.bkg, y)
+            k = k if self.shift is None else k - parameter(self.shift, y)
+            return k * parameter(self.gain, y)
 
         return each(one, y)
 
@@ -418,10 +299,10 @@ class Poisson(Likelihood):
         """Returns one over the mean variance, ``(B,)``."""
 
         def variance(y: Tensor) -> Tensor:
-            gain = _parameter(self.gain, y)
+            gain = parameter(self.gain, y)
             return self._variance(self.counts(y)) * gain.square()
 
-        return 1 / _mean(each(variance, y), seen)
+        return 1 / mean(each(variance, y), seen)
 
     def check(self, y: Any) -> list[str]:
         """Checks that the measurements are counts."""
@@ -440,7 +321,7 @@ class Poisson(Likelihood):
                     "beside the counts give the physics PoissonGaussianNoise."
                 )
             if not bool(whole(counts)):
-                gain = _parameter(self.gain, part).detach()
+                gain = parameter(self.gain, part).detach()
                 other = part if self.denormalize else part / gain
                 if bool(whole(other)):
                     raise ValueError(
@@ -488,16 +369,16 @@ class LogPoisson(Likelihood):
         self.N0, self.mu = N0, mu
 
     def _counts(self, u: Tensor) -> Tensor:
-        return _parameter(self.N0, u) * torch.exp(-_parameter(self.mu, u) * u)
+        return parameter(self.N0, u) * torch.exp(-parameter(self.mu, u) * u)
 
     def _value(self, u: Tensor, y: Tensor) -> Tensor:
-        return self._counts(u) + _parameter(self.mu, u) * u * self._counts(y)
+        return self._counts(u) + parameter(self.mu, u) * u * self._counts(y)
 
     def _derivative(self, u: Tensor, y: Tensor) -> Tensor:
-        return _parameter(self.mu, u) * (self._counts(y) - self._counts(u))
+        return parameter(self.mu, u) * (self._counts(y) - self._counts(u))
 
     def _curvature(self, u: Tensor, y: Tensor) -> Tensor:
-        mu = _parameter(self.mu, u)
+        mu = parameter(self.mu, u)
         t = mu * (u - y)
         near = t.abs() < 1e-4
         chord = -torch.expm1(-t) / t.where(~near, 1)
@@ -508,7 +389,7 @@ class LogPoisson(Likelihood):
         """Returns the measurements, half a count where there was none."""
 
         def one(y: Tensor) -> Tensor:
-            most = (2 * _parameter(self.N0, y)).log() / _parameter(self.mu, y)
+            most = (2 * parameter(self.N0, y)).log() / parameter(self.mu, y)
             return torch.where(y == math.inf, most, y)
 
         return each(one, y) if isinstance(y, (Tensor, TensorList)) else y
@@ -517,9 +398,9 @@ class LogPoisson(Likelihood):
         """Returns the mean of the curvature at the measurements, ``(B,)``."""
 
         def curvature(y: Tensor) -> Tensor:
-            return _parameter(self.mu, y).square() * self._counts(y)
+            return parameter(self.mu, y).square() * self._counts(y)
 
-        return _mean(each(curvature, y), seen)
+        return mean(each(curvature, y), seen)
 
 
 class InUnit(Likelihood):
@@ -635,11 +516,15 @@ class Stacked(Likelihood):
     def level(self, y: Any, seen: Any) -> Tensor | None:
         """Returns the mean of the levels over all measurements, ``(B,)``."""
         levels = [p.level(*values) for p, *values in self._paired(y, seen)]
-        counts = [_total(s.to(torch.float64)) for s in seen]
-        if any(level is None for level in levels):
+        numbers = [total(part.long()) for part in seen]
+        weighed = [
+            number * level
+            for number, level in zip(numbers, levels, strict=True)
+            if level is not None
+        ]
+        if len(weighed) < len(levels):
             return None
-        total = sum(n * c.to(n) for n, c in zip(levels, counts, strict=True))
-        return total / sum(c.to(total) for c in counts)
+        return torch.stack(weighed).sum(0) / torch.stack(numbers).sum(0)
 
     def weigh(self, c: Any, v: Any) -> Any:
         """Returns D v."""
@@ -671,19 +556,20 @@ class Correlated(Likelihood):
 
     def __init__(self, covariance: Tensor, dim: int):
         self.dim = dim
-        self.root = _whitening(covariance)
-        self.precision = self.root.mH @ self.root
+        root = whitening(covariance)
+        precision = root.mH @ root
+        # The mean of the eigenvalues stands for all where one number is wanted.
+        self.mean = precision.diagonal().real.mean()
+        self.root, self.precision = root / self.mean.sqrt(), precision / self.mean
 
     def _value(self, u: Tensor, y: Tensor) -> Tensor:
-        return 0.5 * _squared(mixed(self.root, u - y, self.dim))
+        return 0.5 * self.mean.to(u.device) * squared(mixed(self.root, u - y, self.dim))
 
     def _derivative(self, u: Tensor, y: Tensor) -> Tensor:
-        return mixed(self.precision, u - y, self.dim)
+        return self.mean.to(u.device) * mixed(self.precision, u - y, self.dim)
 
     def _curvature(self, u: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
-        # The mean of the eigenvalues stands for all where one number is wanted.
-        mean = self.precision.diagonal().real.mean()
-        return torch.ones_like(u.real if u.is_complex() else u) * mean.to(u.device)
+        return torch.ones_like(u.real if u.is_complex() else u) * self.mean.to(u.device)
 
     def slope(self, u: Any, y: Any) -> Any:
         """Returns the curvature."""
@@ -691,240 +577,19 @@ class Correlated(Likelihood):
 
     def level(self, y: Any, seen: Any) -> Tensor:
         """Returns the mean of the precisions, ``(B,)``."""
-        return _mean(self.curvature(y, y), seen)
+        return mean(self.curvature(y, y), seen)
 
     def weigh(self, c: Any, v: Any) -> Any:
         """Returns the precision matrix times v."""
-        factor = self.precision.diagonal().real.mean()
-        return each(
-            lambda c, v: c / factor.to(c) * mixed(self.precision, v, self.dim), c, v
-        )
+        return each(lambda c, v: c * mixed(self.precision, v, self.dim), c, v)
 
     def weigh_root(self, c: Any, v: Any) -> Any:
         """Returns a root of the precision matrix times v."""
-        factor = self.precision.diagonal().real.mean()
-        return each(
-            lambda c, v: (c / factor.to(c)).sqrt() * mixed(self.root.mH, v, self.dim),
-            c,
-            v,
-        )
+        return each(lambda c, v: c.sqrt() * mixed(self.root.mH, v, self.dim), c, v)
 
     def largest(self, c: Any) -> Tensor:
         """Returns the largest precision, ``(B,)``."""
-        eigenvalues = torch.linalg.eigvalsh(self.precision)
-        return super().largest(c) * (eigenvalues.max() / eigenvalues.mean())
-
-
-# -- which one -------------------------------------------------------------------------
-
-
-def _gaussian(fidelity: Any) -> Gaussian:
-    return Gaussian(fidelity.d.norm)
-
-
-#: How the data fidelities that can be frozen become likelihoods. Not their subclasses,
-#: which are something else.
-LIKELIHOODS: dict[type[DataFidelity], Callable[[Any], Likelihood]] = {
-    L2: _gaussian,
-    WeightedL2: lambda fidelity: Gaussian(fidelity.weights),
-    L1: lambda _: SmoothedAbsolute(DEFAULT_DELTA),
-    SmoothedL1: lambda fidelity: SmoothedAbsolute(fidelity.delta),
-    CorrelatedL2: lambda fidelity: Correlated(fidelity.covariance, fidelity.dim),
-    StackedPhysicsDataFidelity: lambda fidelity: Stacked(
-        [likelihood_of(part) for part in fidelity.data_fidelity_list]
-    ),
-    PoissonLikelihood: lambda fidelity: Poisson(
-        fidelity.d.gain, fidelity.d.bkg, fidelity.d.denormalize
-    ),
-    LogPoissonLikelihood: lambda fidelity: LogPoisson(fidelity.d.N0, fidelity.d.mu),
-}
-
-
-def check_data_fidelity(data_fidelity: Any) -> None:
-    """
-    Checks that a data fidelity can be frozen.
-
-    :param object data_fidelity: the argument; ``"auto"`` is one, too.
-    :raises TypeError: if it cannot.
-    """
-    if isinstance(data_fidelity, str) and data_fidelity == "auto":
-        return
-    if type(data_fidelity) not in LIKELIHOODS:
-        given = (
-            repr(data_fidelity)
-            if isinstance(data_fidelity, str)
-            else type(data_fidelity).__name__
-        )
-        raise TypeError(
-            "data_fidelity must be 'auto' or one of "
-            f"{', '.join(kind.__name__ for kind in LIKELIHOODS)}, got {given}, which "
-            "cannot be frozen."
-        )
-
-
-def is_least_squares(data_fidelity: Any) -> bool:
-    """Whether a data fidelity is plain least squares."""
-    norm = data_fidelity.d.norm if type(data_fidelity) is L2 else None
-    return norm is not None and not isinstance(norm, Tensor) and norm == 1
-
-
-def likelihood_of(data_fidelity: DataFidelity) -> Likelihood:
-    """
-    Returns the likelihood of a data fidelity.
-
-    :param DataFidelity data_fidelity: one of those that can be frozen.
-    :raises TypeError: if it is none.
-    :raises ValueError: if a parameter is missing or impossible.
-    """
-    check_data_fidelity(data_fidelity)
-    return LIKELIHOODS[type(data_fidelity)](data_fidelity)
-
-
-def likelihood_of_noise(physics: Any, y: Any) -> tuple[Likelihood | None, str | None]:
-    """
-    Returns the likelihood that matches the noise model of a physics, and a remark.
-
-    ``None`` stands for least squares: where the noise is another, or the measurements
-    cannot be of it.
-
-    :param deepinv.physics.Physics physics: forward operator, or ``None``.
-    :param torch.Tensor y: measurements.
-    """
-    noise: Any = getattr(physics, "noise_model", None)
-    if not isinstance(y, Tensor) or not y.is_floating_point():
-        return None, None
-    name = type(noise).__name__
-    if type(noise) is LogPoissonNoise:
-        text = f"the transmission likelihood of {name}"
-        return LogPoisson(noise.N0, noise.mu), text
-    if type(noise) is PoissonNoise:
-        likelihood = Poisson(noise.gain, 0.0, bool(noise.normalize))
-        counts = likelihood.counts(y).detach()
-        if bool((counts < 0).any()) or not bool(whole(counts)):
-            return None, (
-                f"least squares, since y does not hold counts of the physics' {name}"
-            )
-        return likelihood, f"the Poisson likelihood of {name}"
-    if type(noise) is PoissonGaussianNoise and bool((noise.gain > 0).all()):
-        shift = (noise.sigma / noise.gain).square()
-        likelihood = Poisson(noise.gain, 0.0, shift=shift)
-        return likelihood, f"the shifted Poisson likelihood of {name}"
-    if has_noise_map(noise):
-        weights = noise.sigma.square().reciprocal()
-        return Gaussian(weights, unitless=False), f"the noise levels of {name}"
-    if type(noise) in OTHER_NOISE:
-        advice = OTHER_NOISE[type(noise)]
-        return None, f"least squares, though the physics has {name}; {advice}"
-    return None, None
-
-
-#: Noise that no likelihood here matches, and what to do about it.
-OTHER_NOISE: dict[type, str] = {
-    LaplaceNoise: "data_fidelity=L1() suits it",
-    SaltPepperNoise: "data_fidelity=L1() suits it",
-    GammaNoise: "denoise the logarithm of y with its noise level",
-    FisherTippettNoise: "denoise y as an image with its noise level",
-    RicianNoise: "where the signal is strong it is nearly Gaussian",
-    UniformNoise: "it is treated as Gaussian noise of the level that is given",
-}
-
-
-def has_noise(noise: Any) -> bool:
-    """Whether a noise model is one of deepinv's that adds noise."""
-    return type(noise) in {
-        *OTHER_NOISE,
-        GaussianNoise,
-        UniformGaussianNoise,
-        PoissonNoise,
-        PoissonGaussianNoise,
-        LogPoissonNoise,
-    }
-
-
-def has_noise_map(noise: Any) -> bool:
-    """Whether a noise model is Gaussian with a level for every measurement."""
-    return type(noise) is GaussianNoise and noise.sigma.ndim > 1
-
-
-def whole(counts: Tensor) -> Tensor:
-    """Whether counts are whole numbers, up to rounding."""
-    rounding = 8 * torch.finfo(counts.dtype).eps * counts.abs()
-    error = (counts - counts.round()).abs()
-    return (error <= torch.clamp(rounding, min=WHOLE_ATOL)).all()
-
-
-# -- details ---------------------------------------------------------------------------
-
-
-def each(function: Callable[..., Tensor], *arguments: Any) -> Any:
-    """Applies a function to one measurement tensor, or to each of several."""
-    if isinstance(arguments[0], TensorList):
-        return TensorList([function(*parts) for parts in zip(*arguments, strict=True)])
-    return function(*arguments)
-
-
-def _whitening(covariance: Any) -> Tensor:
-    r"""Returns R with :math:`R^H R = \Psi^{-1}`."""
-    matrix = covariance if isinstance(covariance, Tensor) else torch.empty(0)
-    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] > 0
-    if square and torch.allclose(matrix, matrix.mH, rtol=1e-4):
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if not bool(failed):
-            eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-            return torch.linalg.solve_triangular(factor, eye, upper=False)
-    shape = tuple(matrix.shape) if matrix is covariance else type(covariance).__name__
-    raise ValueError(
-        "data_fidelity: the covariance of CorrelatedL2 must be a square, symmetric (or "
-        f"Hermitian) and positive definite matrix, got {shape}."
-    )
-
-
-def mixed(matrix: Tensor, v: Tensor, dim: int) -> Tensor:
-    """
-    Multiplies one dimension of measurements by a matrix.
-
-    :param torch.Tensor matrix: ``(N, N)``; a complex one multiplies the complex numbers
-        of real measurements ``(B, 2, ...)``.
-    :param torch.Tensor v: the measurements.
-    :param int dim: the dimension, of size N.
-    """
-    if v.ndim <= dim or v.shape[dim] != len(matrix):
-        raise ValueError(
-            f"data_fidelity: the covariance of CorrelatedL2 is for {len(matrix)} "
-            f"channels in dimension {dim} of the measurements, got {tuple(v.shape)}."
-        )
-    matrix = matrix.to(v.device, v.dtype if v.is_complex() else v.dtype.to_complex())
-    pair = not v.is_complex()
-    if pair and not bool(matrix.imag.any()):
-        return torch.movedim(torch.tensordot(matrix.real, v, ([1], [dim])), 0, dim)
-    if pair:  # real and imaginary part in dimension 1
-        v = torch.view_as_complex(v.movedim(1, -1).contiguous())
-        dim = dim - 1
-    product = torch.tensordot(matrix, v, ([1], [dim])).movedim(0, dim)
-    return torch.view_as_real(product).movedim(-1, 1) if pair else product
-
-
-def _squared(r: Tensor) -> Tensor:
-    return (r * r.conj()).real if r.is_complex() else r * r
-
-
-def _total(values: Any) -> Tensor:
-    """Sum of every sample, ``(B,)``."""
-    parts = list(values) if isinstance(values, TensorList) else [values]
-    return torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
-
-
-def _mean(values: Any, seen: Any) -> Tensor:
-    """Mean over the measurements that are seen, of every sample, ``(B,)``."""
-    count = _total(each(lambda s: s.to(s.device, torch.float64), seen))
-    total = _total(each(lambda v, s: v.where(s, 0), values, seen))
-    return total / count.to(total)
-
-
-def _parameter(value: Any, like: Tensor) -> Tensor:
-    """Returns a parameter in a form that multiplies measurements ``(B, ...)``."""
-    value = torch.as_tensor(value, dtype=like.dtype.to_real(), device=like.device)
-    return expand(value, like) if value.ndim == 1 else value
+        return super().largest(c) * torch.linalg.eigvalsh(self.precision).max()
 
 
 def _check_parameter(owner: str, name: str, value: Any, *, positive: bool) -> None:

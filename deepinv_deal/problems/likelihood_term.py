@@ -13,7 +13,8 @@ from torch import Tensor
 
 from deepinv_deal._batch import expand, inner, norm
 from deepinv_deal.problems.data_term import DataTerm, FrozenCurvature
-from deepinv_deal.problems.likelihood import Likelihood, each
+from deepinv_deal.problems.likelihood import Likelihood
+from deepinv_deal.problems.measurements import each
 from deepinv_deal.problems.normal_operator import NormalOperator
 
 #: The strongest noise that weights are made for.
@@ -206,13 +207,17 @@ class LikelihoodTerm(DataTerm):
         Typical curvature, ``(B,)``, differentiable: what the weight of least squares is
         to be multiplied by. ``None``: not known.
         """
-        with torch.no_grad():
-            seen = self._predict(torch.ones_like(self.b))
-        level = self.likelihood.level(self.y, each(_is_seen, seen))
+        level = self.likelihood.level(self.y, self._seen)
         if level is None:
             return None
         level = level if self.scale is None else level * self.scale.square()
         return level if self.factor is None else level * self.factor
+
+    @cached_property
+    @torch.no_grad()
+    def _seen(self) -> Any:
+        """Which measurements a constant image contributes to."""
+        return each(_is_seen, self._predict(torch.ones_like(self.b)))
 
     def normalized(self) -> LikelihoodTerm:
         """

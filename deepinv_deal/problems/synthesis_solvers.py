@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -94,16 +94,8 @@ def reweighted(
         # An image says nothing that was found more roughly than is asked for.
         return torch.maximum(change, solved_to)
 
-    result = proximal_gradient(
-        [step_coefficients, lambda *_: image],
-        [a, x],
-        inertia="none",
-        rtol=rtol,
-        max_iter=MAX_REWEIGHTINGS,
-        measure=measure,
-        callback=_watched(callback, 1),
-        look_every=1,  # an iteration, with its solves, costs more than a look
-    )
+    steps = [step_coefficients, lambda *_: image]
+    result = _alternate(steps, [a, x], rtol, MAX_REWEIGHTINGS, measure, callback)
     # An image that has settled is none if the problem behind it was not solved.
     status = torch.maximum(result.status, inner_status)
     return replace(result, x=result.state[1], status=status, n_inner=n_inner)
@@ -226,6 +218,27 @@ def _watched(callback: Observer | None, block: int) -> Callable[..., None] | Non
     if callback is None:
         return None
     return lambda k, before, after: callback(k, before[block], after[block])
+
+
+def _alternate(
+    steps: Sequence[Callable[..., Tensor]],
+    blocks: Sequence[Tensor],
+    rtol: Tensor | float,
+    max_iter: int,
+    measure: Callable[..., Tensor],
+    callback: Observer | None,
+) -> SolverResult:
+    """Updates two blocks in turn, of which the second one is the image."""
+    return proximal_gradient(
+        steps,
+        blocks,
+        inertia="none",
+        rtol=rtol,
+        max_iter=max_iter,
+        measure=measure,
+        callback=_watched(callback, 1),
+        look_every=1,  # an iteration, with its solves, costs more than a look
+    )
 
 
 def _image(state: ADMMState) -> Tensor:
@@ -497,16 +510,8 @@ def coordinate_descent(
         x = problem.image(blocks[0], init=v)
         return clamp(x, bounds)
 
-    result = proximal_gradient(
-        [step_coefficients, step_image],
-        [a, x],
-        inertia="none",
-        rtol=rtol,
-        max_iter=max_iter,
-        measure=relative_change,
-        callback=_watched(callback, 1),
-        look_every=1,  # an iteration, with its solves, costs more than a look
-    )
+    steps = [step_coefficients, step_image]
+    result = _alternate(steps, [a, x], rtol, max_iter, relative_change, callback)
     status = result.status
     if not rtol:  # a fixed number of passes is what was asked for
         status = status.where(status != Status.MAX_ITER, Status.FINISHED)

@@ -18,11 +18,8 @@ from deepinv.physics import (
 from torch import Tensor
 
 from deepinv_deal._batch import expand
-from deepinv_deal.problems.likelihood import (
-    Poisson,
-    likelihood_of,
-    likelihood_of_noise,
-)
+from deepinv_deal.problems.likelihood import Poisson
+from deepinv_deal.problems.noise import likelihood_of, likelihood_of_noise
 from deepinv_deal.tuning.validate import Problem, noise_level
 
 #: Keeps the probe of SURE apart from noise drawn with the same seed, or a simple one:

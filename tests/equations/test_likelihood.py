@@ -10,12 +10,8 @@ from hypothesis import strategies as st
 from problems import DOUBLE, generator, images
 
 from deepinv_deal.optim import SmoothedL1, WeightedL2
-from deepinv_deal.problems.likelihood import (
-    LEAST_VARIANCE,
-    Poisson,
-    likelihood_of,
-    likelihood_of_noise,
-)
+from deepinv_deal.problems.likelihood import LEAST_VARIANCE, Poisson
+from deepinv_deal.problems.noise import likelihood_of, likelihood_of_noise
 
 
 def counts(mean):
