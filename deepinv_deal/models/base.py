@@ -29,8 +29,8 @@ from deepinv_deal.problems.layout import COMPLEX_MODES, ComplexMode
 from deepinv_deal.problems.likelihood import Likelihood
 from deepinv_deal.problems.likelihood_term import LikelihoodTerm
 from deepinv_deal.problems.noise import (
-    OTHER_NOISE,
     check_data_fidelity,
+    gaussian_level,
     has_noise,
     is_least_squares,
     likelihood_of,
@@ -340,11 +340,11 @@ class ReconstructionModel(Reconstructor, Denoiser):
         data = self._data(y, physics, self.scale)
         level = self._level(sigma, physics, data)
         bounds = self._bounds(data)
-        data, level, unit = self._at_level(data, level)
+        data, own_level, unit = self._at_level(data, level)
         equation = self._equation(
             data,
-            sigma=level,
-            lambda_reg=self._weight(lambda_reg, data, level, unit),
+            sigma=own_level,
+            lambda_reg=self._weight(lambda_reg, data, own_level, unit),
             bounds=divided(bounds, unit, data.b),
             **hyperparameters,
         )
@@ -553,8 +553,8 @@ class ReconstructionModel(Reconstructor, Denoiser):
                 return data.noise_level
         if sigma is None and data.identity:
             noise = getattr(physics, "noise_model", None)
-            other = type(noise) in OTHER_NOISE or isinstance(data, LikelihoodTerm)
-            sigma = None if other else getattr(noise, "sigma", None)
+            other = isinstance(data, LikelihoodTerm)
+            sigma = None if other else gaussian_level(noise)
             has_own = self.estimate_sigma or self.sigma is not None
             if sigma is None and not has_own and data.quadratic and has_noise(noise):
                 raise ValueError(
@@ -635,8 +635,11 @@ class ReconstructionModel(Reconstructor, Denoiser):
             return data.b.detach()
         physics = physics.physics if isinstance(physics, KnownPhysics) else physics
         if isinstance(init, str):
+            likelihood, _ = self._likelihood(y, physics)
             with torch.no_grad():
-                init = physics.A_dagger(y)
+                init = physics.A_dagger(
+                    y if likelihood is None else likelihood.linear(y)
+                )
         elif callable(init):
             init = init(y, physics)
         return data.unknown("init", init)

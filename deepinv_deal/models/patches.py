@@ -109,7 +109,7 @@ class SynthesisModel(ReconstructionModel):
         beta = self.beta if beta is None else beta
         if isinstance(data, LikelihoodTerm) and (beta is None or data.relative):
             # The learned weight is that of least squares.
-            data = data.normalized()
+            data = data.normalized(learned=beta is None)
         coupling = self.default_beta if beta is None else beta
         coupling = per_sample("beta", coupling, data.b, positive=True)
         sigma = per_sample("sigma", settings.pop("sigma"), data.b, positive=True)

@@ -71,6 +71,15 @@ class AttentiveL1Model(ReconstructionModel):
         )
         return data.scaled(a), None, a
 
+    def _report(self, problem: Problem) -> dict[str, Any]:
+        fields = super()._report(problem)
+        if problem.sigma is not None:  # back in the unit in which a weight is given
+            a = problem.sigma.detach() / self.prior.sigma
+            likelihood = not problem.data.quadratic
+            weight = fields["lambda_reg"]
+            fields["lambda_reg"] = weight / a if likelihood else weight * a
+        return fields
+
 
 class SAFI(AttentiveL1Model):
     r"""

@@ -9,8 +9,8 @@ from deepinv.optim import DataFidelity
 from deepinv.utils import TensorList
 from torch import Tensor
 
-from deepinv_deal.problems.likelihood import Correlated, SmoothedAbsolute
-from deepinv_deal.problems.measurements import each, squared, total, whitening
+from deepinv_deal.problems.likelihood import Correlated, Gaussian, SmoothedAbsolute
+from deepinv_deal.problems.measurements import whitening
 
 #: Residuals below this, for images in [0, 1], count as least squares in the L1 norm.
 DEFAULT_DELTA = 0.01
@@ -35,8 +35,8 @@ class WeightedL2(DataFidelity):
     >>> fidelity.d(torch.ones(1, 2), torch.zeros(1, 2))
     tensor([2.5000])
 
-    :param torch.Tensor weights: weights that expand to the measurements; for several
-        measurements a ``TensorList``.
+    :param torch.Tensor weights: weights that expand to the measurements; one dimension
+        is that of the samples. For several measurements a ``TensorList``.
     """
 
     def __init__(self, weights: Tensor | TensorList):
@@ -44,7 +44,7 @@ class WeightedL2(DataFidelity):
         self.weights = weights
 
     def _distance(self, u: Any, y: Any, *_: Any, **__: Any) -> Tensor:
-        return 0.5 * total(self.weights * each(squared, u - y))
+        return Gaussian(self.weights).value(u, y)
 
 
 class SmoothedL1(DataFidelity):

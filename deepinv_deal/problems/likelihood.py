@@ -22,6 +22,9 @@ from deepinv_deal.problems.measurements import (
     whole,
 )
 
+#: A typical line integral is one of more counts than this.
+LEAST_TRANSMITTED = 0.5
+
 #: Counts have at least this variance. It bounds the curvature where none are expected.
 LEAST_VARIANCE = 0.1
 
@@ -74,6 +77,12 @@ class Likelihood(ABC):
         r"""Returns :math:`\phi''(u; y)`, shape of ``u``, without gradients."""
 
         def one(u: Tensor, y: Tensor) -> Tensor:
+            if u.is_complex():
+                raise RuntimeError(
+                    f"The derivative of {type(self).__name__} is not available for "
+                    "complex measurements. Give real and imaginary part as two "
+                    "channels, or use another data_fidelity."
+                )
             with torch.enable_grad():
                 u = u.detach().requires_grad_()
                 total = self.derivative(u, y.detach()).sum()
@@ -172,8 +181,13 @@ class Gaussian(Likelihood):
         return 0.5 * total(self.curvature(u, y) * each(squared, u - y))
 
     def level(self, y: Any, seen: Any) -> Tensor:
-        """Returns the mean of the weights, ``(B,)``."""
-        return mean(self.curvature(y, y), seen)
+        """Returns the mean of the weights of what is not excluded, ``(B,)``."""
+        weights = self.curvature(y, y)
+        return mean(weights, each(lambda w, s: s & (w > 0), weights, seen))
+
+    def linear(self, y: Any) -> Any:
+        """Returns the measurements, zero where they are excluded by a zero weight."""
+        return each(lambda w, y: y.where(w > 0, 0), self.curvature(y, y), y)
 
     @staticmethod
     def _weight(weights: Any, like: Tensor) -> Tensor:
@@ -384,6 +398,24 @@ class LogPoisson(Likelihood):
         chord = -torch.expm1(-t) / t.where(~near, 1)
         chord = chord.where(~near, 1 - t / 2) * self._counts(y)
         return mu.square() * torch.maximum(chord.nan_to_num(0), self._counts(u))
+
+    def check(self, y: Any) -> list[str]:
+        """Checks that the measurements are line integrals."""
+        for part in list(y) if isinstance(y, TensorList) else [y]:
+            if part.is_complex():
+                raise ValueError("y is complex: line integrals are not.")
+            values = part.detach().double()
+            counts = self._counts(values)
+            few = counts.flatten(1).median(1).values < LEAST_TRANSMITTED
+            if bool(few.any()) or bool(counts.isposinf().any()):
+                raise ValueError(
+                    "data_fidelity: the likelihood of transmission is for line "
+                    "integrals, -log(counts / N0) / mu. y holds numbers from "
+                    f"{float(values.min()):.4g} to {float(values.max()):.4g}, which "
+                    f"would be from {float(counts.min()):.2g} to "
+                    f"{float(counts.max()):.2g} counts."
+                )
+        return []
 
     def linear(self, y: Any) -> Any:
         """Returns the measurements, half a count where there was none."""

@@ -15,10 +15,14 @@ from deepinv_deal._batch import expand, inner, norm
 from deepinv_deal.problems.data_term import DataTerm, FrozenCurvature
 from deepinv_deal.problems.likelihood import Likelihood
 from deepinv_deal.problems.measurements import each
-from deepinv_deal.problems.normal_operator import NormalOperator
+from deepinv_deal.problems.normal_operator import NormalOperator, random_images
 
 #: The strongest noise that weights are made for.
 LARGEST_LEVEL = 50 / 255
+
+#: A measurement of a random image that is smaller than this, relative to the largest
+#: one, does not see the image.
+SEEN = 1e-5
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,15 @@ class LikelihoodTerm(DataTerm):
     :param torch.Tensor factor: by which the likelihood is multiplied, ``(B,)``;
         ``None``: 1.
     :param DataTerm added: a least-squares term that is added; ``None``: none.
+    :param torch.Tensor rescaled: by what images were divided after their intensity,
+        ``(B,)``; ``None``: 1.
     """
 
     likelihood: Any = None
     relative: bool = False
     factor: Tensor | None = None
     added: DataTerm | None = None
+    rescaled: Tensor | None = None
 
     @classmethod
     def from_least_squares(
@@ -61,6 +68,12 @@ class LikelihoodTerm(DataTerm):
         if data.scale is not None:
             likelihood = likelihood.in_unit(data.scale)
         return cls(**settings, likelihood=likelihood, relative=relative)
+
+    def scaled(self, scale: Tensor) -> LikelihoodTerm:
+        """Returns the same term for images in another unit, see the base class."""
+        total = scale if self.rescaled is None else self.rescaled * scale
+        scaled: Any = super().scaled(scale)
+        return replace(scaled, rescaled=total)
 
     def expanded(self, number: int) -> LikelihoodTerm:
         """Returns the term of one sample for ``number`` equal ones."""
@@ -216,18 +229,20 @@ class LikelihoodTerm(DataTerm):
     @cached_property
     @torch.no_grad()
     def _seen(self) -> Any:
-        """Which measurements a constant image contributes to."""
-        return each(_is_seen, self._predict(torch.ones_like(self.b)))
+        """Which measurements an image contributes to."""
+        # A random one: a constant has one frequency only.
+        return each(_is_seen, self._predict(random_images(self.b, 1)[0]))
 
-    def normalized(self) -> LikelihoodTerm:
+    def normalized(self, *, learned: bool) -> LikelihoodTerm:
         """
-        Returns the term divided such that weights of denoising suit it, if that is
-        known.
+        Returns the term divided by its typical curvature, if that is known.
+
+        :param bool learned: divide such that weights of denoising suit it.
         """
         typical = self.typical
         if typical is None:
             return self
-        factor = 1 / (typical * self.gain)
+        factor = 1 / (typical * self.gain if learned else typical)
         return replace(
             self, factor=factor if self.factor is None else self.factor * factor
         )
@@ -253,7 +268,10 @@ class LikelihoodTerm(DataTerm):
         level = self.typical.rsqrt()
         if not self.tells_noise or self.H is None:
             return level
-        return (level * self.H.mean_eigenvalue.rsqrt()).clamp_max(LARGEST_LEVEL)
+        level = level * self.H.mean_eigenvalue.rsqrt()
+        if self.rescaled is None:
+            return level.clamp_max(LARGEST_LEVEL)
+        return torch.minimum(level, LARGEST_LEVEL / self.rescaled)
 
     @property
     def gain(self) -> Tensor | float:
@@ -268,8 +286,10 @@ class LikelihoodTerm(DataTerm):
 
 
 def _is_seen(prediction: Tensor) -> Tensor:
-    """Which measurements a constant image contributes to; all, if it does to none."""
-    seen = prediction != 0
+    """Which measurements a random image contributes to; all, if it does to none."""
+    size = prediction.abs()
+    largest = size.flatten(1).amax(1).view(-1, *[1] * (size.ndim - 1))
+    seen = size > SEEN * largest
     return seen | ~seen.flatten(1).any(1).view(-1, *[1] * (seen.ndim - 1))
 
 

@@ -56,13 +56,16 @@ def whole(counts: Tensor) -> Tensor:
 def whitening(covariance: Any) -> Tensor:
     r"""Returns R with :math:`R^H R = \Psi^{-1}`."""
     matrix = covariance if isinstance(covariance, Tensor) else torch.empty(0)
+    if not (matrix.is_floating_point() or matrix.is_complex()):
+        matrix = matrix.to(torch.get_default_dtype())
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] > 0
     if square and torch.allclose(matrix, matrix.mH, rtol=1e-4):
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not bool(failed):
             eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
             return torch.linalg.solve_triangular(factor, eye, upper=False)
-    shape = tuple(matrix.shape) if matrix is covariance else type(covariance).__name__
+    given = isinstance(covariance, Tensor)
+    shape = tuple(matrix.shape) if given else type(covariance).__name__
     raise ValueError(
         "data_fidelity: the covariance of CorrelatedL2 must be a square, symmetric (or "
         f"Hermitian) and positive definite matrix, got {shape}."
@@ -78,11 +81,12 @@ def mixed(matrix: Tensor, v: Tensor, dim: int) -> Tensor:
     :param torch.Tensor v: the measurements.
     :param int dim: the dimension, of size N.
     """
-    if v.ndim <= dim or v.shape[dim] != len(matrix):
+    if not -v.ndim <= dim < v.ndim or v.shape[dim] != len(matrix):
         raise ValueError(
             f"data_fidelity: the covariance of CorrelatedL2 is for {len(matrix)} "
             f"channels in dimension {dim} of the measurements, got {tuple(v.shape)}."
         )
+    dim = dim % v.ndim
     matrix = matrix.to(v.device, v.dtype if v.is_complex() else v.dtype.to_complex())
     pair = not v.is_complex()
     if pair and not bool(matrix.imag.any()):

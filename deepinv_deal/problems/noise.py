@@ -19,13 +19,15 @@ from deepinv.physics import (
     GaussianNoise,
     LaplaceNoise,
     LogPoissonNoise,
+    NoiseModel,
     PoissonGaussianNoise,
     PoissonNoise,
     RicianNoise,
     SaltPepperNoise,
-    UniformGaussianNoise,
     UniformNoise,
+    ZeroNoise,
 )
+from deepinv.utils import TensorList
 from torch import Tensor
 
 from deepinv_deal.problems.data_fidelity import (
@@ -118,8 +120,11 @@ def likelihood_of_noise(physics: Any, y: Any) -> tuple[Likelihood | None, str | 
     :param deepinv.physics.Physics physics: forward operator, or ``None``.
     :param torch.Tensor y: measurements.
     """
+    if isinstance(y, TensorList):
+        return _of_stack(physics, y)
     noise: Any = getattr(physics, "noise_model", None)
-    if not isinstance(y, Tensor) or not y.is_floating_point():
+    mapped = has_noise_map(noise)
+    if not isinstance(y, Tensor) or not (y.is_floating_point() or mapped):
         return None, None
     name = type(noise).__name__
     if type(noise) is LogPoissonNoise:
@@ -137,13 +142,42 @@ def likelihood_of_noise(physics: Any, y: Any) -> tuple[Likelihood | None, str | 
         shift = (noise.sigma / noise.gain).square()
         likelihood = Poisson(noise.gain, 0.0, shift=shift)
         return likelihood, f"the shifted Poisson likelihood of {name}"
-    if has_noise_map(noise):
+    if mapped:
+        if not bool((noise.sigma > 0).all()):
+            raise ValueError(
+                "noise_model: the levels of GaussianNoise must be positive, got a "
+                f"smallest one of {float(noise.sigma.min()):.4g}."
+            )
         weights = noise.sigma.square().reciprocal()
         return Gaussian(weights, unitless=False), f"the noise levels of {name}"
     if type(noise) in OTHER_NOISE:
         advice = OTHER_NOISE[type(noise)]
         return None, f"least squares, though the physics has {name}; {advice}"
     return None, None
+
+
+def _of_stack(physics: Any, y: TensorList) -> tuple[Likelihood | None, str | None]:
+    """Returns the likelihood of a stack, where one of its parts is not Gaussian."""
+    operators = list(getattr(physics, "physics_list", []))
+    if len(operators) != len(y):
+        return None, None
+    found = [likelihood_of_noise(p, part) for p, part in zip(operators, y, strict=True)]
+    remarks = [remark for _, remark in found if remark is not None]
+    if all(likelihood is None for likelihood, _ in found):
+        return None, remarks[0] if remarks else None
+    parts = []
+    for operator, (likelihood, _) in zip(operators, found, strict=True):
+        noise = operator.noise_model
+        plain = likelihood is None and type(noise) is GaussianNoise
+        if plain and bool((noise.sigma > 0).all()):
+            likelihood = Gaussian(noise.sigma.square().reciprocal(), unitless=False)
+        if likelihood is None:
+            return None, (
+                "least squares, since not all parts of the stack have a noise model "
+                "whose likelihood is known"
+            )
+        parts.append(likelihood)
+    return Stacked(parts), f"of a stack: {', '.join(remarks)}"
 
 
 #: Noise that no likelihood here matches, and what to do about it.
@@ -158,15 +192,15 @@ OTHER_NOISE: dict[type, str] = {
 
 
 def has_noise(noise: Any) -> bool:
-    """Whether a noise model is one of deepinv's that adds noise."""
-    return type(noise) in {
-        *OTHER_NOISE,
-        GaussianNoise,
-        UniformGaussianNoise,
-        PoissonNoise,
-        PoissonGaussianNoise,
-        LogPoissonNoise,
-    }
+    """Whether a noise model adds noise, of whatever kind."""
+    return isinstance(noise, NoiseModel) and type(noise) is not ZeroNoise
+
+
+def gaussian_level(noise: Any) -> Any:
+    """Returns the level of a noise model that has one; ``None``: it has not."""
+    if type(noise) in {*OTHER_NOISE, PoissonGaussianNoise}:
+        return None  # where sigma is something else, or not all
+    return getattr(noise, "sigma", None)
 
 
 def has_noise_map(noise: Any) -> bool:

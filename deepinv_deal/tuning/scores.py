@@ -19,7 +19,11 @@ from torch import Tensor
 
 from deepinv_deal._batch import expand
 from deepinv_deal.problems.likelihood import Poisson
-from deepinv_deal.problems.noise import likelihood_of, likelihood_of_noise
+from deepinv_deal.problems.noise import (
+    has_noise_map,
+    likelihood_of,
+    likelihood_of_noise,
+)
 from deepinv_deal.tuning.validate import Problem, noise_level
 
 #: Keeps the probe of SURE apart from noise drawn with the same seed, or a simple one:
@@ -83,8 +87,9 @@ class MetricScorer:
 
 class SureScorer:
     """
-    An unbiased estimate of the risk, with the same probe for all candidates: Stein's
-    for Gaussian noise, Hudson's for counts.
+    An estimate of the risk, with the same probe for all candidates: Stein's for
+    Gaussian noise, which is unbiased, and Hudson's for counts, which with read noise
+    beside few counts is nearly so.
     """
 
     name, lower_better = "SURE", True
@@ -110,6 +115,11 @@ class SureScorer:
         """Returns the likelihood of counts, ``None`` if the noise is Gaussian."""
         noise: Any = getattr(problem.physics, "noise_model", None)
         if isinstance(noise, GaussianNoise):
+            if has_noise_map(noise):
+                raise ValueError(
+                    "metric='sure' is for one noise level; that of the physics has one "
+                    "for every measurement. Give ground truth."
+                )
             return None
         if type(noise) in (PoissonNoise, PoissonGaussianNoise):
             likelihood, _ = likelihood_of_noise(problem.physics, problem.y)
