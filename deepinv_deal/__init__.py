@@ -20,27 +20,11 @@ Learned, interpretable, convergent image reconstruction for deepinv.
 
 from importlib.metadata import version
 
-from deepinv_deal.models import (
-    DEAL,
-    MMR,
-    SAFI,
-    AttentiveL1Info,
-    PatchSynthesis,
-    ReconstructionInfo,
-    SmoothPlusSparse,
-    SynthesisInfo,
-)
-from deepinv_deal.optim import FixedPointOptim, FrozenIteration
-from deepinv_deal.priors import (
-    DEALPrior,
-    MMRPrior,
-    PatchSynthesisPrior,
-    SAFIPrior,
-    SmoothPlusSparsePrior,
-)
-from deepinv_deal.problems import KnownPhysics, SolverOptions
-from deepinv_deal.solvers import AdjointOptions, ConvergenceError, ConvergenceWarning
-from deepinv_deal.tuning import Trial, TuningResult, tune
+from lazy_loader import attach_stub
+
+# A name is imported when it is first asked for; __init__.pyi says from where. So the
+# command line can answer without torch, and a part is imported without the others.
+__getattr__, __dir__, _ = attach_stub(__name__, __file__)
 
 __version__ = version("deepinv-deal")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -140,3 +141,63 @@ def test_every_public_name_exists(path):
     assert sorted(set(names)) == sorted(names), "a name is listed twice"
     missing = [name for name in names if not hasattr(module, name)]
     assert not missing
+
+
+# -- names that are imported on demand ---------------------------------------------
+
+STUBS = sorted(ROOT.rglob("*.pyi"))
+
+
+@pytest.mark.parametrize("stub", STUBS, ids=module_name)
+def test_stubs_agree_with_what_they_describe(stub):
+    package = importlib.import_module(module_name(stub))
+    where = {}
+    for node in ast.parse(stub.read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            where |= {alias.name: node.module for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            assert [target.id for target in node.targets] == ["__all__"]
+            assert ast.literal_eval(node.value) == package.__all__
+    public = {name for name, module in where.items() if module is not None}
+    assert public == set(package.__all__) - {"__version__"}
+    assert public <= set(dir(package))
+    # A module is an attribute of its package as soon as anything imports it, and would
+    # take the place of a function of the same name.
+    assert not public & {m.name for m in pkgutil.iter_modules(package.__path__)}
+    for name, module in where.items():
+        home = importlib.import_module(f"{package.__name__}.{module or name}")
+        assert getattr(package, name) is (getattr(home, name) if module else home)
+
+
+def test_names_that_do_not_exist_are_errors():
+    with pytest.raises(AttributeError, match="nothing"):
+        deepinv_deal.nothing  # noqa: B018
+    with pytest.raises(ImportError, match="nothing"):
+        from deepinv_deal import nothing  # noqa: F401
+
+
+EACH_FIRST = """
+import importlib, pkgutil, sys
+import deepinv  # stays, so that only this package is imported again and again
+import deepinv_deal
+
+for room in pkgutil.iter_modules(deepinv_deal.__path__, "deepinv_deal."):
+    for name in [name for name in sys.modules if name.startswith("deepinv_deal")]:
+        del sys.modules[name]
+    importlib.import_module(room.name)
+    print(room.name)
+"""
+
+
+def test_every_room_can_be_the_first_that_is_imported():
+    done = subprocess.run(
+        [sys.executable, "-c", EACH_FIRST], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"deepinv_deal.weights", "deepinv_deal.training"} <= set(done.stdout.split())
+
+
+def test_solvers_come_without_deepinv():
+    code = "import sys, deepinv_deal.solvers; print('deepinv' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

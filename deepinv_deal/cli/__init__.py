@@ -1,4 +1,9 @@
-"""The command ``deepinv-deal``."""
+"""
+The command ``deepinv-deal``.
+
+Importing it imports no torch, so that help and completion answer at once: the commands
+import what they compute with when they run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from collections.abc import Sequence
 
 from deepinv_deal import __version__
 from deepinv_deal.cli._options import BAD_INPUT
+from deepinv_deal.cli.completion import add_completion
 from deepinv_deal.cli.demo import add_demo
 from deepinv_deal.cli.denoise import add_denoise
 from deepinv_deal.cli.evaluate import add_evaluate
@@ -71,4 +77,5 @@ def _parser() -> argparse.ArgumentParser:
         add_train,
     ):
         add(commands)
+    add_completion(commands, parser)
     return parser

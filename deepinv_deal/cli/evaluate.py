@@ -24,21 +24,31 @@ if TYPE_CHECKING:
 #: The windows of SSIM must fit in.
 SMALLEST_CROP = 16
 
+#: The keys of :data:`deepinv_deal.evaluation.TASKS`, whose import imports torch.
+TASK_NAMES = (
+    "denoising",
+    "super-resolution-x2",
+    "super-resolution-x3",
+    "super-resolution-x4",
+    "deblurring",
+    "mri-single-coil-4x",
+    "mri-single-coil-8x",
+    "mri-multi-coil-8x",
+)
+
 #: Rivals, and what models improve on.
 OTHERS = ("tv", "adjoint")
 
 
 def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    from deepinv_deal.evaluation import TASKS
-
     evaluate = commands.add_parser(
         "evaluate",
         help="PSNR and SSIM of a published protocol on a folder of images",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     evaluate.add_argument(
-        "--task", choices=list(TASKS), default="denoising", help="protocol to follow"
+        "--task", choices=TASK_NAMES, default="denoising", help="protocol to follow"
     )
     evaluate.add_argument("--data", required=True, help="folder of images")
     evaluate.add_argument(

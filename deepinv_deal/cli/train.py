@@ -8,9 +8,22 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from deepinv_deal.cli._options import Commands, load_class
+from deepinv_deal.training.recipes import (
+    AttentiveL1Recipe,
+    DEALRecipe,
+    DictionaryRecipe,
+    Recipe,
+)
 
 if TYPE_CHECKING:
-    from deepinv_deal.training import Recipe, Trainer
+    from deepinv_deal.training import Trainer
+
+#: Trainers by the recipes that they follow, by name: importing them imports torch.
+TRAINERS = {
+    DEALRecipe: "DEALTrainer",
+    AttentiveL1Recipe: "AttentiveL1Trainer",
+    DictionaryRecipe: "DictionaryTrainer",
+}
 
 #: Settings that the command takes in gray levels, as all commands do, and their help.
 NOISE_LEVELS = {
@@ -23,26 +36,15 @@ NOISE_LEVELS = {
 
 def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    from deepinv_deal.training import (
-        AttentiveL1Recipe,
-        AttentiveL1Trainer,
-        DEALRecipe,
-        DEALTrainer,
-        DictionaryRecipe,
-        DictionaryTrainer,
-    )
-
     train = commands.add_parser("train", help="train a model on a folder of images")
     models = train.add_subparsers(required=True, metavar="MODEL")
-    deal = _add_model(models, DEALRecipe, DEALTrainer, "deal", "DEAL, on noisy patches")
+    deal = _add_model(models, DEALRecipe, "deal", "DEAL, on noisy patches")
     _add_prior(deal, "AttentiveQuadraticPrior", "no arguments")
     for name, text in (
         ("safi", "SAFI, for one noise level"),
         ("mmr", "MMR, its special case with an energy, for one noise level"),
     ):
-        command = _add_model(
-            models, AttentiveL1Recipe, AttentiveL1Trainer, name, text, model=name
-        )
+        command = _add_model(models, AttentiveL1Recipe, name, text, model=name)
         if name == "safi":
             _add_prior(command, "AttentiveL1Prior", "num_filters and sigma")
     for name, text in (
@@ -50,13 +52,12 @@ def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
         ("ncpr", "NCPR, its weakly convex version, for one noise level"),
         ("patch", "the convex patch-based synthesis model, for one noise level"),
     ):
-        _add_model(models, DictionaryRecipe, DictionaryTrainer, name, text, model=name)
+        _add_model(models, DictionaryRecipe, name, text, model=name)
 
 
 def _add_model(
     models: Commands[argparse.ArgumentParser],
     recipe: type[Recipe],
-    trainer: type[Trainer[Any, Any]],
     name: str,
     text: str,
     **fixed: str,
@@ -103,9 +104,7 @@ def _add_model(
         action="store_true",
         help="start anew, do not resume from OUT/state.pt",
     )
-    command.set_defaults(
-        run=_train, recipe=recipe, trainer=trainer, prior=None, **fixed
-    )
+    command.set_defaults(run=_train, recipe=recipe, prior=None, **fixed)
     return command
 
 
@@ -128,12 +127,13 @@ def _plain(text: str) -> str:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
+    from deepinv_deal import training
     from deepinv_deal.training.processes import process_group
 
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {f.name: getattr(args, f.name) for f in fields(args.recipe)}
-    trainer = args.trainer
+    trainer = getattr(training, TRAINERS[args.recipe])
     if args.prior is not None:
         trainer = _own_trainer(args.prior, trainer)
     with process_group(args.device) as settings["device"]:

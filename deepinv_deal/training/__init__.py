@@ -1,22 +1,10 @@
 """Training: data, loss and the recipes that reproduce the bundled weights."""
 
-from deepinv_deal.files import load_image, load_image_folder, load_images
-from deepinv_deal.training.attentive_l1 import AttentiveL1Recipe, AttentiveL1Trainer
-from deepinv_deal.training.curve import plot_learning_curve
-from deepinv_deal.training.data import (
-    DenoisingSampler,
-    Problems,
-)
-from deepinv_deal.training.deal import (
-    AttentiveQuadraticTrainer,
-    DEALRecipe,
-    DEALTrainer,
-)
-from deepinv_deal.training.dictionary import DictionaryRecipe, DictionaryTrainer
-from deepinv_deal.training.engine import Recipe, SingleLevelRecipe, Trainer
-from deepinv_deal.training.grow import color_from_gray, grow
-from deepinv_deal.training.losses import deal_loss, mask_drift
-from deepinv_deal.training.retune import retune_kappa
+from lazy_loader import attach_stub
+
+# As in deepinv_deal/__init__.py: the options of `deepinv-deal train` are made from
+# training/recipes.py, which imports no torch.
+__getattr__, __dir__, _ = attach_stub(__name__, __file__)
 
 __all__ = [
     "AttentiveL1Recipe",

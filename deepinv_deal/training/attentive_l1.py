@@ -1,11 +1,11 @@
-"""The recipe that trains SAFI and MMR."""
+"""The training of SAFI and MMR."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from scipy.fft import idctn
@@ -16,8 +16,9 @@ from deepinv_deal.priors import AttentiveL1Prior, MMRPrior, SAFIPrior
 from deepinv_deal.problems import SolverOptions
 from deepinv_deal.solvers import AdjointOptions
 from deepinv_deal.training.data import Problems
-from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
+from deepinv_deal.training.engine import Trainer
 from deepinv_deal.training.losses import mask_drift
+from deepinv_deal.training.recipes import AttentiveL1Recipe
 from deepinv_deal.training.recorded import Recorded
 
 #: Models by their names in the recipe.
@@ -75,92 +76,6 @@ def _identity(kernels: Tensor) -> None:
     """Sets kernels ``(N, N, k, k)`` to those of the identity."""
     kernels.zero_()
     kernels.diagonal()[kernels.shape[-1] // 2, kernels.shape[-1] // 2] = 1
-
-
-@dataclass
-class AttentiveL1Recipe(SingleLevelRecipe):
-    r"""
-    All settings of a training of :class:`deepinv_deal.SAFI` or
-    :class:`deepinv_deal.MMR` as a denoiser at one noise level.
-
-    As published (:footcite:t:`pourya2024iteratively`), the squared error on patches of
-    40 x 40 pixels is minimised. Instead of unrolling all iterations, the fixed point is
-    differentiated implicitly; and instead of random filters, training starts from those
-    of the discrete cosine transform, with which both models denoise from the first
-    step. Further settings are those of :class:`SingleLevelRecipe` and :class:`Recipe`.
-    The weight :math:`\lambda` is trained too, and chosen anew at the end, on the
-    validation images, by :func:`deepinv_deal.tune`.
-
-    :param int patch_size: side of the patches.
-    :param int batch_size: patches per step.
-    :param float lr: learning rate after the warm-up, of kernels with one input channel.
-        A tenth of it is for those with many, whose many small gradients are mostly
-        noise; five times for splines and scales, which are of order 1, and a hundredth
-        for :math:`\lambda`, which is of order 0.01.
-    :param float rtol: tolerance (imbalance of forces) at which the iteration stops.
-    :param float adjoint_smoothing: how far absolute values are rounded off for the
-        derivative, see :class:`deepinv_deal.solvers.AdjointOptions`.
-    :param str init: weights to start from, as the model's ``pretrained`` names them
-        (bundled name or path); ``None``: the discrete cosine transform.
-    :param float init_sigma: noise level that those were trained for; ``None``: the one
-        that they know. They are rescaled, see ``SAFIPrior.rescale``.
-    :param int reuse: how often each noisy batch is used. The solver goes on where it
-        was, so that one mask and a few inner iterations per step are enough.
-    :param int pool: number of batches in rotation; a batch comes back after ``pool``
-        steps.
-    :param str model: ``"safi"`` or ``"mmr"``.
-    :param int num_filters: number of filters.
-    :param int depth: most outer iterations on a new batch.
-    :param int warm_depth: most outer iterations on a batch used before.
-    :param int inner_max_iter: most inner iterations in each of them, and of the
-        backward pass.
-    :param bool jacobian_free: Jacobian-free or exact gradients.
-    :param float drift: weight of the change of the mask in the last iteration, see
-        :func:`deepinv_deal.training.mask_drift`. With 0, training ends with masks that
-        take many iterations to settle; with much more, quality may be lost. MMR has
-        borne ten times as much.
-    """
-
-    patch_size: int = 40
-    batch_size: int = 4
-    lr: float = 1e-3
-    rtol: float = 2e-2
-    adjoint_smoothing: float = 0.1
-    init: str | None = None
-    init_sigma: float | None = None
-    reuse: int = 16
-    pool: int = 64
-
-    model: Literal["safi", "mmr"] = "safi"
-    num_filters: int = 64
-    depth: int = 3
-    warm_depth: int = 1
-    inner_max_iter: int = 15
-    jacobian_free: bool = True
-    drift: float = 0.02
-
-    positive: ClassVar[tuple[str, ...]] = (
-        *SingleLevelRecipe.positive,
-        "init_sigma",
-        "num_filters",
-        "depth",
-        "warm_depth",
-        "inner_max_iter",
-    )
-
-    nonnegative: ClassVar[tuple[str, ...]] = ("drift",)
-
-    levels: ClassVar[tuple[str, ...]] = (*SingleLevelRecipe.levels, "init_sigma")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.model not in MODELS:
-            raise ValueError(f"model must be 'safi' or 'mmr', got {self.model!r}.")
-        if self.init_sigma is not None and self.init is None:
-            raise ValueError(
-                f"init_sigma={self.init_sigma} says what the weights of init were "
-                "trained for, but init is not given."
-            )
 
 
 class AttentiveL1Trainer(Trainer[AttentiveL1Recipe, AttentiveL1Prior]):

@@ -12,6 +12,11 @@ from torch import Tensor
 from deepinv_deal._batch import central
 from deepinv_deal.files import as_float
 
+# Public in deepinv_deal.training, too.
+from deepinv_deal.files import load_image as load_image
+from deepinv_deal.files import load_image_folder as load_image_folder
+from deepinv_deal.files import load_images as load_images
+
 
 def noisy_crops(
     images: Sequence[Tensor], sigmas: Sequence[float], size: int, seed: int

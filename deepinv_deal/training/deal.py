@@ -1,112 +1,29 @@
-"""The recipe that trains DEAL."""
+"""The training of DEAL."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from deepinv_deal._batch import select
 from deepinv_deal.models.deal import DEAL
-from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors import AttentiveQuadraticPrior, DEALPrior
 from deepinv_deal.problems import SolverOptions
 from deepinv_deal.solvers import AdjointOptions
 from deepinv_deal.training.data import Problems, numbered_generator
-from deepinv_deal.training.engine import Recipe, Trainer
-from deepinv_deal.training.grow import color_from_gray, grow
+from deepinv_deal.training.engine import Trainer
+from deepinv_deal.training.growth import color_from_gray, grow
 from deepinv_deal.training.losses import deal_loss
+from deepinv_deal.training.recipes import DEALRecipe
 from deepinv_deal.training.recorded import Recorded
 from deepinv_deal.weights import load
 
 Prior = TypeVar("Prior", bound=AttentiveQuadraticPrior)
-
-#: Noise levels at which validation is reported.
-VALIDATION_SIGMAS = (5 / 255, 15 / 255, 25 / 255)
-
-
-@dataclass
-class DEALRecipe(Recipe):
-    r"""
-    All settings of a training of DEAL.
-
-    The recipe follows :footcite:t:`pourya2025dealing`, Section 3.2, with changes that
-    suit a short training: noisy patches are used again, see :class:`Recipe`, and the
-    errors are weighted by :math:`(\sigma / \sigma_{\max} + 0.1)^{-b}`, so that low
-    noise counts. The published scheme is ``reuse=1, pool=1, balance=0, drift=1e-4,
-    depth_min=15, depth_max=60, batch_size=16, patch_size=128, lr=5e-4, lr_final=4e-4,
-    rtol=5e-4``, then a second phase, which starts from the weights of the first by
-    ``init``. Further settings are those of :class:`Recipe`; ``rtol`` is the imbalance
-    of forces at which the iteration stops.
-
-    :param int in_channels: 1 (gray) or 3 (colour).
-    :param int num_filters: number of filters. If the weights of ``init`` have fewer,
-        new ones are added, see :func:`grow`; if they are for gray images and
-        ``in_channels`` is 3, three times as many are best, see
-        :func:`color_from_gray`.
-    :param str normalization: norm rule of the filters.
-    :param float sigma_max: largest noise level ([0, 1] units).
-    :param float skew: noise levels are :math:`\sigma_{\max} u^{\text{skew}}` with
-        :math:`u` uniform in [0, 1]. 1: uniform, as published; larger: more low noise.
-    :param float gamma: weight of the splines' second-order total variation in the loss.
-    :param float drift: weight of the change of the mask in the last iteration. The
-        published weight is too small to matter; a larger one makes the iteration
-        contract.
-    :param float balance: exponent :math:`b` of the weights of the noise levels. At
-        1.75 all levels have about the same share in the loss.
-    :param int depth_min: fewest outer iterations on a new problem.
-    :param int depth_max: most outer iterations on a new problem.
-    :param int warm_depth_min: fewest outer iterations on a problem used before.
-    :param int warm_depth_max: most outer iterations on a problem used before.
-    :param bool jacobian_free: Jacobian-free (published) or exact gradients.
-    :param bool logarithmic: train by the logarithm of every patch's error, that is by
-        the mean PSNR, instead of the weighted squared errors; ``balance`` is not used.
-    """
-
-    in_channels: int = 1
-    num_filters: int = 128
-    normalization: Normalization = "published"
-    sigma_max: float = 50 / 255
-    skew: float = 1.0
-    gamma: float = 1e-4
-    drift: float = 0.3
-    balance: float = 1.75
-    depth_min: int = 6
-    depth_max: int = 14
-    warm_depth_min: int = 1
-    warm_depth_max: int = 3
-    jacobian_free: bool = True
-    logarithmic: bool = False
-
-    positive: ClassVar[tuple[str, ...]] = (
-        *Recipe.positive,
-        "num_filters",
-        "sigma_max",
-        "skew",
-    )
-
-    nonnegative: ClassVar[tuple[str, ...]] = ("gamma", "drift")
-
-    levels: ClassVar[tuple[str, ...]] = ("sigma_max",)
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images."""
-        return self.in_channels
-
-    @property
-    def noise(self) -> tuple[float, float]:
-        """Largest noise level and skew of :class:`DenoisingSampler`."""
-        return self.sigma_max, self.skew
-
-    @property
-    def validation_sigmas(self) -> Sequence[float]:
-        """Noise levels at which validation is reported, in [0, 1] units."""
-        return VALIDATION_SIGMAS
 
 
 class AttentiveQuadraticTrainer(Trainer[DEALRecipe, Prior]):

@@ -1,26 +1,25 @@
-"""The recipe that trains synthesis dictionaries: CPR, NCPR and the convex model."""
+"""The training of synthesis dictionaries: CPR, NCPR and the convex model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepinv_deal.models.patches import PatchSynthesis, SmoothPlusSparse
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
-from deepinv_deal.priors.patches import Mean, PenaltyName, check_mean
+from deepinv_deal.priors.patches import PenaltyName
 from deepinv_deal.problems import WeaklyConvexPenalty
 from deepinv_deal.solvers import AdjointOptions
 from deepinv_deal.training.data import Problems
-from deepinv_deal.training.engine import SingleLevelRecipe, Trainer
+from deepinv_deal.training.engine import Trainer
+from deepinv_deal.training.recipes import DictionaryRecipe
 from deepinv_deal.weights import load
-
-DictionaryModel = Literal["cpr", "ncpr", "patch"]
 
 #: The penalties of the smooth-plus-sparse models.
 PENALTIES: dict[str, PenaltyName] = {"cpr": "group", "ncpr": "weakly_convex"}
@@ -36,109 +35,9 @@ PUBLISHED = {
     ("patch", 25): (2.0, 0.0075, 1.8),
 }
 
-#: Accuracy by model: tolerance of the solver, its iterations on a new batch and on one
-#: used before. A weakly convex model that is trained with few iterations learns to be
-#: good after these, and is useless at its minimum.
-ACCURACY = {
-    "cpr": (3e-3, 50, 10),
-    "ncpr": (2e-4, 150, 40),
-    "patch": (3e-3, 50, 10),
-}
-
 #: Slope at which derivatives of the weakly convex model are cut off, since solutions in
 #: training are not accurate. At 1, systems of redundant atoms would be singular.
 LARGEST_SLOPE = 0.99
-
-
-@dataclass
-class DictionaryRecipe(SingleLevelRecipe):
-    r"""
-    All settings of a training of :class:`deepinv_deal.SmoothPlusSparse` or
-    :class:`deepinv_deal.PatchSynthesis` as a denoiser at one noise level.
-
-    As published (:footcite:t:`ducotterd2024smooth,ducotterd2024convex`), the mean
-    absolute error on patches of 40 x 40 pixels is minimised, by implicit
-    differentiation; the convex model takes two passes of coordinate descent, and its
-    threshold is chosen anew at the end. Further settings are those of :class:`Recipe`.
-
-    :param int patch_size: side of the patches.
-    :param int batch_size: patches per step.
-    :param float lr: learning rate of the atoms after the warm-up.
-    :param float clip: largest norm of the gradient.
-    :param float adjoint_rtol: tolerance of the backward pass. Most of the time of a
-        step is spent there, and rough gradients do.
-    :param float rtol: tolerance at which the solver stops; for ``"patch"`` that of the
-        coefficients in each of the two passes. ``None``: 3e-3, for ``"ncpr"`` 2e-4.
-    :param int pool: number of batches in rotation; a batch comes back after ``pool``
-        steps.
-    :param int reuse: number of steps that use the same noisy patch.
-    :param str init: weights to start from, as the model's ``pretrained`` names them
-        (bundled name or path); those of the other penalty or of another noise level
-        give their atoms only. ``None``: random.
-    :param str model: ``"cpr"``, ``"ncpr"`` or ``"patch"``, the convex model.
-    :param int num_atoms: number of atoms; ``None``: as published, 200 or, for
-        ``"patch"``, 128.
-    :param int atom_size: rows (and columns) of the atoms; ``None``: as published, 13
-        or 10.
-    :param int num_free_atoms: number of free atoms, not for ``"patch"``.
-    :param float beta: first coupling; ``None``: as published.
-    :param float lambda_reg: base of the thresholds; ``None``: as published.
-    :param float order: exponent of the penalty of ``"ncpr"``; ``None``: as published.
-    :param str mean: of ``"patch"``, see :class:`deepinv_deal.PatchSynthesis`. Fixed
-        means denoise better, free ones ("++" in the paper) are for inverse problems.
-    :param int max_iter: most iterations of the solver on a new batch; ``None``: 50, for
-        ``"ncpr"`` 150.
-    :param int warm_max_iter: most iterations on a batch used before; ``None``: 10, for
-        ``"ncpr"`` 40.
-    """
-
-    patch_size: int = 40
-    batch_size: int = 4
-    lr: float = 2e-3
-    clip: float = 0.1
-    adjoint_rtol: float = 0.3
-    rtol: float | None = None  # type: ignore[assignment]
-    pool: int = 32
-    reuse: int = 4
-    init: str | None = None
-
-    model: DictionaryModel = "cpr"
-    num_atoms: int | None = None
-    atom_size: int | None = None
-    num_free_atoms: int = 120
-    beta: float | None = None
-    lambda_reg: float | None = None
-    order: float | None = None
-    mean: Mean = "fixed"
-    max_iter: int | None = None
-    warm_max_iter: int | None = None
-
-    positive: ClassVar[tuple[str, ...]] = (
-        *SingleLevelRecipe.positive,
-        "num_atoms",
-        "atom_size",
-        "beta",
-        "lambda_reg",
-        "max_iter",
-        "warm_max_iter",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.model not in ("cpr", "ncpr", "patch"):
-            raise ValueError(
-                f"model must be 'cpr', 'ncpr' or 'patch', got {self.model!r}."
-            )
-        check_mean(self.mean, "valid")
-
-    def accuracy(self, new: bool) -> tuple[float, int]:
-        """Returns the solver's tolerance and most iterations, on a new batch or not."""
-        rtol, many, few = ACCURACY[self.model]
-        most = self.max_iter if new else self.warm_max_iter
-        return (
-            rtol if self.rtol is None else self.rtol,
-            (many if new else few) if most is None else most,
-        )
 
 
 class DictionaryTrainer(

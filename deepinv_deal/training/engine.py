@@ -9,10 +9,9 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from deepinv.models import Reconstructor
@@ -34,153 +33,13 @@ from deepinv_deal.training.data import (
     noisy_crops,
 )
 from deepinv_deal.training.processes import Processes
+from deepinv_deal.training.recipes import Recipe
 from deepinv_deal.tuning import tune
 from deepinv_deal.weights import load, save
 from deepinv_deal.weights.files import read_header
 
-R = TypeVar("R", bound="Recipe")
+R = TypeVar("R", bound=Recipe)
 P = TypeVar("P", bound=nn.Module)
-
-
-@dataclass
-class Recipe:
-    r"""
-    Settings that all trainings have.
-
-    Every noisy patch is used ``reuse`` times, in steps far apart, and the solver starts
-    from the patch's last solution, so that a few iterations find the fixed point of the
-    slightly changed weights.
-
-    :param str data: folder of training images.
-    :param str out: folder for checkpoints, log and weights.
-    :param str val: folder of validation images; the last 5 % of ``data`` if ``None``.
-    :param int steps: number of optimizer steps; ``None``: limited by ``time_budget``.
-    :param float time_budget: training time in seconds over all resumed runs. The
-        learning rate then follows the clock.
-    :param int batch_size: patches per step.
-    :param int patch_size: side of the patches.
-    :param float lr: learning rate after the warm-up.
-    :param float lr_final: learning rate at the end of the cosine.
-    :param int warmup: number of warm-up steps; at most a tenth of the training.
-    :param str init: weights to start from, as the model's ``pretrained`` names them
-        (bundled name or path), which are validated first; ``None``: random.
-    :param int reuse: number of steps that use the same noisy patch.
-    :param int pool: number of batches in rotation; a batch comes back after ``pool``
-        steps.
-    :param float rtol: tolerance at which the solver stops.
-    :param float adjoint_rtol: tolerance of the backward pass.
-    :param float clip: largest norm of the gradient.
-    :param int val_every: steps between two validations.
-    :param int val_images: number of validation images used.
-    :param int val_size: side of their centre crops.
-    :param float checkpoint_every: seconds between two checkpoints; at most a tenth of
-        ``time_budget``.
-    :param int seed: seed of everything random.
-    :param str device: ``"cpu"``, ``"cuda"``, ...
-    :param bool tf32: on NVIDIA's GPUs, let the steps of the training (not the
-        validations) round to TF32, which is several times faster.
-    """
-
-    data: str
-    out: str
-    val: str | None = None
-    steps: int | None = None
-    time_budget: float | None = None
-    batch_size: int = 2
-    patch_size: int = 80
-    lr: float = 2e-3
-    lr_final: float = 1e-6
-    warmup: int = 200
-    init: str | None = None
-    reuse: int = 8
-    pool: int = 128
-    rtol: float = 5e-3
-    adjoint_rtol: float = 0.1
-    clip: float = 1.0
-    val_every: int = 1000
-    val_images: int = 8
-    val_size: int = 128
-    checkpoint_every: float = 60.0
-    seed: int = 0
-    device: str = "cpu"
-    tf32: bool = True
-
-    #: Settings that must not be negative or zero.
-    positive: ClassVar[tuple[str, ...]] = (
-        "steps",
-        "time_budget",
-        "batch_size",
-        "patch_size",
-        "reuse",
-        "pool",
-        "val_images",
-        "val_size",
-    )
-
-    #: Settings that may be zero, but not negative.
-    nonnegative: ClassVar[tuple[str, ...]] = ()
-
-    #: Settings that are noise levels.
-    levels: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.time_budget is None:
-            raise ValueError("Give steps or time_budget: neither limits the training.")
-        for name in self.positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
-        for name in self.nonnegative:
-            value = getattr(self, name)
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}.")
-        for name in self.levels:
-            value = getattr(self, name)
-            if value is not None and value >= 1:
-                raise ValueError(
-                    f"{name} must be below 1, since images are in [0, 1], got {value}. "
-                    "For 25 gray levels give 25 / 255 = 0.098."
-                )
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images."""
-        return 1
-
-    @property
-    def noise(self) -> tuple[float, float]:
-        """Largest noise level and skew of :class:`DenoisingSampler`."""
-        raise NotImplementedError
-
-    @property
-    def validation_sigmas(self) -> Sequence[float]:
-        """Noise levels at which validation is reported, in [0, 1] units."""
-        raise NotImplementedError
-
-
-@dataclass
-class SingleLevelRecipe(Recipe):
-    """
-    Settings of the trainings at one noise level.
-
-    :param float sigma: noise level of images in [0, 1]; 0.098 for 25 gray levels.
-    """
-
-    sigma: float = 25 / 255
-
-    positive: ClassVar[tuple[str, ...]] = (*Recipe.positive, "sigma")
-
-    levels: ClassVar[tuple[str, ...]] = ("sigma",)
-
-    @property
-    def noise(self) -> tuple[float, float]:
-        """Largest noise level and skew of :class:`DenoisingSampler`."""
-        return self.sigma, 0.0
-
-    @property
-    def validation_sigmas(self) -> Sequence[float]:
-        """Noise levels at which validation is reported, in [0, 1] units."""
-        return (self.sigma,)
 
 
 class Trainer(ABC, Generic[R, P]):

@@ -33,7 +33,7 @@ from deepinv_deal.training import (
     mask_drift,
     plot_learning_curve,
 )
-from deepinv_deal.training.grow import OPPONENT_COLORS
+from deepinv_deal.training.growth import OPPONENT_COLORS
 from deepinv_deal.training.losses import LOG_WEIGHT
 from deepinv_deal.weights import save
 
