@@ -19,6 +19,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.viewcode",
     "myst_parser",
+    "sphinx-mathjax-offline",  # formulas need no network
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
@@ -185,6 +186,7 @@ sphinx_gallery_conf = {
     "first_notebook_cell": "# Run `%pip install deepinv-deal` in a new cell first.\n",
     "capture_repr": ("_repr_html_",),
     "abort_on_example_error": True,
+    "write_computation_times": False,  # their tables fetch scripts from the network
 }
 # The configuration of the gallery holds objects that cannot be pickled.
 suppress_warnings = ["config.cache"]
@@ -192,6 +194,8 @@ suppress_warnings = ["config.cache"]
 # -- HTML ------------------------------------------------------------------------
 
 html_theme = "pydata_sphinx_theme"
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 html_title = "deepinv_deal"
 html_theme_options = {
     "show_toc_level": 2,
