@@ -37,7 +37,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.rst")),
-    *sorted((ROOT / "docs" / "user_guide").glob("*.rst")),
+    *sorted((ROOT / "docs").glob("[mqu]*/*.rst")),  # measurements, questions, guide
     *sorted((ROOT / "deepinv_deal" / "weights").glob("*.md")),
 ]
 #: Pages that tune or linearize for more than ten seconds.
