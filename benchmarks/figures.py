@@ -208,7 +208,7 @@ def other_noise() -> Figure:
             "impulses",
             impulses,
             {"data_fidelity": dinv.optim.L2(), "sigma": 33 / 255, "lambda_reg": 30.0},
-            {"data_fidelity": dinv.optim.L1(), "sigma": 15 / 255, "lambda_reg": 10.0},
+            {"data_fidelity": dinv.optim.L1(), "sigma": 15 / 255, "lambda_reg": 30.0},
         ),
     ):
         y = physics(x)
