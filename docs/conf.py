@@ -25,7 +25,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "upstream"]  # the latter is for other projects
 templates_path = ["_templates"]
 default_role = "code"
 
@@ -183,7 +183,7 @@ sphinx_gallery_conf = {
     "backreferences_dir": "gen_modules/backreferences",
     "doc_module": ("deepinv_deal",),
     "reference_url": {"deepinv_deal": None},
-    "first_notebook_cell": "# Run `%pip install deepinv-deal` in a new cell first.\n",
+    "first_notebook_cell": "%pip install deepinv-deal",
     "capture_repr": ("_repr_html_",),
     "abort_on_example_error": True,
     "write_computation_times": False,  # their tables fetch scripts from the network
