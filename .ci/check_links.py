@@ -3,8 +3,8 @@ Links of the built pages and of the Markdown files lead somewhere.
 
 Built pages must load scripts, styles and pictures from their own folder, so that they
 are complete without a network, and every link to a file or to a place in a file must
-have a target. Exits with 1 and the list of faults if they do not. Addresses elsewhere are
-not visited; ``--external`` lists them. Links from source code back to the
+have a target. Exits with 1 and the list of faults if they do not. Addresses elsewhere
+are not visited; ``--external`` lists them. Links from source code back to the
 documentation are checked up to the page: Sphinx knows one module for all objects of a
 file, and so the wrong place for those that are documented elsewhere.
 
@@ -33,6 +33,7 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Notes what a tag names, links to or loads."""
         found = dict(attrs)
         self.ids |= {found[key] for key in ("id", "name") if found.get(key)}
         if found.get("href"):
@@ -82,6 +83,7 @@ def faults(path: Path, external: set[str]) -> list[str]:
 
 
 def main() -> int:
+    """Checks the files given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path, help="files and folders")
     parser.add_argument(
