@@ -10,6 +10,7 @@ directive of sybil above it, which says why: ``.. skip: next "reason"``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import runpy
 import shlex
@@ -204,14 +205,60 @@ def parameters():
         yield pytest.param(page, id=name, marks=marks)
 
 
-@pytest.mark.parametrize("page", list(parameters()))
-def test_the_code_of_a_page_runs(page, folder, monkeypatch):
-    matplotlib.use("Agg")
+def run_page(page, monkeypatch):
+    """Runs all blocks of a page but those that are skipped with a reason."""
     for example in examples(page, monkeypatch):
         if type(example.parsed) is tuple:
             assert example.parsed[1], f"{page}:{example.line}: a skip needs a reason"
-        try:
+        with contextlib.suppress(SkipTest):
             example.evaluate()
-        except SkipTest:
-            pass
     plt.close("all")
+
+
+@pytest.mark.parametrize("page", list(parameters()))
+def test_the_code_of_a_page_runs(page, folder, monkeypatch):
+    matplotlib.use("Agg")
+    run_page(page, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "deepinv-deal evaluate --data IMAGES --no-such 9",
+        "deepinv-deal train deal --data IMAGES --out RUN --lr fast",
+        "deepinv-deal denoise none.png x.png --sigma 25",
+        "deepinv-del demo",
+        "python benchmarks/speed.py --no-such 9",
+        "python benchmarks/none.py",
+        "python .ci/none.py",
+    ],
+)
+def test_a_wrong_command_is_found(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = f"# comment\nA=1 ruff check . && {command} \\\n  # comment\n"
+    assert list(commands(text)) == [["ruff", "check", "."], shlex.split(command)]
+    page = tmp_path / "page.md"
+    page.write_text(f"```bash\n{text}```\n")
+    with pytest.raises(AssertionError):
+        run_page(page, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        (
+            ".. code-block:: python\n\n   x = 1\n\n.. code-block:: python\n\n   x\n",
+            None,
+        ),
+        (".. code-block:: python\n\n   y\n", NameError),
+        (".. code-block:: python3\n\n   x = 1\n", AssertionError),
+        ('.. skip: next "hours"\n\n.. code-block:: python\n\n   y\n', None),
+        (".. skip: next\n\n.. code-block:: python\n\n   y\n", AssertionError),
+        ("It is ``deepinv-deal evaluate --no-such 9``.\n", AssertionError),
+    ],
+)
+def test_a_wrong_block_is_found(text, error, tmp_path, monkeypatch):
+    page = tmp_path / "page.rst"
+    page.write_text(text)
+    with contextlib.nullcontext() if error is None else pytest.raises(error):
+        run_page(page, monkeypatch)
