@@ -129,6 +129,20 @@ def test_the_solver_skips_what_it_has_no_weight_for(solver):
     assert skipped and "Inpainting" in reason
 
 
+def test_weights_are_compared(capsys):
+    script = (UPSTREAM / "benchmark" / "choose_lambda.py").read_text()
+    for before, after in (
+        ("CROP = 80", "CROP = 40"),  # smaller and rougher, so that it takes seconds
+        ("rtol=2e-2", "max_iter=1, warn=False"),
+    ):
+        assert script.count(before) == 1
+        script = script.replace(before, after)
+    exec(script, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].split()[-1] for line in lines] == ["20.0", "10.0", "5.0"]
+    assert all(line.count(" dB") == 2 for line in lines)
+
+
 OBJECTIVE = """
 import deepinv as dinv
 from benchopt import BaseObjective
