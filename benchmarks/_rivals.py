@@ -111,10 +111,9 @@ class Ours(Method):
     def solve(self, y: Tensor, physics: LinearPhysics, weight: float) -> Solution:
         arguments = self.arguments(weight)
         x, info = self.model(y, physics, return_info=True, **arguments)
-        passes = int(info.status) == Status.FINISHED  # a fixed number of them
-        return Solution(
-            x, int(info.n_iter), None if passes else bool(info.converged.all())
-        )
+        passes = bool((info.status == Status.FINISHED).all())  # a fixed number of them
+        converged = None if passes else bool(info.converged.all())
+        return Solution(x, int(info.n_iter.max()), converged)
 
 
 # -- deepinv -------------------------------------------------------------------------
@@ -291,7 +290,7 @@ class RidgeRegularizer(torch.nn.Module):
         value = value - self.concave * concave * (t - concave / 2)
         z = (convex - self.concave * concave) / self.inner
         gradient = a * self.factor * self.adjoint(z) / self.norm
-        return a**2 * self.factor * (value / self.inner**2).sum(), gradient
+        return a**2 * self.factor * (value / self.inner**2).double().sum(), gradient
 
 
 class Ridge(Method):
@@ -319,7 +318,7 @@ class Ridge(Method):
             value, slope = self.regularizer.value_and_grad(
                 x, level / self.regularizer.level
             )
-            value = residual.square().sum() / 2 + weight * value
+            value = residual.double().square().sum() / 2 + weight * value
             slope = physics.A_adjoint(residual) + weight * slope
             return float(value), slope.double().numpy().ravel()
 
@@ -396,9 +395,7 @@ def make_methods(
         "NCPR": ours(SmoothPlusSparse, f"ncpr_{coarse}", STARTS["NCPR"]),
         "PatchSynthesis": ours(PatchSynthesis, "patch_25", STARTS["PatchSynthesis"]),
         "adjoint or FBP": Nothing,
-        "TV": lambda: Proximal(
-            TotalVariation(), 0.8 * noise if told else STARTS["TV"]
-        ),
+        "TV": lambda: Proximal(TotalVariation(), 0.8 * noise if told else STARTS["TV"]),
     }
     missing = []
     if find_spec("ptwt"):

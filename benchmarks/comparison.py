@@ -29,10 +29,10 @@ from typing import Any
 
 import deepinv as dinv
 import torch
+from _common import crop
 from _rivals import OTHERS, OURS, Method, make_methods
 from deepinv.loss.metric import PSNR, Metric
 from deepinv.physics import Tomography
-from likelihoods import crop
 from torch import Tensor
 from tqdm import tqdm
 
@@ -102,7 +102,7 @@ def fingerprint(y: Tensor) -> str:
 
 def tuned_weight(
     method: Method, task: Task, images: Sequence[Image], max_trials: int
-) -> tuple[float, list[tuple[float, float]]]:
+) -> tuple[float, list[list[float]]]:
     """Returns the free parameter with the best mean PSNR, and what was tried."""
     if not method.tuned:
         return 1.0, []
@@ -126,7 +126,7 @@ def tuned_weight(
         max_trials=max_trials,
         progress=False,
     )
-    return result.lambda_reg, [(t.lambda_reg, t.score) for t in result.trials]
+    return result.lambda_reg, [[t.lambda_reg, t.score] for t in result.trials]
 
 
 @torch.no_grad()
@@ -169,7 +169,9 @@ def machine() -> dict[str, str]:
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(n.split(":")[1].strip() for n in lines if n.startswith("model name"))
+        name = next(
+            n.split(":")[1].strip() for n in lines if n.startswith("model name")
+        )
     except (OSError, StopIteration):
         pass
     versions = {m.__name__: m.__version__ for m in (torch, dinv, deepinv_deal)}
@@ -301,7 +303,10 @@ def table(rows: dict[str, dict[str, Any]], cell: Any) -> str:
         cells.append([method, *(cell(row) if row else "" for row in found)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(tasks) + 1)]
     rule = "  ".join("=" * width for width in widths)
-    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
     return "\n".join([rule, lines[0], rule, *lines[1:], rule])
 
 
@@ -369,8 +374,11 @@ def main(arguments: Sequence[str] | None = None) -> Store:
         args.size, args.tuning_size, args.number, args.trials = 16, 16, 1, 2
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for what is not torch
-    warnings.simplefilter("ignore", deepinv_deal.ConvergenceWarning)
-    store = compare(args)
+    with warnings.catch_warnings():
+        # Both are in the tables: who converged, and that all have few trials.
+        warnings.simplefilter("ignore", deepinv_deal.ConvergenceWarning)
+        warnings.filterwarnings("ignore", "Tuning stopped at max_trials")
+        store = compare(args)
     print(report(store))
     if args.picture:
         draw(store, args, args.picture_task, args.picture)
