@@ -161,8 +161,8 @@ class Proximal(Method):
     :param TotalVariation model: makes the algorithm.
     """
 
-    def __init__(self, model: TotalVariation, start: float):
-        super().__init__(start)
+    def __init__(self, model: TotalVariation, start: float, spread: float = 2.5):
+        super().__init__(start, spread)
         self.model = model
 
     def solve(self, y: Tensor, physics: LinearPhysics, weight: float) -> Solution:
@@ -386,6 +386,13 @@ def make_methods(
     def ours(kind: Any, pretrained: str, start: float) -> Callable[[], Method]:
         return lambda: Ours(kind(pretrained=pretrained, **options), told, start)
 
+    def proximal(
+        name: str, kind: type[TotalVariation], relative: float
+    ) -> Callable[[], Method]:
+        if told:
+            return lambda: Proximal(kind(), relative * told, 1.3)
+        return lambda: Proximal(kind(), STARTS[name])
+
     methods: dict[str, Callable[[], Method]] = {
         "DEAL": ours(DEAL, "deal_gray", STARTS["DEAL"]),
         "DEAL, 128 filters": ours(DEAL, "deal_gray_128", STARTS["DEAL"]),
@@ -395,13 +402,11 @@ def make_methods(
         "NCPR": ours(SmoothPlusSparse, f"ncpr_{coarse}", STARTS["NCPR"]),
         "PatchSynthesis": ours(PatchSynthesis, "patch_25", STARTS["PatchSynthesis"]),
         "adjoint or FBP": Nothing,
-        "TV": lambda: Proximal(TotalVariation(), 0.8 * noise if told else STARTS["TV"]),
+        "TV": proximal("TV", TotalVariation, 0.8),
     }
     missing = []
     if find_spec("ptwt"):
-        methods["wavelets"] = lambda: Proximal(
-            Wavelets(), 1.5 * noise if told else STARTS["wavelets"]
-        )
+        methods["wavelets"] = proximal("wavelets", Wavelets, 1.5)
     else:
         missing.append("wavelets (pip install ptwt)")
     if find_spec("bm3d"):

@@ -290,17 +290,25 @@ def iterations(row: dict[str, Any]) -> str:
     converged = [image["converged"] for image in row["images"]]
     if None in converged:
         return f"{number:.0f} fixed"
-    return f"{number:.0f}" + "*" * (not all(converged))
+    return f"{number:.0f}" + r"\*" * (not all(converged))
 
 
-def table(rows: dict[str, dict[str, Any]], cell: Any) -> str:
-    """Returns a table, methods by tasks, in reStructuredText."""
+def table(rows: dict[str, dict[str, Any]], cell: Any, lead: bool = False) -> str:
+    """
+    Returns a table, methods by tasks, in reStructuredText.
+
+    :param dict rows: by task, then by method.
+    :param Callable cell: text of a row.
+    :param bool lead: add how far the best of ours is above the best of others, in dB.
+    """
     tasks = [name for name in make_tasks() if name in rows]
     methods = [m for m in (*OURS, *OTHERS) if any(m in rows[t] for t in tasks)]
     cells = [["method", *tasks]]
     for method in methods:
         found = (rows[t].get(method) for t in tasks)
         cells.append([method, *(cell(row) if row else "" for row in found)])
+    if lead:
+        cells.append(["lead of ours", *(_lead(rows[t]) for t in tasks)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(tasks) + 1)]
     rule = "  ".join("=" * width for width in widths)
     lines = [
@@ -310,16 +318,29 @@ def table(rows: dict[str, dict[str, Any]], cell: Any) -> str:
     return "\n".join([rule, lines[0], rule, *lines[1:], rule])
 
 
+def _lead(rows: dict[str, Any]) -> str:
+    best = []
+    for names in (OURS, OTHERS):
+        found = [mean(rows[name], "psnr") for name in names if name in rows]
+        if not found:
+            return ""
+        best.append(max(found))
+    return f"{best[0] - best[1]:+.2f}"
+
+
 def report(store: Store) -> str:
     """Returns all tables."""
     parts = {
-        "PSNR, dB": lambda row: f"{mean(row, 'psnr'):.2f}",
+        "PSNR in dB": lambda row: f"{mean(row, 'psnr'):.2f}",
         "SSIM": lambda row: f"{mean(row, 'ssim'):.3f}",
-        "seconds": lambda row: f"{mean(row, 'seconds'):.2f}",
-        "iterations (* not all converged)": iterations,
-        "free parameter": lambda row: f"{row['weight']:.3g}",
+        "Seconds": lambda row: f"{mean(row, 'seconds'):.2f}",
+        "Iterations, with a star where not all images converged": iterations,
+        "The free parameter": lambda row: f"{row['weight']:.3g}",
     }
-    return "\n\n".join(f"{n}\n\n{table(store.rows, cell)}" for n, cell in parts.items())
+    return "\n\n".join(
+        f"**{name}**\n\n{table(store.rows, cell, lead=name.startswith('PSNR'))}"
+        for name, cell in parts.items()
+    )
 
 
 def draw(store: Store, args: argparse.Namespace, name: str, path: Path) -> None:
@@ -364,6 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> Store:
         "--methods", nargs="+", metavar="METHOD", choices=[*OURS, *OTHERS]
     )
     parser.add_argument("--json", type=Path, default=Path("comparison.json"))
+    parser.add_argument("--tables", type=Path, help="file for the tables, too")
     parser.add_argument("--picture", type=Path, help="file for the reconstructions")
     parser.add_argument("--picture-task", default="MRI 4x", metavar="TASK")
     parser.add_argument("--small", action="store_true", help="tiny images, to try it")
@@ -380,6 +402,8 @@ def main(arguments: Sequence[str] | None = None) -> Store:
         warnings.filterwarnings("ignore", "Tuning stopped at max_trials")
         store = compare(args)
     print(report(store))
+    if args.tables:
+        args.tables.write_text(report(store) + "\n", encoding="utf-8")
     if args.picture:
         draw(store, args, args.picture_task, args.picture)
     return store

@@ -25,7 +25,15 @@ from _rivals import (
     read_dncnn,
     real_part,
 )
-from comparison import REPORTED, check_measurements, main, make_tasks, photographs
+from comparison import (
+    REPORTED,
+    check_measurements,
+    iterations,
+    main,
+    make_tasks,
+    photographs,
+    table,
+)
 
 from deepinv_deal.evaluation import TotalVariation, evaluate
 
@@ -126,6 +134,21 @@ def test_every_family_is_compared_in_every_task(task):
     noise = make_tasks()[task].conditions[0].noise
     level = noise if task.startswith("denoising") else 15
     assert float(method.model.prior.sigma) == pytest.approx(level / 255)
+
+
+def test_the_lead_and_missing_convergence_are_shown():
+    def row(psnr, converged):
+        image = {"psnr": psnr, "n_iter": 7, "converged": converged}
+        return {"images": [image, {**image, "converged": True}]}
+
+    rows = {"DEAL": row(30.0, True), "MMR": row(31.0, False), "TV": row(31.5, None)}
+    lines = table({"MRI 8x": rows}, lambda r: iterations(r), lead=True).splitlines()
+    assert [line.split() for line in lines[3:-1]] == [
+        ["DEAL", "7"],
+        ["MMR", r"7\*"],
+        ["TV", "7", "fixed"],
+        ["lead", "of", "ours", "-0.50"],
+    ]
 
 
 def test_the_nearest_weights_are_taken():
