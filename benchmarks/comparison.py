@@ -308,7 +308,7 @@ def table(rows: dict[str, dict[str, Any]], cell: Any, lead: bool = False) -> str
         found = (rows[t].get(method) for t in tasks)
         cells.append([method, *(cell(row) if row else "" for row in found)])
     if lead:
-        cells.append(["lead of ours", *(_lead(rows[t]) for t in tasks)])
+        cells.append(["lead of ours", *(_lead(rows[t], methods) for t in tasks)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(tasks) + 1)]
     rule = "  ".join("=" * width for width in widths)
     lines = [
@@ -318,14 +318,14 @@ def table(rows: dict[str, dict[str, Any]], cell: Any, lead: bool = False) -> str
     return "\n".join([rule, lines[0], rule, *lines[1:], rule])
 
 
-def _lead(rows: dict[str, Any]) -> str:
-    best = []
-    for names in (OURS, OTHERS):
-        found = [mean(rows[name], "psnr") for name in names if name in rows]
-        if not found:
-            return ""
-        best.append(max(found))
-    return f"{best[0] - best[1]:+.2f}"
+def _lead(rows: dict[str, Any], methods: Sequence[str]) -> str:
+    if any(name not in rows for name in methods):
+        return ""  # not all are done
+    ours, others = (
+        max(mean(rows[name], "psnr") for name in methods if name in names)
+        for names in (OURS, OTHERS)
+    )
+    return f"{ours - others:+.2f}"
 
 
 def report(store: Store) -> str:
