@@ -250,6 +250,9 @@ def compare(args: argparse.Namespace) -> Store:
     if args.methods:
         rows = [row for row in rows if row[2] in args.methods]
     rows = [row for row in rows if row[2] not in store.rows.get(row[0], {})]
+    if args.report:
+        print(f"Not done: {len(rows)} rows")
+        rows = []
     bar = tqdm(rows, "Rows", disable=None if args.progress is None else False)
     for name, task, method, make in bar:
         bar.set_postfix_str(f"{name}: {method}")
@@ -388,6 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> Store:
     parser.add_argument("--tables", type=Path, help="file for the tables, too")
     parser.add_argument("--picture", type=Path, help="file for the reconstructions")
     parser.add_argument("--picture-task", default="MRI 4x", metavar="TASK")
+    parser.add_argument("--report", action="store_true", help="only what is done")
     parser.add_argument("--small", action="store_true", help="tiny images, to try it")
     parser.add_argument("--verbose", action="store_true", help="print every row")
     parser.add_argument("--progress", action="store_true", default=None)
