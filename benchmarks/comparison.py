@@ -331,8 +331,9 @@ def _lead(rows: dict[str, Any], methods: Sequence[str]) -> str:
     return f"{ours - others:+.2f}"
 
 
-def report(store: Store) -> str:
-    """Returns all tables."""
+def report(store: Store, only: Sequence[str] | None = None) -> str:
+    """Returns all tables, of some tasks on request."""
+    rows = {name: row for name, row in store.rows.items() if name in (only or [name])}
     parts = {
         "PSNR in dB": lambda row: f"{mean(row, 'psnr'):.2f}",
         "SSIM": lambda row: f"{mean(row, 'ssim'):.3f}",
@@ -341,7 +342,7 @@ def report(store: Store) -> str:
         "The free parameter": lambda row: f"{row['weight']:.3g}",
     }
     return "\n\n".join(
-        f"**{name}**\n\n{table(store.rows, cell, lead=name.startswith('PSNR'))}"
+        f"**{name}**\n\n{table(rows, cell, lead=name.startswith('PSNR'))}"
         for name, cell in parts.items()
     )
 
@@ -405,9 +406,10 @@ def main(arguments: Sequence[str] | None = None) -> Store:
         warnings.simplefilter("ignore", deepinv_deal.ConvergenceWarning)
         warnings.filterwarnings("ignore", "Tuning stopped at max_trials")
         store = compare(args)
-    print(report(store))
+    tables = report(store, args.only)
+    print(tables)
     if args.tables:
-        args.tables.write_text(report(store) + "\n", encoding="utf-8")
+        args.tables.write_text(tables + "\n", encoding="utf-8")
     if args.picture:
         draw(store, args, args.picture_task, args.picture)
     return store
