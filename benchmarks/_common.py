@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import deepinv as dinv
 import numpy as np
+import skimage.data
 import torch
 from deepinv.physics import (
     MRI,
@@ -24,6 +25,7 @@ from deepinv.physics import (
     LinearPhysics,
 )
 from deepinv.physics.functional import gaussian_blur
+from skimage.transform import rescale
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,6 +36,26 @@ from deepinv_deal.operators import MultiConv
 from deepinv_deal.priors import DEALPrior
 from deepinv_deal.problems import operator_term
 from deepinv_deal.weights import to_authors
+
+# -- images ----------------------------------------------------------------------
+
+#: Photographs, and how much they are shrunk.
+PHOTOGRAPHS = {
+    "astronaut": 0.35, "camera": 0.35, "coffee": 0.4, "chelsea": 0.6, "rocket": 0.4,
+    "brick": 0.5, "coins": 0.5, "grass": 0.5, "gravel": 0.5, "moon": 0.35,
+    "page": 0.7, "text": 0.8,
+}  # fmt: skip
+
+
+def crop(name: str, size: int) -> Tensor:
+    """The middle of a photograph, ``(1, 1, size, size)``."""
+    image = getattr(skimage.data, name)()
+    gray = image.mean(-1) if image.ndim == 3 else image
+    gray = rescale(gray / 255.0, PHOTOGRAPHS[name], anti_aliasing=True)
+    top, left = ((n - size) // 2 for n in gray.shape)
+    x = torch.from_numpy(gray[top : top + size, left : left + size]).float()
+    return x[None, None].contiguous()
+
 
 # -- problems --------------------------------------------------------------------
 

@@ -23,14 +23,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import deepinv as dinv
-import skimage.data
 import torch
+from _common import PHOTOGRAPHS, crop
 from deepinv.loss.metric import PSNR, SSIM
 from deepinv.models import Reconstructor
 from deepinv.optim import L2
 from deepinv.physics.functional import gaussian_blur
 from scipy.ndimage import median_filter
-from skimage.transform import rescale
 from torch import Tensor
 from trials import counted
 
@@ -40,13 +39,6 @@ from deepinv_deal.problems.likelihood import Likelihood
 from deepinv_deal.problems.noise import likelihood_of as likelihood_of_fidelity
 from deepinv_deal.problems.noise import likelihood_of_noise
 from deepinv_deal.solvers import soft_threshold
-
-#: Photographs, and how much they are shrunk.
-PHOTOGRAPHS = {
-    "astronaut": 0.35, "camera": 0.35, "coffee": 0.4, "chelsea": 0.6, "rocket": 0.4,
-    "brick": 0.5, "coins": 0.5, "grass": 0.5, "gravel": 0.5, "moon": 0.35,
-    "page": 0.7, "text": 0.8,
-}  # fmt: skip
 
 #: Those on which weights are tuned.
 TUNING = ("coffee", "moon")
@@ -58,16 +50,6 @@ ATTENUATION = 4.0
 TV_ITERATIONS, BISECTIONS = 300, 24
 
 RICHARDSON_LUCY = (2, 4, 8, 15, 30, 60, 120)
-
-
-def crop(name: str, size: int) -> Tensor:
-    """The middle of a photograph, ``(1, 1, size, size)``."""
-    image = getattr(skimage.data, name)()
-    gray = image.mean(-1) if image.ndim == 3 else image
-    gray = rescale(gray / 255.0, PHOTOGRAPHS[name], anti_aliasing=True)
-    top, left = ((n - size) // 2 for n in gray.shape)
-    x = torch.from_numpy(gray[top : top + size, left : left + size]).float()
-    return x[None, None].contiguous()
 
 
 class Problem(NamedTuple):

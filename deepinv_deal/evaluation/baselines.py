@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from deepinv.models import Reconstructor
-from deepinv.optim import FISTA, L2, TVPrior
+from deepinv.optim import FISTA, L2, Prior, TVPrior
 from torch import Tensor
 
 from deepinv_deal.tuning.validate import own_randomness
@@ -68,20 +68,32 @@ class TotalVariation(Reconstructor):
         :param float lambda_reg: the weight :math:`\lambda`, absolute.
         :return: images ``(B, C, H, W)``, not clipped.
         """
+        return self.solver(y, physics, lambda_reg)(y, physics)
+
+    def solver(self, y: Any, physics: Any, lambda_reg: float | Tensor) -> FISTA:
+        """
+        Returns deepinv's algorithm, with its step, as it is called by the model.
+
+        :param torch.Tensor y: measurements.
+        :param deepinv.physics.LinearPhysics physics: forward operator.
+        :param float lambda_reg: the weight.
+        """
         start = physics.A_adjoint(y)
         with own_randomness(physics, start.device, 0):  # it starts at a random image
             step = 1 / float(physics.compute_sqnorm(start, verbose=False))
-        # New each time: deepinv's prior starts at the image it has seen last.
-        solver = FISTA(
+        return FISTA(
             data_fidelity=L2(),
-            prior=_TV(self.real),
+            prior=self.prior(),
             lambda_reg=float(lambda_reg),
             stepsize=step,
             max_iter=self.max_iter,
             early_stop=True,
             thres_conv=1e-4,
         )
-        return solver(y, physics)
+
+    def prior(self) -> Prior:
+        """Returns a new prior: deepinv's starts at the image it has seen last."""
+        return _TV(self.real)
 
 
 class _TV(TVPrior):
