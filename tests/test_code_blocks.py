@@ -44,7 +44,7 @@ PAGES = [
 #: Pages that tune or linearize for more than ten seconds.
 SLOW = {"dictionaries", "interpretation", "tuning"}
 #: Programs whose options are not ours to check.
-OTHERS = {"bash", "mypy", "ruff", "source", "sphinx-build"}
+OTHERS = {"bash", "eval", "mypy", "ruff", "source", "sphinx-build"}
 #: Commands that are run; the others need hours or a folder of many images.
 QUICK = {"denoise", "reconstruct"}
 #: Blocks of code, to see that none is missed, and commands in a line of text.

@@ -645,6 +645,20 @@ class ReconstructionModel(Reconstructor, Denoiser):
         return data.unknown("init", init)
 
 
+def check_prior(prior: Any, kind: type) -> None:
+    """
+    Checks that a prior is of the kind that a model solves for.
+
+    :raises TypeError: if it is none.
+    """
+    if not isinstance(prior, kind):
+        raise TypeError(
+            f"prior must be an {kind.__name__}, got {type(prior).__name__}. A denoiser "
+            "of your own is one for deepinv's plug-and-play algorithms: "
+            "deepinv.optim.PnP(denoiser=...)."
+        )
+
+
 def _check_scale(scale: Any) -> None:
     if isinstance(scale, str):
         if scale != "auto":

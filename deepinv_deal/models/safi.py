@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deal._warnings import warn
-from deepinv_deal.models.base import ReconstructionModel
+from deepinv_deal.models.base import ReconstructionModel, check_prior
 from deepinv_deal.models.info import AttentiveL1Info
 from deepinv_deal.priors.safi import AttentiveL1Prior, MMRPrior, SAFIPrior
 from deepinv_deal.problems import AttentiveL1Equation, DataTerm, Problem
@@ -42,6 +42,7 @@ class AttentiveL1Model(ReconstructionModel):
             prior = load(pretrained, self.prior_type)
         elif prior is None:
             prior = self.prior_type(64 if num_filters is None else num_filters)
+        check_prior(prior, AttentiveL1Prior)
         if num_filters not in (None, prior.num_filters):
             raise ValueError(
                 f"num_filters={num_filters} was asked for, but the weights have "

@@ -97,7 +97,7 @@ class CorrelatedL2(DataFidelity):
     >>> import torch
     >>> from deepinv_deal.optim import CorrelatedL2
     >>> fidelity = CorrelatedL2(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), dim=1)
-    >>> fidelity.d(torch.ones(1, 2, 3), torch.zeros(1, 2, 3))
+    >>> fidelity.d(torch.ones(1, 2, 3), torch.zeros(1, 2, 3)).round(decimals=4)
     tensor([1.])
 
     :param torch.Tensor covariance: :math:`\Psi`, ``(N, N)``, symmetric or Hermitian

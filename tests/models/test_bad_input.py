@@ -9,7 +9,7 @@ import torch
 from deepinv.utils import TensorList
 from problems import DOUBLE, MODELS, images, random_model, random_prior
 
-from deepinv_deal import DEAL, SolverOptions
+from deepinv_deal import DEAL, SAFI, SolverOptions
 
 SHAPE = (1, 6, 7)
 
@@ -364,3 +364,12 @@ def test_noise_levels_in_another_unit_than_the_image_are_doubted(name):
         assert caught[0].filename == __file__
         model(255 * y, sigma=25.0)  # in gray levels both
         model(0 * y, sigma=25.0)  # nothing to compare with
+
+
+@pytest.mark.parametrize("model", [DEAL, SAFI])
+@pytest.mark.parametrize(
+    "prior", [torch.nn.Identity(), dinv.optim.PnP(torch.nn.Identity())]
+)
+def test_a_denoiser_is_no_prior(model, prior):
+    with pytest.raises(TypeError, match=r"prior must be .*, got .*plug-and-play"):
+        model(prior=prior)

@@ -47,7 +47,8 @@ def test_linearised_models_have_no_bounds():
 
 
 def test_the_level_of_the_training_has_a_derivative_too():
-    model, y = random_l1_model(SAFI, rtol=1e-3), images(1, *SHAPE)
+    adjoint = AdjointOptions(rtol=1e-6)
+    model, y = random_l1_model(SAFI, rtol=1e-3, adjoint=adjoint), images(1, *SHAPE)
     sigma = model.prior.sigma.clone().requires_grad_()
     x = model(y, sigma=sigma)
     (gradient,) = torch.autograd.grad(x.square().sum(), sigma)

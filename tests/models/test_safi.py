@@ -83,9 +83,12 @@ def test_another_noise_level_rescales_the_weights(kind, bounds):
         torch.testing.assert_close(results[2], a * other(y / a), rtol=0, atol=1e-5)
     else:
         assert results[0].min() >= 0 and results[0].max() <= 1
-    # The same weight means the same regularizer: the one of a call is divided, too.
+    # The same weight means the same regularizer: the one of a call is divided, too, and
+    # reported as it was given.
     _, info = model(y, 0.9, lambda_reg=0.3, return_info=True)
-    assert info.lambda_reg.tolist() == pytest.approx([0.3 / a] * 2)
+    assert info.lambda_reg.tolist() == pytest.approx([0.3] * 2)
+    equation = model.equation(y, sigma=0.9, lambda_reg=0.3)
+    assert equation.lambda_reg.tolist() == pytest.approx([0.3 / a] * 2)
 
 
 @pytest.mark.parametrize(
