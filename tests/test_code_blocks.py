@@ -44,7 +44,7 @@ PAGES = [
 #: Pages that tune or linearize for more than ten seconds.
 SLOW = {"dictionaries", "interpretation", "tuning"}
 #: Programs whose options are not ours to check.
-OTHERS = {"bash", "eval", "mypy", "ruff", "source", "sphinx-build"}
+OTHERS = {"bash", "eval", "mkdir", "mypy", "pip", "ruff", "source", "sphinx-build"}
 #: Commands that are run; the others need hours or a folder of many images.
 QUICK = {"denoise", "reconstruct"}
 #: Blocks of code, to see that none is missed, and commands in a line of text.
@@ -75,7 +75,7 @@ def commands(text):
                 yield words
             words, comment = [], False
         else:
-            comment = comment or word.startswith("#")
+            comment = comment or word[0] in "#>"  # or the file of the output
             if not comment and (words or not re.match(r"[A-Z_]+=", word)):
                 words.append(word)
 
