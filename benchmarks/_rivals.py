@@ -64,11 +64,20 @@ class Method(Reconstructor):
     :param float start: where the search for it starts.
     :param float spread: first factor of the search.
     :param bool tuned: whether there is a parameter at all.
+    :param float noise: noise level in denoising, of which the parameter is then a
+        factor, so that the search starts at 1; else ``None``.
     """
 
-    def __init__(self, start: float = 1.0, spread: float = 2.5, tuned: bool = True):
+    def __init__(
+        self,
+        start: float = 1.0,
+        spread: float = 2.5,
+        tuned: bool = True,
+        noise: float | None = None,
+    ):
         super().__init__()
-        self.start, self.spread, self.tuned = start, spread, tuned
+        self.start, self.spread = (1.0, 1.3) if noise else (start, spread)
+        self.tuned, self.noise = tuned, noise
 
     def solve(self, y: Tensor, physics: LinearPhysics, weight: float) -> Solution:
         raise NotImplementedError
@@ -91,8 +100,8 @@ class Ours(Method):
     """
 
     def __init__(self, model: ReconstructionModel, noise: float | None, start: float):
-        super().__init__(1.0, 1.3) if noise else super().__init__(start)
-        self.model, self.noise = model, noise
+        super().__init__(start, noise=noise)
+        self.model = model
 
     def arguments(self, weight: float) -> dict[str, float]:
         if self.noise:
@@ -191,11 +200,9 @@ class Denoise(Method):
     DPIR's parameter is the noise level, from which all its others follow.
     """
 
-    def __init__(self, denoiser: Denoiser, task: Task):
-        noise = task.conditions[0].noise / 255
-        alone = task.sigma is None
-        super().__init__(1.0, 1.3) if alone else super().__init__(STARTS["BM3D"])
-        self.denoiser, self.noise = denoiser, noise if alone else None
+    def __init__(self, denoiser: Denoiser, noise: float | None):
+        super().__init__(STARTS["BM3D"], noise=noise)
+        self.denoiser = denoiser
 
     def solve(self, y: Tensor, physics: LinearPhysics, weight: float) -> Solution:
         if self.noise:
@@ -211,12 +218,9 @@ class SplitDenoiser(Method):
     the data term is free.
     """
 
-    def __init__(self, denoiser: Denoiser, level: float, task: Task):
-        noise = task.conditions[0].noise / 255
-        alone = task.sigma is None
-        super().__init__(1.0, 1.3) if alone else super().__init__(STARTS["DnCNN"])
+    def __init__(self, denoiser: Denoiser, level: float, noise: float | None):
+        super().__init__(STARTS["DnCNN"], noise=noise)
         self.denoiser, self.level = denoiser, level
-        self.noise = noise if alone else None
 
     def solve(self, y: Tensor, physics: LinearPhysics, weight: float) -> Solution:
         if self.noise:
@@ -300,11 +304,9 @@ class Ridge(Method):
     The slopes are steep near zero, which makes the steps of gradient methods short.
     """
 
-    def __init__(self, regularizer: RidgeRegularizer, task: Task):
-        noise = task.conditions[0].noise / 255
-        alone = task.sigma is None
-        super().__init__(1.0, 1.3) if alone else super().__init__(STARTS["WCRR"])
-        self.regularizer, self.noise = regularizer, noise if alone else None
+    def __init__(self, regularizer: RidgeRegularizer, noise: float | None):
+        super().__init__(STARTS["WCRR"], noise=noise)
+        self.regularizer = regularizer
 
     def solve(self, y: Tensor, physics: LinearPhysics, weight: float) -> Solution:
         physics = real_part(physics)
@@ -376,8 +378,7 @@ def make_methods(
     :param Task task: with one condition.
     :param pathlib.Path baselines: folder with the weights of others, if there is one.
     """
-    noise = task.conditions[0].noise / 255
-    told = noise if task.sigma is None else None
+    told = task.conditions[0].noise / 255 if task.sigma is None else None
     options: dict[str, Any] = {"warn": False}
     if task.mri:
         options["complex_mode"] = "real"
@@ -410,7 +411,7 @@ def make_methods(
     else:
         missing.append("wavelets (pip install ptwt)")
     if find_spec("bm3d"):
-        methods["BM3D"] = lambda: Denoise(dinv.models.BM3D(), task)
+        methods["BM3D"] = lambda: Denoise(dinv.models.BM3D(), told)
     else:
         missing.append("BM3D (pip install bm3d)")
 
@@ -426,10 +427,10 @@ def make_methods(
         if path := given(name):
             state = torch.load(path, map_location="cpu", weights_only=True)
             regularizer = RidgeRegularizer(state, concave)
-            methods[name] = lambda r=regularizer: Ridge(r, task)  # type: ignore[misc]
+            methods[name] = lambda r=regularizer: Ridge(r, told)  # type: ignore[misc]
     if path := given("DnCNN"):
         network = read_dncnn(path)
-        methods["DnCNN"] = lambda: SplitDenoiser(network, 25 / 255, task)
+        methods["DnCNN"] = lambda: SplitDenoiser(network, 25 / 255, told)
     return methods, missing
 
 

@@ -30,9 +30,6 @@ CHOICES = (
 #: A picture of whole counts with fewer levels than 8 bit have is a coarse one.
 FEW_LEVELS = 255
 
-#: Transmission needs this many counts in a typical pixel.
-LEAST_COUNTS = 0.5
-
 
 @dataclass(frozen=True)
 class LikelihoodOption:
@@ -151,21 +148,21 @@ class LikelihoodOption:
 
     def check(self, y: Tensor) -> None:
         """
-        Checks that measurements can be of this likelihood, as far as the model cannot.
+        Checks that measurements can be of this likelihood, in the terms of the option.
 
         :param torch.Tensor y: what was read.
         :raises ValueError: if they are no line integrals.
         """
         if self.kind != "transmission":
             return
+        from deepinv_deal.problems.likelihood import LogPoisson
+
         N0, mu = self.numbers
-        counts = N0 * (-mu * y.double()).exp()
-        if float(counts.median()) < LEAST_COUNTS or bool(counts.isposinf().any()):
+        doubt = LogPoisson(N0, mu).doubt(y)
+        if doubt is not None:
             raise ValueError(
                 f"--likelihood transmission:{N0:g}:{mu:g} is for -log(counts / N0) / "
-                f"MU. The file holds numbers from {float(y.min()):g} to "
-                f"{float(y.max()):g}, which would be from {float(counts.max()):.2g} to "
-                f"{float(counts.min()):.2g} counts."
+                f"MU. The file holds {doubt}."
             )
 
     def doubt_rounding(self, path: str | Path, x: Tensor, like: Picture) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from deepinv.models import Denoiser, Reconstructor
@@ -40,6 +40,8 @@ from deepinv_deal.problems.options import DEFAULT_RTOL
 from deepinv_deal.solvers import AdjointOptions, SolverResult, eager, full_precision
 from deepinv_deal.solvers.fixed_point import Callback
 from deepinv_deal.solvers.precision import solver_precision
+
+P = TypeVar("P", bound=Prior)
 
 LambdaMode = Literal["absolute", "relative"]
 LAMBDA_MODES: tuple[str, ...] = ("absolute", "relative")
@@ -349,7 +351,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
             **hyperparameters,
         )
         x0 = self._first_image(init, y, physics, data)
-        return Problem(equation, x0, level)
+        return Problem(equation, x0, level, unit)
 
     def equation(self, y: Tensor, physics: Any = None, **settings: Any) -> Any:
         """
@@ -471,10 +473,14 @@ class ReconstructionModel(Reconstructor, Denoiser):
 
     def _report(self, problem: Problem) -> dict[str, Any]:
         """Returns the fields that all reports share."""
-        sigma = problem.sigma
+        sigma, unit = problem.sigma, problem.unit
+        weight = problem.equation.lambda_reg.detach()
+        if unit is not None:  # back in that of the call, the reverse of _weight
+            quadratic = problem.data.quadratic
+            weight = weight * unit.detach() if quadratic else weight / unit.detach()
         return {
             "sigma": None if sigma is None else sigma.detach(),
-            "lambda_reg": problem.equation.lambda_reg.detach(),
+            "lambda_reg": weight,
             "rtol": self._used_rtol(problem, self.rtol),
             "scale": problem.data.intensity,
             "notes": problem.data.notes,
@@ -635,20 +641,21 @@ class ReconstructionModel(Reconstructor, Denoiser):
             return data.b.detach()
         physics = physics.physics if isinstance(physics, KnownPhysics) else physics
         if isinstance(init, str):
-            likelihood, _ = self._likelihood(y, physics)
+            if isinstance(data, LikelihoodTerm):
+                y = data.likelihood.linear(y)
             with torch.no_grad():
-                init = physics.A_dagger(
-                    y if likelihood is None else likelihood.linear(y)
-                )
+                init = physics.A_dagger(y)
         elif callable(init):
             init = init(y, physics)
         return data.unknown("init", init)
 
 
-def check_prior(prior: Any, kind: type) -> None:
+def checked_prior(prior: Any, kind: type[P]) -> P:
     """
-    Checks that a prior is of the kind that a model solves for.
+    Returns a prior that must be of the kind that a model solves for.
 
+    :param object prior: the argument.
+    :param type kind: its class.
     :raises TypeError: if it is none.
     """
     if not isinstance(prior, kind):
@@ -657,6 +664,7 @@ def check_prior(prior: Any, kind: type) -> None:
             "of your own is one for deepinv's plug-and-play algorithms: "
             "deepinv.optim.PnP(denoiser=...)."
         )
+    return prior
 
 
 def _check_scale(scale: Any) -> None:

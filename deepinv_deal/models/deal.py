@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deal.models.base import ReconstructionModel, check_prior
+from deepinv_deal.models.base import ReconstructionModel, checked_prior
 from deepinv_deal.operators.multi_conv import Normalization
 from deepinv_deal.priors import AttentiveQuadraticPrior, DEALPrior
 from deepinv_deal.problems import DataTerm
@@ -99,8 +99,7 @@ class DEAL(ReconstructionModel):
             )
         elif prior is None and pretrained is not None:
             prior = load(pretrained, DEALPrior, in_channels=in_channels or 1)
-        check_prior(prior, AttentiveQuadraticPrior)
-        assert prior is not None
+        prior = checked_prior(prior, AttentiveQuadraticPrior)
         for name, asked in (
             ("in_channels", in_channels),
             ("num_filters", num_filters),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deal._warnings import warn
-from deepinv_deal.models.base import ReconstructionModel, check_prior
+from deepinv_deal.models.base import ReconstructionModel, checked_prior
 from deepinv_deal.models.info import AttentiveL1Info
 from deepinv_deal.priors.safi import AttentiveL1Prior, MMRPrior, SAFIPrior
 from deepinv_deal.problems import AttentiveL1Equation, DataTerm, Problem
@@ -42,7 +42,7 @@ class AttentiveL1Model(ReconstructionModel):
             prior = load(pretrained, self.prior_type)
         elif prior is None:
             prior = self.prior_type(64 if num_filters is None else num_filters)
-        check_prior(prior, AttentiveL1Prior)
+        prior = checked_prior(prior, AttentiveL1Prior)
         if num_filters not in (None, prior.num_filters):
             raise ValueError(
                 f"num_filters={num_filters} was asked for, but the weights have "
@@ -71,15 +71,6 @@ class AttentiveL1Model(ReconstructionModel):
             f"rescaled to sigma={levels}."
         )
         return data.scaled(a), None, a
-
-    def _report(self, problem: Problem) -> dict[str, Any]:
-        fields = super()._report(problem)
-        if problem.sigma is not None:  # back in the unit in which a weight is given
-            a = problem.sigma.detach() / self.prior.sigma
-            likelihood = not problem.data.quadratic
-            weight = fields["lambda_reg"]
-            fields["lambda_reg"] = weight / a if likelihood else weight * a
-        return fields
 
 
 class SAFI(AttentiveL1Model):

@@ -196,8 +196,7 @@ class BlockConvolution:
     @staticmethod
     def pays(kernel: Tensor) -> bool:
         """Tells whether a kernel is large, of few channels, and on an accelerator."""
-        few = min(kernel.shape[:2]) <= 8
-        return kernel.device.type != "cpu" and few and kernel.shape[-1] >= 7
+        return BlockedNormal.pays([kernel]) and min(kernel.shape[:2]) <= 8
 
     def __call__(self, x: Tensor) -> Tensor:
         """Convolves images ``(B, C_in s s, H / s, W / s)``."""

@@ -85,8 +85,8 @@ class Likelihood(ABC):
                 )
             with torch.enable_grad():
                 u = u.detach().requires_grad_()
-                total = self.derivative(u, y.detach()).sum()
-            return torch.autograd.grad(total, u)[0].detach()
+                summed = self.derivative(u, y.detach()).sum()
+            return torch.autograd.grad(summed, u)[0].detach()
 
         return each(one, u, y)
 
@@ -404,18 +404,29 @@ class LogPoisson(Likelihood):
         for part in list(y) if isinstance(y, TensorList) else [y]:
             if part.is_complex():
                 raise ValueError("y is complex: line integrals are not.")
-            values = part.detach().double()
-            counts = self._counts(values)
-            few = counts.flatten(1).median(1).values < LEAST_TRANSMITTED
-            if bool(few.any()) or bool(counts.isposinf().any()):
+            doubt = self.doubt(part)
+            if doubt is not None:
                 raise ValueError(
                     "data_fidelity: the likelihood of transmission is for line "
-                    "integrals, -log(counts / N0) / mu. y holds numbers from "
-                    f"{float(values.min()):.4g} to {float(values.max()):.4g}, which "
-                    f"would be from {float(counts.min()):.2g} to "
-                    f"{float(counts.max()):.2g} counts."
+                    f"integrals, -log(counts / N0) / mu. y holds {doubt}."
                 )
         return []
+
+    def doubt(self, y: Tensor) -> str | None:
+        """
+        Says what measurements hold that can be no line integrals, ``None``: they can.
+
+        :param torch.Tensor y: real measurements.
+        """
+        y = y.detach().double()
+        counts = self._counts(y)
+        few = counts.flatten(1).median(1).values < LEAST_TRANSMITTED
+        if not bool(few.any()) and not bool(counts.isposinf().any()):
+            return None
+        return (
+            f"numbers from {float(y.min()):.4g} to {float(y.max()):.4g}, which would "
+            f"be from {float(counts.max()):.2g} to {float(counts.min()):.2g} counts"
+        )
 
     def linear(self, y: Any) -> Any:
         """Returns the measurements, half a count where there was none."""
@@ -476,6 +487,10 @@ class InUnit(Likelihood):
     def check(self, y: Any) -> list[str]:
         """Checks the measurements."""
         return self.likelihood.check(self._divided(y))
+
+    def linear(self, y: Any) -> Any:
+        """Returns what the measurements say, in their unit."""
+        return self.likelihood.linear(y)
 
     def weigh(self, c: Any, v: Any) -> Any:
         """Returns D v."""
@@ -548,15 +563,11 @@ class Stacked(Likelihood):
     def level(self, y: Any, seen: Any) -> Tensor | None:
         """Returns the mean of the levels over all measurements, ``(B,)``."""
         levels = [p.level(*values) for p, *values in self._paired(y, seen)]
-        numbers = [total(part.long()) for part in seen]
-        weighed = [
-            number * level
-            for number, level in zip(numbers, levels, strict=True)
-            if level is not None
-        ]
-        if len(weighed) < len(levels):
+        known = [level for level in levels if level is not None]
+        if len(known) < len(levels):
             return None
-        return torch.stack(weighed).sum(0) / torch.stack(numbers).sum(0)
+        numbers = torch.stack([total(part.long()) for part in seen])
+        return (numbers * torch.stack(known)).sum(0) / numbers.sum(0)
 
     def weigh(self, c: Any, v: Any) -> Any:
         """Returns D v."""

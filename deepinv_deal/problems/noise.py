@@ -148,12 +148,16 @@ def likelihood_of_noise(physics: Any, y: Any) -> tuple[Likelihood | None, str | 
                 "noise_model: the levels of GaussianNoise must be positive, got a "
                 f"smallest one of {float(noise.sigma.min()):.4g}."
             )
-        weights = noise.sigma.square().reciprocal()
-        return Gaussian(weights, unitless=False), f"the noise levels of {name}"
+        return _of_level(noise), f"the noise levels of {name}"
     if type(noise) in OTHER_NOISE:
         advice = OTHER_NOISE[type(noise)]
         return None, f"least squares, though the physics has {name}; {advice}"
     return None, None
+
+
+def _of_level(noise: GaussianNoise) -> Gaussian:
+    """Returns the likelihood of Gaussian noise, in the unit of the measurements."""
+    return Gaussian(noise.sigma.square().reciprocal(), unitless=False)
 
 
 def _of_stack(physics: Any, y: TensorList) -> tuple[Likelihood | None, str | None]:
@@ -170,7 +174,7 @@ def _of_stack(physics: Any, y: TensorList) -> tuple[Likelihood | None, str | Non
         noise = operator.noise_model
         plain = likelihood is None and type(noise) is GaussianNoise
         if plain and bool((noise.sigma > 0).all()):
-            likelihood = Gaussian(noise.sigma.square().reciprocal(), unitless=False)
+            likelihood = _of_level(noise)
         if likelihood is None:
             return None, (
                 "least squares, since not all parts of the stack have a noise model "

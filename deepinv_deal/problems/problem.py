@@ -22,11 +22,14 @@ class Problem:
     :param torch.Tensor init: first image in the units of the model, ``(B, C, H, W)``;
         ``None``: the equation's own.
     :param torch.Tensor sigma: noise level of the model ``(B,)``, if it has one.
+    :param torch.Tensor unit: by which the equation divides images to fit its weights to
+        the noise level, ``(B,)``; ``None``: 1.
     """
 
     equation: Any
     init: Tensor | None = None
     sigma: Tensor | None = None
+    unit: Tensor | None = None
 
     @property
     def data(self) -> DataTerm:

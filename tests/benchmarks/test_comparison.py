@@ -187,7 +187,7 @@ def test_ridge_regularizers_have_their_gradient_and_norm(concave):
 
 def test_a_ridge_regularizer_denoises_to_a_stationary_point():
     task = make_tasks()["denoising 25"]
-    method = Ridge(RidgeRegularizer(ridge_state(), 0.0), task)
+    method = Ridge(RidgeRegularizer(ridge_state(), 0.0), 25 / 255)
     x = task.ground_truth(photographs(REPORTED, 24, None)[0][1])
     y, physics = task.conditions[0].measure(x)
     solution = method.solve(y, physics, 1.0)
