@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deepinv_deal._batch import expand
 from deepinv_deal.models.info import ReconstructionInfo
 from deepinv_deal.models.noise import estimated_level
+from deepinv_deal.operators.slices import SLICE_MODES, SliceMode
 from deepinv_deal.optim.metrics import IterationMetrics
 from deepinv_deal.problems import DataTerm, KnownPhysics, Problem, SolverOptions
 from deepinv_deal.problems.bounds import Bounds, check_bounds, clamp, divided
@@ -79,6 +80,13 @@ class ReconstructionModel(Reconstructor, Denoiser):
     ``complex_mode="real_imag"`` regularizes both parts alike, ``"real"`` assumes a
     real-valued image, as the papers.
 
+    **Volumes and series** ``(B, C, D, H, W)`` of physics that act on volumes, as
+    ``MRI(three_d=True)``, ``DynamicMRI`` or a blur with a kernel of three dimensions,
+    are reconstructed as a whole, and denoised too. The regularizer acts on their
+    slices: ``slices="depth"`` on those ``(H, W)``, which may be frames, ``"height"``
+    and ``"width"`` on those along the other axes, ``"mean"`` on the slices of all three
+    orientations, of whose regularizers it is the mean. Each volume is one sample.
+
     **Data term.** ``data_fidelity="auto"`` is least squares, or the likelihood that
     matches the noise model of the physics where the model can solve for it, which is
     then named in ``info.notes``: for counts (``PoissonNoise``,
@@ -111,6 +119,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
     :param str lambda_mode: ``"absolute"`` or ``"relative"``, see above.
     :param float, str scale: ``"auto"``, a positive number or ``None``, see above.
     :param str complex_mode: ``"real_imag"`` or ``"real"``, see above.
+    :param str slices: which slices of a volume are regularized, see above.
     :param deepinv.optim.DataFidelity, str data_fidelity: the data term, see above.
     :param Callable, str, torch.Tensor init: first image, see :meth:`forward`.
     :param list trainable_params: hyperparameters to train: among ``"lambda_reg"`` and
@@ -156,6 +165,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
         lambda_mode: LambdaMode = "absolute",
         scale: float | str | None = "auto",
         complex_mode: ComplexMode = "real_imag",
+        slices: SliceMode = "depth",
         data_fidelity: DataFidelity | str = "auto",
         init: Callable[..., Any] | str | Tensor | None = None,
         trainable_params: list[str] | None = None,
@@ -169,6 +179,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
             raise ValueError(f"sigma must be a number or 'estimate', got {sigma!r}.")
         _check_scale(scale)
         check_choice("complex_mode", complex_mode, COMPLEX_MODES)
+        check_choice("slices", slices, SLICE_MODES)
         check_choice("lambda_mode", lambda_mode, LAMBDA_MODES)
         if isinstance(bounds, str):
             check_choice("bounds", bounds, ("auto", None))
@@ -202,11 +213,8 @@ class ReconstructionModel(Reconstructor, Denoiser):
             methods = dict.fromkeys([*prior.methods(None), *prior.methods((0, 1))])
             name, settings = type(self).__name__, prior.solver_settings
             self.solver.check(name, tuple(methods), settings)
-        self.lambda_mode, self.scale, self.complex_mode = (
-            lambda_mode,
-            scale,
-            complex_mode,
-        )
+        self.lambda_mode, self.scale = lambda_mode, scale
+        self.complex_mode, self.slices = complex_mode, slices
         self.data_fidelity = data_fidelity
         self.init, self.custom_metrics = init, custom_metrics
         self.adjoint, self.warn, self.strict = adjoint.made_strict(strict), warn, strict
@@ -254,7 +262,8 @@ class ReconstructionModel(Reconstructor, Denoiser):
         r"""
         Reconstructs or denoises.
 
-        :param torch.Tensor y: measurements; for denoising the images ``(B, C, H, W)``.
+        :param torch.Tensor y: measurements; for denoising the images ``(B, C, H, W)``
+            or volumes ``(B, C, D, H, W)``.
         :param deepinv.physics.LinearPhysics physics: forward operator, or what
             :meth:`examine` returned for it; ``None`` to denoise. A number or tensor
             here is taken for ``sigma``, as deepinv's denoisers are called.
@@ -279,13 +288,13 @@ class ReconstructionModel(Reconstructor, Denoiser):
             y, physics, sigma, lambda_reg=lambda_reg, init=init, **hyperparameters
         )
         if x_gt is not None:
-            x_gt = problem.data.unscaled(problem.data.unknown("x_gt", x_gt))
+            x_gt = problem.data.channels(problem.data.unknown("x_gt", x_gt))
         start = problem.start()
         metrics, recorder = None, self._recorder(problem, start)
 
         def seen(unknown: Tensor) -> Tensor:
             # In the units of the caller, and complex images as two channels.
-            return problem.data.unscaled(problem.equation.image(unknown))
+            return problem.data.channels(problem.equation.image(unknown))
 
         if compute_metrics:
             metrics = IterationMetrics(seen(start.detach()), x_gt, self.custom_metrics)
@@ -464,8 +473,8 @@ class ReconstructionModel(Reconstructor, Denoiser):
 
         def compute_mask() -> Tensor:
             with solver_precision(solution.device):
-                mask = equation.mask(solution)
-            return mask.reshape(len(solution), -1, *mask.shape[2:])
+                masks = equation.regularizer.masks(equation.mask(solution))
+            return problem.data.layout.features(masks)
 
         return self.info_type.of(
             result, compute_mask=compute_mask, **self._report(problem), **more
@@ -499,6 +508,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
             next(weights, None),
             in_channels=self.prior.in_channels,
             complex_mode=self.complex_mode,
+            slices=self.slices,
             scale=scale,
             # Counts and the like are zero where nothing was.
             pedestal=likelihood is None,

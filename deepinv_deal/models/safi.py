@@ -212,7 +212,8 @@ class MMR(AttentiveL1Model):
 
 def _energy(x: Tensor, equation: AttentiveL1Equation, prior: MMRPrior) -> Tensor:
     """The energy of an image in the units of the equation, ``(B,)``."""
-    return equation.data.value(x) + equation.lambda_reg * prior(x)
+    energy = prior.fn(x, slices=equation.data.slices)
+    return equation.data.value(x) + equation.lambda_reg * energy
 
 
 class _EnergyRecord:

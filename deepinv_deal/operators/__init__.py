@@ -2,6 +2,7 @@
 
 from deepinv_deal.operators.multi_conv import MultiConv, MultiConvOperator
 from deepinv_deal.operators.patches import PatchConv, PatchDictionary, PatchFrame
+from deepinv_deal.operators.slices import Slices
 
 __all__ = [
     "MultiConv",
@@ -9,4 +10,5 @@ __all__ = [
     "PatchConv",
     "PatchDictionary",
     "PatchFrame",
+    "Slices",
 ]

@@ -9,11 +9,17 @@ from deepinv.optim.prior import Prior
 from torch import Tensor
 
 from deepinv_deal._batch import as_batch
+from deepinv_deal.operators import Slices
 from deepinv_deal.priors.config import Configurable
 from deepinv_deal.problems.bounds import Bounds
 from deepinv_deal.problems.data_term import DataTerm, operator_term
 from deepinv_deal.problems.options import DEFAULT_RTOL, SolverOptions
-from deepinv_deal.problems.quadratic import AttentiveEquation, AttentiveQuadratic
+from deepinv_deal.problems.quadratic import (
+    AttentiveEquation,
+    AttentiveQuadratic,
+    SlicedQuadratic,
+    sliced,
+)
 from deepinv_deal.solvers import full_precision
 from deepinv_deal.splines import LinearSpline
 
@@ -101,15 +107,21 @@ class AttentiveQuadraticPrior(Prior, Configurable):
             "AttentiveQuadratic."
         )
 
-    def bind(self, sigma: float | Tensor, x: Tensor) -> AttentiveQuadratic:
+    def bind(
+        self, sigma: float | Tensor, x: Tensor, slices: Slices | None = None
+    ) -> AttentiveQuadratic | SlicedQuadratic:
         """
         Fixes the current weights at the noise level ``sigma`` for images like ``x``.
 
         :param float, torch.Tensor sigma: noise level in [0, 1] units, one or ``(B,)``.
         :param torch.Tensor x: image batch ``(B, C, H, W)``; its values do not matter.
+        :param Slices slices: the slices of a volume that is given as such a batch;
+            ``None``: channels are images.
         """
-        parts = x.shape[1] // self.in_channels
-        return self.regularizer(as_batch(sigma, x).repeat_interleave(parts))
+        level, slices = as_batch(sigma, x), slices or Slices(self.in_channels)
+        return sliced(
+            lambda number: self.regularizer(level.repeat_interleave(number)), x, slices
+        )
 
     def default_lambda(self, sigma: float | Tensor, x: Tensor) -> Tensor:
         r"""
@@ -183,7 +195,7 @@ class AttentiveQuadraticPrior(Prior, Configurable):
             weight = self.default_lambda(sigma, data.b)
         else:
             weight = as_batch(lambda_reg, data.b)
-        regularizer = self.bind(sigma, data.b)
+        regularizer = self.bind(sigma, data.b, data.slices)
         return AttentiveEquation(data, weight, regularizer, bounds, options)
 
     @full_precision

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepinv_deal._batch import as_batch
-from deepinv_deal.operators import MultiConv
+from deepinv_deal.operators import MultiConv, Slices
 from deepinv_deal.operators.multi_conv import Convolution
 from deepinv_deal.priors.config import Configurable
 from deepinv_deal.problems.bounds import Bounds
@@ -220,11 +220,16 @@ class AttentiveL1Prior(Prior, Configurable):
             "as a function of an image and its filter responses."
         )
 
-    def bind(self) -> AttentiveL1:
-        """Fixes the current weights: the regularizer as a function of tensors."""
+    def bind(self, slices: Slices | None = None) -> AttentiveL1:
+        """
+        Fixes the current weights: the regularizer as a function of tensors.
+
+        :param Slices slices: the slices of volumes; ``None``: for images.
+        """
         # The norm only balances the unknowns of the solver: no model depends on it.
         nu = self.W.sqnorm("exact").detach().sqrt()
-        return AttentiveL1(self.W.operator(nu), nu, self.bind_mask(nu))
+        mask = self.bind_mask(nu)
+        return AttentiveL1(self.W.operator(nu), nu, mask, slices or Slices())
 
     def default_lambda(self, sigma: float | Tensor | None, x: Tensor) -> Tensor:
         r"""
@@ -305,7 +310,7 @@ class AttentiveL1Prior(Prior, Configurable):
         """
         bound = self.bind()
         Wx = bound.analyse(x)
-        return bound.nu * bound.adjoint(bound.mask(x, Wx) * Wx.sign())
+        return bound.strength * bound.adjoint(bound.mask(x, Wx) * Wx.sign())
 
     @full_precision
     def prox(
@@ -369,7 +374,9 @@ class AttentiveL1Prior(Prior, Configurable):
             weight = self.default_lambda(None, data.b)
         else:
             weight = as_batch(lambda_reg, data.b)
-        return AttentiveL1Equation(data, weight, self.bind(), bounds, options)
+        return AttentiveL1Equation(
+            data, weight, self.bind(data.slices), bounds, options
+        )
 
 
 class SAFIPrior(AttentiveL1Prior):
@@ -451,9 +458,16 @@ class MMRPrior(AttentiveL1Prior):
         self.potential.scale.div_(factor)
 
     @full_precision
-    def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def fn(
+        self, x: Tensor, *args: Any, slices: Slices | None = None, **kwargs: Any
+    ) -> Tensor:
         """
         Returns R(x) of every sample, ``(B,)``, by exact integration of the splines.
+
+        :param torch.Tensor x: images, shape ``(B, 1, H, W)``.
+        :param Slices slices: the slices of volumes; ``None``: channels are images.
         """
-        bound = self.bind()
-        return self.bind_mask(bound.nu).value(bound.analyse(x))
+        bound, slices = self.bind(), slices or Slices()
+        potential = self.bind_mask(bound.nu)
+        values = [potential.value(bound.W(stack)) for stack in slices.stacks(x)]
+        return sum(v.view(len(x), -1).sum(1) for v in values) / slices.number

@@ -12,6 +12,7 @@ from deepinv.utils import TensorList
 from torch import Tensor
 
 from deepinv_deal._batch import expand, inner, norm
+from deepinv_deal.operators import Slices
 from deepinv_deal.problems.checks import check_measurements
 from deepinv_deal.problems.fitted import fitted
 from deepinv_deal.problems.intensity import HOT, guess_unit
@@ -24,6 +25,7 @@ from deepinv_deal.problems.normal_operator import (
     is_identity,
 )
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
+from deepinv_deal.solvers.preconditioner import PLANE, Fourier
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class DataTerm:
         \qquad H = A^{\top} A, \quad b = A^{\top} y
 
     The unknown :math:`x` is real, ``(B, C, H, W)``, and in the units of the model,
-    about [0, 1]: an image of the physics is ``scale`` times what ``layout`` makes
-    of it, plus ``offset``.
+    about [0, 1]: an image or volume of the physics is ``scale`` times what ``layout``
+    makes of it, plus ``offset``.
 
     :param torch.Tensor b: right-hand side, shape of the unknown.
     :param NormalOperator H: normal operator; ``None``: the identity.
@@ -95,6 +97,7 @@ class DataTerm:
         *,
         in_channels: int = 1,
         complex_mode: str = "real_imag",
+        slices: str = "depth",
         scale: float | str | None = None,
         trial: bool = True,
         pedestal: bool = True,
@@ -109,6 +112,7 @@ class DataTerm:
             device; ``None``: those of the measurements are right.
         :param int in_channels: channels that the filters see.
         :param str complex_mode: see :class:`ImageLayout`.
+        :param str slices: slices of volumes that the filters see, likewise.
         :param float, str scale: intensity of the images; ``"auto"``: guessed, with a
             note where it is far from [0, 1]; ``None``: 1.
         :param bool trial: whether to try the physics out; otherwise it is trusted.
@@ -123,7 +127,7 @@ class DataTerm:
         physics = fitted(physics, y)
         identity = is_identity(physics)
         image = y if identity else back_projection(physics, y)
-        layout = ImageLayout.of(image, in_channels, complex_mode)
+        layout = ImageLayout.of(image, in_channels, complex_mode, slices)
         b, H = layout.extract(image), None
         if not identity:
             H = known or KnownPhysics(physics, layout, b, trial=trial)
@@ -157,7 +161,7 @@ class DataTerm:
         b = self.b.expand(number, -1, -1, -1)
         H = self.H
         if H is not None:
-            H = NormalOperator(H, b, complex_pair=H.complex_pair)
+            H = NormalOperator(H, b, H.transforms)
         return replace(self, b=b, H=H)
 
     # -- the quadratic -------------------------------------------------------------
@@ -233,8 +237,20 @@ class DataTerm:
 
     @property
     def complex_pair(self) -> bool:
-        """Whether the two channels of the unknown are one complex image."""
+        """Whether the two halves of the channels are one complex image."""
         return self.layout is not None and self.layout.complex_pair
+
+    @property
+    def fourier(self) -> Fourier:
+        """The Fourier transform that suits the normal operator."""
+        if self.H is not None:
+            return self.H.fourier
+        return PLANE if self.layout is None else self.layout.transforms[0]
+
+    @property
+    def slices(self) -> Slices | None:
+        """The slices of a volume that filters see; ``None``: channels are images."""
+        return None if self.layout is None else self.layout.slices
 
     @cached_property
     def step(self) -> Tensor:
@@ -277,6 +293,13 @@ class DataTerm:
         """Turns an unknown into an image of the physics."""
         x = self.unscaled(x)
         return x if self.layout is None else self.layout.embed(x)
+
+    def channels(self, x: Tensor) -> Tensor:
+        """
+        Turns an unknown into real channels of an image in the units of the physics.
+        """
+        x = self.unscaled(x)
+        return x if self.layout is None else self.layout.channels(x)
 
     def unscaled(self, x: Tensor) -> Tensor:
         """Returns an unknown in the units of the physics."""

@@ -21,11 +21,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepinv_deal._batch import expand, inner, joint_norm, select
-from deepinv_deal.operators import MultiConvOperator
+from deepinv_deal.operators import MultiConvOperator, Slices
 from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent
 from deepinv_deal.problems.data_term import DataTerm
 from deepinv_deal.problems.equation import IterativeEquation
 from deepinv_deal.problems.options import SolverOptions
+from deepinv_deal.problems.quadratic import (
+    AttentiveQuadratic,
+    SlicedQuadratic,
+    sliced,
+)
 from deepinv_deal.problems.smoothed_l1 import SmoothedL1Equation
 from deepinv_deal.solvers import (
     AdjointOptions,
@@ -68,43 +73,95 @@ class AttentiveL1:
     r"""
     The regularizer :math:`R_m(x) = \nu \|m \odot W x\|_1` for given weights.
 
-    Images with more channels than the filters (real and imaginary part) are regularized
-    channel by channel; their filter responses are stacked along the channels.
+    Images with more channels than the filters (real and imaginary part, slices) are
+    regularized channel by channel; their filter responses are stacked along the
+    channels. Of all three orientations of a volume it is the mean,
 
-    :param MultiConvOperator W: the analysis operator, divided by its norm.
+    .. math::
+        R_m(x) = \tfrac13 \sum_{o=1}^3 \nu \|m_o \odot W S_o x\|_1,
+
+    :math:`m` and :math:`W` standing for :math:`m_o` and :math:`W S_o / \sqrt 3` of
+    all, packed.
+
+    :param MultiConvOperator W: the analysis operator of images, divided by its norm.
     :param torch.Tensor nu: the norm :math:`\nu` of the learned operator.
     :param Callable mask_function: ``mask(x, W x)`` for images that the filters see.
+    :param Slices slices: these images.
     """
 
     W: MultiConvOperator
     nu: Tensor
     mask_function: MaskFunction
+    slices: Slices = Slices()
 
-    def analyse(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C N, H, W)
+    @property
+    def _gain(self) -> float:
+        """By which the stacks of slices are multiplied, so that the norm stays."""
+        return self.slices.number**-0.5
+
+    @property
+    def strength(self) -> Tensor:
+        r"""The factor of :math:`\|m \odot W x\|_1`."""
+        return self._gain * self.nu
+
+    def analyse(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K, H, W)
         """Returns the filter responses :math:`W x`."""
-        return self._apply(self.W, x)
+        features = [self.W(stack) for stack in self.slices.stacks(x)]
+        packed = self.slices.pack(features, len(x))
+        return self._gain * packed if self.slices.mean else packed
 
-    def adjoint(self, w: Tensor) -> Tensor:  # (B, C N, H, W) -> (B, C, H, W)
+    def adjoint(self, w: Tensor) -> Tensor:  # (B, K, H, W) -> (B, C, H, W)
         r"""Applies :math:`W^{\top}`."""
-        split = w.reshape(-1, self.W.out_channels, *w.shape[2:])
-        return self.W.adjoint(split).reshape(len(w), -1, *w.shape[2:])
+        features = self.slices.unpack(w, self.W.out_channels)
+        x = self.slices.unknown([self.W.adjoint(f) for f in features], len(w))
+        return self._gain * x if self.slices.mean else x
 
     def normal(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         r"""Applies :math:`W^{\top} W`."""
-        return self._apply(self.W.normal, x)
+        return self.slices.each(self.W.normal, x)
+
+    def normal_symbol(self, height: int, width: int) -> Tensor | None:
+        r"""
+        Returns the eigenvalues of :math:`W^{\top} W` with a circular boundary, ``(1, 1
+        or D, H, W)``, for unknowns of this size; ``None`` for colour filters.
+        """
+        kernel = self.W.normal_kernel()
+        if kernel.shape[0] != 1:
+            return None
+        return self.slices.symbol([kernel] * self.slices.number, height, width)
 
     def mask(self, x: Tensor, Wx: Tensor) -> Tensor:
         """Returns the masks of ``x``, shape of its filter responses ``Wx``."""
-        Wx = Wx.reshape(-1, self.W.out_channels, *Wx.shape[2:])
-        return self._apply(lambda split: self.mask_function(split, Wx), x)
+        if self.slices.mean:
+            Wx = Wx / self._gain
+        features = self.slices.unpack(Wx, self.W.out_channels)
+        pairs = zip(self.slices.stacks(x), features, strict=True)
+        return self.slices.pack([self.mask_function(*pair) for pair in pairs], len(x))
+
+    def masks(self, mask: Tensor) -> list[Tensor]:
+        """Returns the masks of every stack of slices, ``(n, N, h, w)``."""
+        return self.slices.unpack(mask, self.W.out_channels)
 
     def value(self, Wx: Tensor, mask: Tensor) -> Tensor:
         r"""Returns :math:`\nu \|m \odot W x\|_1` of every sample, ``(B,)``."""
-        return self.nu * inner(mask, Wx.abs())
+        return self.strength * inner(mask, Wx.abs())
 
-    def _apply(self, function: LinearMap, x: Tensor) -> Tensor:
-        split = x.reshape(-1, self.W.in_channels, *x.shape[2:])
-        return function(split).reshape(len(x), -1, *x.shape[2:])
+    def quadratic(
+        self, x: Tensor, squared_mask: Tensor
+    ) -> AttentiveQuadratic | SlicedQuadratic:
+        r"""
+        Returns :math:`\tfrac12 \|m \odot W x\|_2^2` for given squared masks.
+
+        :param torch.Tensor x: unknown; its values do not matter.
+        :param torch.Tensor squared_mask: :math:`m^2`, shape of :meth:`analyse`.
+        """
+        roots = iter(self.masks(squared_mask.sqrt()))
+
+        def fixed(_: int) -> AttentiveQuadratic:
+            root = next(roots)
+            return AttentiveQuadratic(self.W, lambda _: root)
+
+        return sliced(fixed, x, self.slices)
 
 
 @dataclass(frozen=True)
@@ -191,8 +248,8 @@ class AttentiveL1Equation(IterativeEquation):
 
     @property
     def strength(self) -> Tensor:
-        r""":math:`\lambda \nu`, ``(B,)``."""
-        return self.lambda_reg * self.regularizer.nu
+        r""":math:`\lambda \nu`, ``(B,)``; for the mean of three, over its root."""
+        return self.lambda_reg * self.regularizer.strength
 
     def bound(self, mask: Tensor) -> Tensor:
         r"""Returns :math:`c = \lambda \nu m`, shape of the mask."""
@@ -533,25 +590,24 @@ class FrozenL1:
 
     def _circulant_inverse(self) -> LinearMap | None:
         """The inverse of the linear system, were all operators circulant."""
-        equation = self.equation
-        kernel = equation.regularizer.W.normal_kernel()
-        if kernel.shape[0] != 1:
+        equation, shape = self.equation, self.x.shape[-2:]
+        least = equation.regularizer.W.normal_kernel().shape[-1]
+        height, width = (max(n, least) for n in shape)
+        symbol = equation.regularizer.normal_symbol(height, width)
+        if symbol is None:
             return None
-        height, width = (max(n, kernel.shape[-1]) for n in self.x.shape[-2:])
         data, _ = equation.circulant
         if equation.bounds is None:
             # At a border even images are seen that neither H nor an inner filter sees.
             data = data.clamp_min(expand(BOX_PENALTY / equation.data.step, data))
-        complex_pair = equation.data.complex_pair
-        symbol = torch.fft.fft2(kernel[0, 0], s=(height, width)).abs()
         rho, rho_s = (expand(r, self.x) for r in self.rho)
         inverse = 1 / (rho * symbol + rho_s + data)
+        fourier = equation.data.fourier
 
         def apply(v: Tensor) -> Tensor:
             # Images smaller than a kernel have no room for it.
             padding = (0, width - v.shape[-1], 0, height - v.shape[-2])
-            padded = F.pad(v, padding)
-            image = convolve(inverse, padded, complex_pair=complex_pair)
+            image = convolve(inverse, F.pad(v, padding), fourier)
             return image[..., : v.shape[-2], : v.shape[-1]]
 
         return apply

@@ -344,7 +344,7 @@ class FrozenOperator(NormalOperator):
     """
 
     def __init__(self, curvature: FrozenCurvature, like: LikelihoodTerm):
-        super().__init__(curvature, like.b, complex_pair=like.complex_pair)
+        super().__init__(curvature, like.b, (like.fourier,))
         self.curvature, self.base, self.added = curvature, like.H, like.added
 
     @cached_property

@@ -15,6 +15,8 @@ from deepinv_deal.problems.checks import describe, is_out_of_memory
 from deepinv_deal.problems.layout import ImageLayout
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.preconditioner import (
+    PLANE,
+    Fourier,
     convolve,
     diagonal,
     faithful,
@@ -31,21 +33,26 @@ NORM_RTOL, NORM_MAX_ITER, NORM_MARGIN = 1e-4, 200, 1.05
 
 class NormalOperator:
     """
-    A symmetric map on images ``(B, C, H, W)``, with what a few trials tell of it.
+    A symmetric map on unknowns ``(B, C, H, W)``, with what a few trials tell of it.
 
     Nothing is tried before it is asked for, and everything once. Trials see the
     operator as it is then: where a physics changes its parameters, make a new one.
 
     :param Callable apply: the map; linear, symmetric, positive semi-definite.
     :param torch.Tensor like: images that it takes; their values do not matter.
-    :param bool complex_pair: whether the two channels are one complex image.
+    :param tuple transforms: Fourier transforms in which it may be a product.
     """
 
-    def __init__(self, apply: LinearMap, like: Tensor, *, complex_pair: bool = False):
+    def __init__(
+        self,
+        apply: LinearMap,
+        like: Tensor,
+        transforms: tuple[Fourier, ...] = (PLANE,),
+    ):
         self._apply = apply
         # Only shape, dtype and device are kept.
         self.like = like.detach().new_zeros(()).expand(like.shape)
-        self.complex_pair = complex_pair
+        self.transforms = transforms
 
     def __call__(self, x: Tensor) -> Tensor:
         """Applies the map, as exactly as it is given."""
@@ -53,12 +60,30 @@ class NormalOperator:
 
     @cached_property
     @torch.no_grad()
+    def _best_transform(self) -> tuple[Fourier, tuple[Tensor, Tensor]]:
+        best: tuple[Fourier, tuple[Tensor, Tensor]] | None = None
+        for fourier in self.transforms:
+            found = transfer_function(self, self.like, fourier)
+            if best is None or found[1].max() < best[1][1].max():
+                best = fourier, found
+            if faithful(found[1]).all():
+                break
+        assert best is not None
+        return best
+
+    @property
+    def fourier(self) -> Fourier:
+        """The Fourier transform in which it is closest to a product."""
+        few = len(self.transforms) == 1
+        return self.transforms[0] if few else self._best_transform[0]
+
+    @property
     def transfer(self) -> tuple[Tensor, Tensor]:
         """
-        Eigenvalues of the closest circular convolution, ``(B, C, H, W)`` with one
-        channel for a complex pair, and their relative error, ``(B,)``.
+        Eigenvalues of the closest circular convolution, the shape of a spectrum, and
+        their relative error, ``(B,)``.
         """
-        return transfer_function(self, self.like, complex_pair=self.complex_pair)
+        return self._best_transform[1]
 
     @cached_property
     def circulant(self) -> Tensor:
@@ -87,6 +112,9 @@ class NormalOperator:
         # The diagonal of a convolution is the mean of its eigenvalues.
         values, _ = self.transfer
         mean = values.mean((2, 3), keepdim=True)
+        if self.fourier.depth:
+            mean = mean.unflatten(1, (self.fourier.depth, -1))
+            mean = mean.mean(1, keepdim=True).expand_as(mean).flatten(1, 2)
         misfit = norm(values - mean) / norm(values)
         return mean.expand_as(self.like), misfit.nan_to_num(0)
 
@@ -98,7 +126,7 @@ class NormalOperator:
         """
         if not self.is_circulant or not bool((~faithful(self.diagonal[1])).all()):
             return self
-        return partial(convolve, self.transfer[0], complex_pair=self.complex_pair)
+        return partial(convolve, self.transfer[0], fourier=self.fourier)
 
     @cached_property
     @torch.no_grad()
@@ -185,7 +213,7 @@ class KnownPhysics(NormalOperator):
         self.physics, self.layout = physics, layout
         #: Remarks on what the trials told.
         self.notes: list[str] = []
-        super().__init__(self._product, like, complex_pair=layout.complex_pair)
+        super().__init__(self._product, like, layout.transforms)
         self.composed = not hasattr(physics, "A_adjoint_A")
         if trial:
             self._try_out()
@@ -272,7 +300,7 @@ def back_projection(physics: Any, y: Any) -> Any:
             f"y of {shape} does not fit the physics {type(physics).__name__}: {error}"
         ) from error
     first = y[0] if isinstance(y, TensorList) else y
-    if isinstance(image, Tensor) and image.ndim == 4 and len(image) != len(first):
+    if isinstance(image, Tensor) and image.ndim > 3 and len(image) != len(first):
         raise ValueError(
             f"y of {shape} holds {len(first)} samples, but the physics makes "
             f"{len(image)} images of it (shape {tuple(image.shape)}). Add the batch or "

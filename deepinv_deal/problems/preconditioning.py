@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from deepinv_deal._batch import expand, select
-from deepinv_deal.operators import MultiConvOperator
-from deepinv_deal.operators.multi_conv import wrapped
 from deepinv_deal.problems.data_term import DataTerm, FrozenCurvature
 from deepinv_deal.problems.options import Preconditioner
 from deepinv_deal.solvers import SolverResult
@@ -18,8 +17,6 @@ from deepinv_deal.solvers.preconditioner import (
     PreconditionedSolver,
     bounded,
     faithful,
-    from_fourier,
-    to_fourier,
 )
 
 #: Masks are flat if they deviate from their means by at most this fraction of them.
@@ -47,7 +44,7 @@ class Preconditioning:
     :param str choice: see above.
     :param DataTerm data: the data term, which knows what :math:`H` resembles.
     :param torch.Tensor lambda_reg: weights, ``(B,)``.
-    :param MultiConvOperator W: the filters.
+    :param AttentiveQuadratic regularizer: the regularizer.
     """
 
     @torch.no_grad()
@@ -56,21 +53,19 @@ class Preconditioning:
         choice: Preconditioner,
         data: DataTerm,
         lambda_reg: Tensor,
-        W: MultiConvOperator,
+        regularizer: Any,
     ):
-        self.W, self.lambda_reg = W, lambda_reg
-        self.complex_pair, batch = data.complex_pair, len(data.b)
+        self.regularizer, self.lambda_reg = regularizer, lambda_reg
+        batch = len(data.b)
         nowhere = torch.zeros(batch, dtype=torch.bool, device=data.b.device)
         self.use_circulant, usable, self.exact = nowhere, nowhere, nowhere
         #: The normal operator, in its fastest form.
         self.H: LinearMap = data.normal
         if choice != "none":
-            self.responses = W.impulse_responses()
-            self.H = data.fast_normal
+            self.fourier, self.H = data.fourier, data.fast_normal
         if choice != "none" and data.H is None:
             self.diagonal = torch.ones_like(data.b)
-            channels = 1 if self.complex_pair else data.b.shape[1]
-            self.symbol = self.diagonal[:, :channels]
+            self.symbol = self.fourier.real_spectrum(self.diagonal)
             self.use_circulant = ~nowhere if choice != "diagonal" else nowhere
             usable = nowhere if choice == "auto" else ~nowhere
             self.exact = ~nowhere if choice == "auto" else nowhere
@@ -120,8 +115,11 @@ class Preconditioning:
 
     def _flat(self, squared_mask: Tensor) -> Tensor:
         """Whether the masks of a sample hardly vary over the image, ``(B,)``."""
-        deviation, mean = torch.std_mean(squared_mask, (2, 3), correction=0)
-        return (deviation <= FLAT * mean).view(len(self.exact), -1).all(1)
+        flat = torch.ones_like(self.exact)
+        for mask in self.regularizer.masks(squared_mask):
+            deviation, mean = torch.std_mean(mask, (2, 3), correction=0)
+            flat = flat & (deviation <= FLAT * mean).view(len(flat), -1).all(1)
+        return flat
 
     @torch.no_grad()
     def at(
@@ -139,29 +137,18 @@ class Preconditioning:
             own_symbol = own_symbol * expand(mean, own_symbol)
         circulant: Tensor | None = None
         if self.use_circulant.any():
-            symbol = self._filter_symbol(squared_mask)
+            symbol = self.regularizer.symbol(squared_mask, len(self.diagonal))
+            if 1 < symbol.shape[1] < own_symbol.shape[1]:  # one image stands for all
+                slices = own_symbol.shape[1] // symbol.shape[1]
+                symbol = symbol.repeat(1, slices, 1, 1)
             circulant = bounded(own_symbol + weight * symbol)
-        energy = self.responses.square().sum((-2, -1))[:, :, None, None]  # (C, N, 1, 1)
-        filters = F.conv2d(squared_mask, energy).view_as(self.diagonal)
+        filters = self.regularizer.diagonal(squared_mask, len(self.diagonal))
         divisor = bounded(own + weight * filters)
 
         def apply(r: Tensor) -> Tensor:
             if circulant is None:
                 return r / divisor
-            spectrum = to_fourier(r, self.complex_pair) / circulant
-            image = from_fourier(spectrum, r, self.complex_pair)
+            image = self.fourier.inverse(self.fourier.spectrum(r) / circulant)
             return select(self.use_circulant, image, r / divisor)
 
         return apply
-
-    def _filter_symbol(self, squared_mask: Tensor) -> Tensor:
-        r"""Eigenvalues of :math:`W^{\top} m^2 W` for the mean masks, per channel."""
-        batch = len(self.diagonal)
-        mean = squared_mask.mean((2, 3)).view(batch, -1, squared_mask.shape[1]).mean(1)
-        weighted = mean[:, None, :, None, None] * self.responses  # (B, C, N, n, n)
-        own = self.W.adjoint(weighted.flatten(0, 1)).unflatten(0, weighted.shape[:2])
-        kernels = own.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)  # (B, C, n, n)
-        reach = kernels.shape[-1] // 2
-        placed = wrapped(kernels, *self.diagonal.shape[-2:])
-        centred = placed.roll((-reach, -reach), (-2, -1))
-        return torch.fft.fft2(centred).real.clamp_min(0)

@@ -2,16 +2,18 @@ r"""Attentive quadratic problems: regularizer, equation, and its linear systems.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from deepinv_deal._batch import expand, inner, norm, select
-from deepinv_deal.operators import MultiConvOperator
+from deepinv_deal.operators import MultiConvOperator, Slices
 from deepinv_deal.operators.multi_conv import BlockedNormal, to_blocks
 from deepinv_deal.operators.row_blocks import BLOCK_BYTES, in_row_blocks
 from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent
@@ -94,9 +96,44 @@ class AttentiveQuadratic:
         u = mask * self.analyse(x)
         return 0.5 * inner(u, u).view(len(x), -1).sum(1)
 
+    def masks(self, mask: Tensor) -> list[Tensor]:
+        """Returns the masks of every stack of slices, ``(n, N, h, w)``: the mask."""
+        return [mask]
+
     def to(self, dtype: torch.dtype) -> AttentiveQuadratic:
         """Returns it with filters in another precision, for masks as before."""
         return replace(self, W=self.W.to(dtype), dtype=dtype)
+
+    # -- what preconditioners know of it -----------------------------------------
+
+    @cached_property
+    @torch.no_grad()
+    def _responses(self) -> Tensor:
+        return self.W.impulse_responses()
+
+    def diagonal(self, squared_mask: Tensor, batch: int) -> Tensor:
+        r"""
+        Returns about the diagonal of :math:`W^{\top} m^2 W`, ``(B, C, H, W)``: a filter
+        counts with its energy, and its mask is taken to be smooth.
+        """
+        energy = self._responses.square().sum((-2, -1))[:, :, None, None]
+        diagonal = F.conv2d(squared_mask, energy)  # (B * parts, C, H, W)
+        return diagonal.reshape(batch, -1, *diagonal.shape[2:])
+
+    def symbol(self, squared_mask: Tensor, batch: int) -> Tensor:
+        r"""
+        Returns the eigenvalues of :math:`W^{\top} m^2 W` for the mean masks of a sample
+        and circular boundaries, ``(B, C, H, W)`` with the channels of one image.
+        """
+        kernels = self.mean_kernels(squared_mask, batch)
+        return Slices().symbol([kernels], *squared_mask.shape[2:])
+
+    def mean_kernels(self, squared_mask: Tensor, batch: int) -> Tensor:
+        """Returns the kernels of these convolutions, ``(B, C, n, n)``."""
+        mean = squared_mask.mean((2, 3)).view(batch, -1, squared_mask.shape[1]).mean(1)
+        weighted = mean[:, None, :, None, None] * self._responses  # (B, C, N, n, n)
+        own = self.W.adjoint(weighted.flatten(0, 1)).unflatten(0, weighted.shape[:2])
+        return own.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)
 
     @cached_property
     def blocked(self) -> BlockedNormal | None:
@@ -150,6 +187,110 @@ class ArrangedMask:
 
 
 @dataclass(frozen=True)
+class SlicedQuadratic:
+    r"""
+    The mean of attentive quadratic regularizers of all three orientations of a volume.
+
+    .. math::
+        R_m(x) = \tfrac13 \sum_{o=1}^3 \tfrac12 \|m_o \odot W S_o x\|_2^2
+
+    with the slices :math:`S_o x` of :class:`~deepinv_deal.operators.Slices`. It has the
+    methods of :class:`AttentiveQuadratic`; masks are packed, ``(B, K, H, W)``.
+
+    :param tuple parts: the regularizer of every orientation.
+    :param Slices slices: the slices.
+    """
+
+    parts: tuple[AttentiveQuadratic, ...]
+    slices: Slices
+
+    @property
+    def W(self) -> MultiConvOperator:  # noqa: N802 - as of its parts
+        """The analysis operator of slices."""
+        return self.parts[0].W
+
+    def _each(self, x: Tensor) -> Iterator[tuple[AttentiveQuadratic, Tensor]]:
+        return zip(self.parts, self.slices.stacks(x), strict=True)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Returns the masks of ``x (B, C, H, W)``, packed."""
+        return self.slices.pack([R.mask(s) for R, s in self._each(x)], len(x))
+
+    def squared_mask(self, x: Tensor) -> Tensor:
+        """Returns their squares."""
+        return self.slices.pack([R.squared_mask(s) for R, s in self._each(x)], len(x))
+
+    def analyse(self, x: Tensor) -> Tensor:
+        r"""Returns the filter responses :math:`W S_o x`, packed."""
+        return self.slices.pack([R.analyse(s) for R, s in self._each(x)], len(x))
+
+    def masks(self, mask: Tensor) -> list[Tensor]:
+        """Returns the masks of every stack of slices, ``(n, N, h, w)``."""
+        return self.slices.unpack(mask, self.W.out_channels)
+
+    def value(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Returns the regularizer of every sample, ``(B,)``."""
+        u = mask * self.analyse(x)
+        return inner(u, u) / (2 * len(self.parts))
+
+    def to(self, dtype: torch.dtype) -> SlicedQuadratic:
+        """Returns it with filters in another precision, for masks as before."""
+        return replace(self, parts=tuple(R.to(dtype) for R in self.parts))
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Precision in which :meth:`normal` computes; ``None``: that of arguments."""
+        return self.parts[0].dtype
+
+    def arranged(self, squared_mask: Tensor) -> Tensor | tuple[Any, ...]:
+        """Returns a squared mask in the form that :meth:`normal` takes fastest."""
+        pairs = zip(self.parts, self.masks(squared_mask), strict=True)
+        return tuple(R.arranged(mask) for R, mask in pairs)
+
+    def normal(self, x: Tensor, squared_mask: Tensor | tuple[Any, ...]) -> Tensor:
+        r"""
+        Returns :math:`\tfrac13 \sum_o S_o^{\top} W^{\top} (m_o^2 \odot W S_o x)`.
+        """
+        if isinstance(squared_mask, Tensor):
+            squared_mask = tuple(self.masks(squared_mask))
+        forces = [
+            R.normal(stack, mask)
+            for (R, stack), mask in zip(self._each(x), squared_mask, strict=True)
+        ]
+        return self.slices.unknown(forces, len(x)) / len(self.parts)
+
+    def diagonal(self, squared_mask: Tensor, batch: int) -> Tensor:
+        """See :meth:`AttentiveQuadratic.diagonal`."""
+        diagonals = [
+            R.diagonal(mask, len(mask))
+            for R, mask in zip(self.parts, self.masks(squared_mask), strict=True)
+        ]
+        return self.slices.unknown(diagonals, batch) / len(self.parts)
+
+    def symbol(self, squared_mask: Tensor, batch: int) -> Tensor:
+        """See :meth:`AttentiveQuadratic.symbol`: for Fourier transforms of volumes."""
+        kernels = [
+            R.mean_kernels(mask, batch)
+            for R, mask in zip(self.parts, self.masks(squared_mask), strict=True)
+        ]
+        return self.slices.symbol(kernels, *squared_mask.shape[2:])
+
+
+def sliced(
+    regularizer: Callable[[int], AttentiveQuadratic], x: Tensor, slices: Slices
+) -> AttentiveQuadratic | SlicedQuadratic:
+    """
+    Returns a regularizer for unknowns like ``x``.
+
+    :param Callable regularizer: ``regularizer(n)`` for ``n`` images per sample.
+    :param torch.Tensor x: unknown ``(B, C, H, W)``; its values do not matter.
+    :param Slices slices: the images that the filters see.
+    """
+    parts = tuple(regularizer(len(s) // len(x)) for s in slices.stacks(x))
+    return SlicedQuadratic(parts, slices) if slices.mean else parts[0]
+
+
+@dataclass(frozen=True)
 class AttentiveEquation(IterativeEquation):
     r"""
     The equation of a reconstruction with an attentive quadratic regularizer.
@@ -180,7 +321,7 @@ class AttentiveEquation(IterativeEquation):
 
     data: DataTerm
     lambda_reg: Tensor
-    regularizer: AttentiveQuadratic
+    regularizer: AttentiveQuadratic | SlicedQuadratic
     bounds: Bounds | None = None
     options: SolverOptions = SolverOptions()
 
@@ -192,8 +333,8 @@ class AttentiveEquation(IterativeEquation):
     def force(
         self,
         x: Tensor,
-        squared_mask: Tensor | ArrangedMask,
-        regularizer: AttentiveQuadratic | None = None,
+        squared_mask: Any,
+        regularizer: AttentiveQuadratic | SlicedQuadratic | None = None,
     ) -> Tensor:
         r"""
         Returns :math:`\lambda W^{\top} (m^2 \odot W x)`, shape of ``x``; with the given
@@ -245,7 +386,7 @@ class AttentiveEquation(IterativeEquation):
         return replace(self, data=data, lambda_reg=lambda_reg)
 
     @cached_property
-    def inner_regularizer(self) -> AttentiveQuadratic:
+    def inner_regularizer(self) -> AttentiveQuadratic | SlicedQuadratic:
         """The regularizer in the precision of the inner solves."""
         dtype = self.options.inner_dtype
         if not isinstance(dtype, torch.dtype):
@@ -260,8 +401,8 @@ class AttentiveEquation(IterativeEquation):
     @cached_property
     def preconditioning(self) -> Preconditioning:
         """What is known about preconditioners of this equation's systems."""
-        choice, W = self.options.preconditioner, self.regularizer.W
-        return Preconditioning(choice, self.data, self.lambda_reg, W)
+        choice, R = self.options.preconditioner, self.regularizer
+        return Preconditioning(choice, self.data, self.lambda_reg, R)
 
 
 class FrozenSystem(LinearProblem):
@@ -297,7 +438,7 @@ class FrozenSystem(LinearProblem):
         return self.inner and self.equation.options.inner_dtype == "tf32"
 
     @cached_property
-    def applied(self) -> tuple[AttentiveQuadratic, Tensor | ArrangedMask]:
+    def applied(self) -> tuple[AttentiveQuadratic | SlicedQuadratic, Any]:
         """Regularizer and squared mask in the form in which they are applied."""
         equation, mask = self.equation, self.squared_mask
         regularizer = equation.inner_regularizer if self.inner else equation.regularizer

@@ -13,11 +13,7 @@ from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent
 from deepinv_deal.problems.data_term import DataTerm
 from deepinv_deal.problems.equation import IterativeEquation
 from deepinv_deal.problems.options import SolverOptions
-from deepinv_deal.problems.quadratic import (
-    AttentiveEquation,
-    AttentiveQuadratic,
-    FrozenSystem,
-)
+from deepinv_deal.problems.quadratic import AttentiveEquation, FrozenSystem
 from deepinv_deal.solvers import SolverResult
 from deepinv_deal.solvers.implicit import LinearSolve
 
@@ -86,7 +82,7 @@ class SmoothedL1Equation(IterativeEquation):
 
     def bound(self, mask: Tensor) -> Tensor:
         r"""Returns :math:`c = \lambda \nu m`, shape of the mask."""
-        return expand(self.lambda_reg * self.regularizer.nu, mask) * mask
+        return expand(self.lambda_reg * self.regularizer.strength, mask) * mask
 
     def mask(self, x: Tensor) -> Tensor:
         """Returns the masks of an image, to be given to a call."""
@@ -126,18 +122,13 @@ class SmoothedL1Equation(IterativeEquation):
 
     def _quadratic(self, x: Tensor) -> AttentiveEquation:
         """The quadratic problem whose system is the derivative at ``x``."""
-        W = self.regularizer.W
-
-        def attention(_: Tensor) -> Tensor:
-            Wx = self.regularizer.analyse(x)
-            squared = self.bound(self.regularizer.mask(x, Wx)) / self._rounded(Wx)
-            squared = squared * (expand(self.delta, Wx) / self._rounded(Wx)).square()
-            return squared.sqrt().reshape(-1, W.out_channels, *Wx.shape[2:])
-
+        Wx = self.regularizer.analyse(x)
+        squared = self.bound(self.regularizer.mask(x, Wx)) / self._rounded(Wx)
+        squared = squared * (expand(self.delta, Wx) / self._rounded(Wx)).square()
         return AttentiveEquation(
             self.data,
             torch.ones_like(self.lambda_reg),
-            AttentiveQuadratic(W, attention),
+            self.regularizer.quadratic(x, squared),
             self.bounds,
             SolverOptions(inner_max_iter=self.options.inner_max_iter),
         )

@@ -55,7 +55,7 @@ class TiedMeans(NormalOperator):
         def apply(x: Tensor) -> Tensor:
             return data.normal(x) + expand(weight, x) * means.adjoint(means(x))
 
-        super().__init__(apply, data.b, complex_pair=data.complex_pair)
+        super().__init__(apply, data.b, (data.fourier,))
         self.data, self.weight = data, weight
         self.pixels = means.kernels[0].numel()
 
@@ -364,7 +364,7 @@ class SynthesisProblem:
 
     def _divide(self, inverse: Tensor, v: Tensor) -> Tensor:
         """Multiplies the Fourier transform of ``v``."""
-        return convolve(inverse, v, complex_pair=self.data.complex_pair)
+        return convolve(inverse, v, self.data.fourier)
 
     # -- derivative --------------------------------------------------------------
 

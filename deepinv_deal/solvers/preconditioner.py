@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +31,71 @@ LEAST_GAIN = 1.3
 FLOOR = 1e-6
 
 
-def probe(like: Tensor, seed: int, *, complex_pair: bool = False) -> Tensor:
+@dataclass(frozen=True)
+class Fourier:
+    """
+    The Fourier transform of unknowns ``(B, C, H, W)``: what a convolution acts on.
+
+    :param bool complex_pair: the first half of the channels are the real, the second
+        the imaginary part of complex images, whose spectrum is meant.
+    :param int depth: so many slices are one volume, and are transformed along the third
+        axis, too, as the most significant one of the channels; 0: every channel by
+        itself.
+    """
+
+    complex_pair: bool = False
+    depth: int = 0
+
+    def spectrum(self, x: Tensor) -> Tensor:
+        """Returns the spectrum ``(B, C or C / 2, H, W)`` of an unknown."""
+        if self.complex_pair:
+            x = torch.complex(*x.chunk(2, 1))
+        if not self.depth:
+            return torch.fft.fft2(x)
+        return torch.fft.fftn(x.unflatten(1, (self.depth, -1)), dim=_VOLUME).flatten(
+            1, 2
+        )
+
+    def inverse(self, spectrum: Tensor) -> Tensor:
+        """Inverts :meth:`spectrum`."""
+        if self.depth:
+            spectrum = spectrum.unflatten(1, (self.depth, -1))
+            x = torch.fft.ifftn(spectrum, dim=_VOLUME).flatten(1, 2)
+        else:
+            x = torch.fft.ifft2(spectrum)
+        return (
+            torch.cat([x.real, x.imag], 1) if self.complex_pair else x.real.contiguous()
+        )
+
+    def real_spectrum(self, x: Tensor) -> Tensor:
+        """Returns numbers in place of a spectrum: one half of those of a pair."""
+        return x.chunk(2, 1)[0] if self.complex_pair else x
+
+    def points(self, like: Tensor) -> int:
+        """Returns how many numbers are transformed together."""
+        return max(1, self.depth) * like[0, 0].numel()
+
+    def symmetrized(self, values: Tensor) -> Tensor:
+        """Returns the closest eigenvalues that an operator on unknowns can have."""
+        if self.complex_pair:
+            return values
+        # Real operators have real, hence symmetric, kernels.
+        if not self.depth:
+            mirrored = values.flip(-2, -1).roll((1, 1), (-2, -1))
+            return 0.5 * (values + mirrored)
+        volume = values.unflatten(1, (self.depth, -1))
+        mirrored = volume.flip(_VOLUME).roll((1, 1, 1), _VOLUME).flatten(1, 2)
+        return 0.5 * (values + mirrored)
+
+
+#: Axes of a volume in ``(B, D, C, H, W)``.
+_VOLUME = (1, 3, 4)
+
+#: The transform of images.
+PLANE = Fourier()
+
+
+def probe(like: Tensor, seed: int, fourier: Fourier = PLANE) -> Tensor:
     """
     Returns a random image with a flat spectrum, the same for every sample.
 
@@ -38,32 +103,17 @@ def probe(like: Tensor, seed: int, *, complex_pair: bool = False) -> Tensor:
 
     :param torch.Tensor like: images ``(B, C, H, W)``; their values do not matter.
     :param int seed: number of the probe.
-    :param bool complex_pair: whether the two channels are real and imaginary part.
+    :param Fourier fourier: the transform.
     """
     rng = torch.Generator().manual_seed(seed)
-    noise = torch.randn(like.shape[1:], generator=rng, dtype=like.dtype, device="cpu")[
-        None
-    ]
-    spectrum = to_fourier(noise, complex_pair)
-    flat = from_fourier(spectrum / spectrum.abs(), noise, complex_pair)
-    return math.sqrt(like[0, 0].numel()) * flat.to(like.device).expand_as(like)
-
-
-def to_fourier(x: Tensor, complex_pair: bool) -> Tensor:
-    """
-    Returns the spectrum of every channel, or of the complex image of a channel pair.
-    """
-    return torch.fft.fft2(torch.complex(x[:, :1], x[:, 1:]) if complex_pair else x)
-
-
-def from_fourier(spectrum: Tensor, like: Tensor, complex_pair: bool) -> Tensor:
-    """Inverts :func:`to_fourier` for real images shaped ``like``."""
-    x = torch.fft.ifft2(spectrum, s=like.shape[-2:])
-    return torch.cat([x.real, x.imag], 1) if complex_pair else x.real.contiguous()
+    noise = torch.randn(like.shape[1:], generator=rng, dtype=like.dtype, device="cpu")
+    spectrum = fourier.spectrum(noise[None])
+    flat = fourier.inverse(spectrum / spectrum.abs())
+    return math.sqrt(fourier.points(like)) * flat.to(like.device).expand_as(like)
 
 
 def transfer_function(
-    H: LinearMap, like: Tensor, *, complex_pair: bool = False
+    H: LinearMap, like: Tensor, fourier: Fourier = PLANE
 ) -> tuple[Tensor, Tensor]:
     r"""
     Estimates the circulant operator closest to :math:`H`.
@@ -74,16 +124,14 @@ def transfer_function(
 
     :param Callable H: symmetric positive semi-definite operator on images.
     :param torch.Tensor like: images ``(B, C, H, W)``; their values do not matter.
-    :param bool complex_pair: whether the two channels are real and imaginary part.
+    :param Fourier fourier: the transform.
     :return: eigenvalues ``(B, C, H, W)``, with one channel for a complex pair, and the
         relative error ``(B,)`` with which they predict the action of :math:`H`.
     """
     estimates, outputs = [], []
     for seed in range(PROBES):
-        v = probe(like, seed, complex_pair=complex_pair)
-        image = H(v)
-        spectrum = to_fourier(v, complex_pair)
-        output = to_fourier(image, complex_pair)
+        v = probe(like, seed, fourier)
+        spectrum, output = fourier.spectrum(v), fourier.spectrum(H(v))
         estimates.append((spectrum.conj() * output).real / spectrum.abs().square())
         outputs.append((spectrum, output))
         # An estimate from one image reproduces that image whatever the operator is. The
@@ -91,9 +139,7 @@ def transfer_function(
         if seed not in (1, PROBES - 1):
             continue
         values = torch.stack(estimates).mean(0).clamp_min(0)
-        if not complex_pair:  # real operators have real, hence symmetric, kernels
-            mirrored = values.flip(-2, -1).roll((1, 1), (-2, -1))
-            values = 0.5 * (values + mirrored)
+        values = fourier.symmetrized(values)
         misfit = _misfit(values, outputs)
         if faithful(misfit).all():
             break
@@ -105,16 +151,16 @@ def faithful(misfit: Tensor) -> Tensor:
     return misfit < ROUNDING * torch.finfo(misfit.dtype).eps
 
 
-def convolve(values: Tensor, x: Tensor, *, complex_pair: bool = False) -> Tensor:
+def convolve(values: Tensor, x: Tensor, fourier: Fourier = PLANE) -> Tensor:
     """
     Applies the circular convolution with given eigenvalues to images.
 
     :param torch.Tensor values: eigenvalues, ``(B, C, H, W)`` or a shape that expands to
         it, with one channel for a complex pair.
     :param torch.Tensor x: images ``(B, C, H, W)``.
-    :param bool complex_pair: whether the two channels are real and imaginary part.
+    :param Fourier fourier: the transform.
     """
-    return from_fourier(values * to_fourier(x, complex_pair), x, complex_pair)
+    return fourier.inverse(values * fourier.spectrum(x))
 
 
 def diagonal(H: LinearMap, like: Tensor) -> tuple[Tensor, Tensor]:
