@@ -116,6 +116,8 @@ class NormalOperator:
             mean = mean.unflatten(1, (self.fourier.depth, -1))
             mean = mean.mean(1, keepdim=True).expand_as(mean).flatten(1, 2)
         misfit = norm(values - mean) / norm(values)
+        if self.fourier.complex_pair:
+            mean = torch.cat([mean, mean], 1)
         return mean.expand_as(self.like), misfit.nan_to_num(0)
 
     @cached_property
