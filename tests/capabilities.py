@@ -149,6 +149,30 @@ def takes_complex_numbers(name):
     torch.testing.assert_close(torch.cat([x.real, x.imag], 1), pairs)
 
 
+def volume(channels=1):
+    return torch.stack([images(1, channels, 7, 8, seed=i) for i in range(6)], 2)
+
+
+def takes_volumes(name):
+    y = volume(2)
+    for slices in ("depth", "height", "width"):
+        x = make(name, slices=slices)(y, sigma=SIGMA)
+        assert x.shape == y.shape and other(x, y)
+
+
+def takes_all_orientations(name):
+    kernel = torch.rand(1, 1, 3, 3, 3, generator=generator(), dtype=DOUBLE)
+    physics = dinv.physics.Blur(kernel / kernel.sum(), padding="circular")
+    y = physics.A(volume())
+    x, plane = (
+        make(name, slices=slices, lambda_reg=LAMBDA, max_iter=20, warn=False)(
+            y, physics
+        )
+        for slices in ("mean", "depth")
+    )
+    assert x.shape == y.shape and other(x, plane)
+
+
 def starts_anywhere(name):
     physics = inpainting()
     y = physics.A(data())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -108,8 +109,8 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def dense(operator: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
-    """The matrix of a linear map on images of shape ``(C, H, W)``."""
-    n = shape[0] * shape[1] * shape[2]
+    """The matrix of a linear map on images or volumes of shape ``(C, ...)``."""
+    n = math.prod(shape)
     basis = torch.eye(n, dtype=DOUBLE).view(n, *shape)
     return operator(basis).reshape(n, -1).T
 

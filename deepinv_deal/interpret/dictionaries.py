@@ -22,7 +22,6 @@ from deepinv_deal.models import SynthesisInfo
 from deepinv_deal.operators import PatchConv
 from deepinv_deal.operators.patches import PatchFrame
 from deepinv_deal.problems import operator_term
-from deepinv_deal.problems.synthesis import patch_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,8 +165,7 @@ def decompose(model: Any, x_hat: Tensor, info: SynthesisInfo) -> Decomposition:
         lambda_reg=info.lambda_reg,
     )
     free = problem.frame.free_features
-    n = free.patch_size
-    count: Tensor | float = n * n if free.circular else patch_count(x_hat, n)
+    count = free.coverage(x_hat)
     scale = expand(info.beta, x_hat) * count
     smooth = free.adjoint(free(x_hat)) / count
     penalised = problem.features_adjoint(problem.features(x_hat)) / scale
@@ -199,6 +197,12 @@ def _checked(info: SynthesisInfo) -> SynthesisInfo:
 
 def _by_atom(info: SynthesisInfo, num_atoms: int) -> Tensor:
     """The coefficients as ``(B, C, p, H', W')``."""
+    a = _checked(info).coefficients
+    if a.shape[2:] == (1, 1):
+        raise ValueError(
+            "info is that of slices='mean', whose coefficients belong to slices of "
+            "three orientations. Give that of another setting of slices."
+        )
     return _checked(info).coefficients.unflatten(1, (-1, num_atoms))
 
 

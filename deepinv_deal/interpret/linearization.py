@@ -83,6 +83,11 @@ def linearize(
                 "systems. Linearise a model without."
             )
         b = problem.data.b
+        if problem.data.slices is not None:
+            raise ValueError(
+                f"y makes a volume, {tuple(problem.data.layout.shape)}, and vectors "
+                "here are images. Examine its slices one by one."
+            )
         if len(b) != 1:
             raise ValueError(
                 f"y must hold one sample, got {len(b)} (shape {tuple(b.shape)}). "

@@ -80,7 +80,8 @@ def masked_responses(
     if x.ndim != 4 or x.shape[1] != prior.in_channels:
         raise ValueError(
             f"x must be images (B, {prior.in_channels}, H, W), got shape "
-            f"{tuple(x.shape)}."
+            f"{tuple(x.shape)}. Of a volume give slices; info.mask of a "
+            "reconstruction holds its masks."
         )
     if isinstance(prior, AttentiveL1Prior):
         bound = prior.bind()

@@ -86,10 +86,10 @@ def solution_path(
 
     def record(iterate: Tensor) -> None:
         image = problem.image(equation.image(iterate))
-        mask = equation.mask(iterate)
+        stacks = equation.regularizer.masks(equation.mask(iterate))
         images.append(image)
         # Real and imaginary part have masks of their own.
-        masks.append(mask.reshape(len(image), -1, *mask.shape[2:]).mean(1, True))
+        masks.append(problem.data.layout.features(stacks).mean(1, True))
 
     record(x)
     # The iterates of T itself: no damping, no extrapolation, no tolerance.

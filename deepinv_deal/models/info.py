@@ -138,7 +138,9 @@ class SynthesisInfo(ReconstructionInfo):
     :param torch.Tensor coefficients: the coefficients :math:`a` at the solution,
         ``(B, C p, H', W')``, in the scaling of
         :class:`~deepinv_deal.priors.SmoothPlusSparsePrior`: :math:`\sqrt{\beta}` times
-        those of :class:`~deepinv_deal.priors.PatchSynthesisPrior`.
+        those of :class:`~deepinv_deal.priors.PatchSynthesisPrior`. Of volumes with
+        ``slices="mean"``, :math:`3^{-1/2}` times those of all patches of the three
+        stacks of slices in a row, ``(B, K, 1, 1)``.
     :param torch.Tensor objective: value of the energy, data term up to
         :math:`\tfrac12 \|y\|^2`, ``(B,)``.
     """

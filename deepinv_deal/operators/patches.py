@@ -2,14 +2,16 @@ r"""Patches as convolutions, and dictionaries of patches with their constraints.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepinv_deal.operators.multi_conv import Convolution, wrapped
+from deepinv_deal.operators.slices import Slices
 
 Boundary = Literal["circular", "valid"]
 BOUNDARIES: tuple[str, ...] = ("circular", "valid")
@@ -69,6 +71,16 @@ class PatchConv:
             pad = (self.after, self.before, self.after, self.before)
             z = F.pad(z, pad, mode="circular")
         return self.adjoint_conv(z)[:, 0].unflatten(0, (batch, -1))
+
+    def positions(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the numbers of positions, rows and columns, in an image."""
+        lost = 0 if self.circular else self.patch_size - 1
+        return height - lost, width - lost
+
+    def coverage(self, x: Tensor) -> Tensor | float:
+        """Returns how many patches cover each pixel of images ``x``, ``(H, W)``."""
+        n = self.patch_size
+        return n * n if self.circular else patch_count(x, n)
 
     def spectrum(self, height: int, width: int, metric: Tensor | None = None) -> Tensor:
         r"""
@@ -133,17 +145,164 @@ class PatchFrame:
 
     def synthesis(self, a: Tensor) -> Tensor:  # (B, C p, H', W') -> (B, C m, H', W')
         r"""Returns :math:`C^{\top} a_k`, the patches in the basis :math:`U`."""
-        return channel_map(self.C.T, a)
+        return self.map(self.C.T, a)
 
     def analysis(self, f: Tensor) -> Tensor:  # (B, C m, H', W') -> (B, C p, H', W')
         r"""Returns :math:`C f_k`, the adjoint of :meth:`synthesis`."""
-        return channel_map(self.C, f)
+        return self.map(self.C, f)
+
+    def map(self, matrix: Tensor, z: Tensor) -> Tensor:
+        """Multiplies what belongs to every patch, J numbers, by a matrix ``(I, J)``."""
+        return channel_map(matrix, z)
+
+    def unpack(self, z: Tensor, number: int) -> list[Tensor]:
+        """Returns what belongs to the patches image by image, ``(n, J, H', W')``."""
+        return [z.unflatten(1, (-1, number)).flatten(0, 1)]
+
+    def pack(self, parts: list[Tensor], batch: int) -> Tensor:
+        """Inverts :meth:`unpack`."""
+        return parts[0].unflatten(0, (batch, -1)).flatten(1, 2)
+
+    def zero_coefficients(self, x: Tensor) -> Tensor:
+        """Returns a = 0 for images ``(B, C, H, W)``, shape ``(B, C p, H', W')``."""
+        positions = self.features.positions(*x.shape[2:])
+        return x.new_zeros(len(x), x.shape[1] * len(self.C), *positions)
+
+
+class SlicedPatchConv:
+    r"""
+    :class:`PatchConv` on the slices of all three orientations of a volume.
+
+    :math:`W S_o / \sqrt 3` for :math:`o = 1, 2, 3`, so that :math:`W^{\top} W` is the
+    mean. Features are one vector per volume, ``(B, K, 1, 1)``: of the first stack of
+    slices, then those of the others, see :class:`Slices`.
+
+    :param PatchConv conv: the patches of an image.
+    :param Slices slices: the slices.
+    :param tuple size: depth, height and width of a volume.
+    """
+
+    def __init__(self, conv: PatchConv, slices: Slices, size: tuple[int, int, int]):
+        self.conv, self.slices, self.size = conv, slices, size
+        self.kernels, self.patch_size = conv.kernels, conv.patch_size
+        self.circular, self.boundary = conv.circular, conv.boundary
+        depth, height, width = size
+        #: Number and size of the slices of every orientation.
+        self.stacks = (
+            (depth, (height, width)),
+            (height, (depth, width)),
+            (width, (depth, height)),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:  # (B, P D, H, W) -> (B, K, 1, 1)
+        """Applies :math:`W`."""
+        features = [self.conv(stack) for stack in self.slices.stacks(x)]
+        return 3**-0.5 * self.pack(features, len(x))
+
+    def adjoint(self, z: Tensor) -> Tensor:  # (B, K, 1, 1) -> (B, P D, H, W)
+        r"""Applies :math:`W^{\top}`."""
+        parts = self.unpack(z, len(self.kernels))
+        stacks = [self.conv.adjoint(part) for part in parts]
+        return 3**-0.5 * self.slices.unknown(stacks, len(z))
+
+    def pack(self, parts: list[Tensor], batch: int) -> Tensor:
+        """Makes one vector of what belongs to the patches, ``(n, J, H', W')`` each."""
+        return torch.cat([f.reshape(batch, -1) for f in parts], 1)[..., None, None]
+
+    def unpack(self, z: Tensor, number: int) -> list[Tensor]:
+        """Inverts :meth:`pack` for J = ``number``."""
+        shapes = [(n, number, *self.conv.positions(*plane)) for n, plane in self.stacks]
+        lengths = [math.prod(shape) for shape in shapes]
+        parts = z.shape[1] // sum(lengths)  # real and imaginary part
+        pieces = z.flatten(1).split([parts * length for length in lengths], 1)
+        return [
+            piece.reshape(-1, *shape[1:])
+            for piece, shape in zip(pieces, shapes, strict=True)
+        ]
+
+    def coverage(self, x: Tensor) -> Tensor | float:
+        """Returns how many patches cover each voxel on average, ``(P D, H, W)``."""
+        if self.circular:
+            return self.conv.coverage(x)
+        one = x.new_ones(())
+        counts = [
+            patch_count(one.expand(plane), self.patch_size) for _, plane in self.stacks
+        ]
+        mean = (counts[0] + counts[1][:, None] + counts[2][..., None]) / 3
+        return mean.repeat(x.shape[1] // self.size[0], 1, 1)
+
+    def spectrum(self, height: int, width: int, metric: Tensor | None = None) -> Tensor:
+        """See :meth:`PatchConv.spectrum`: the mean, ``(D, height, width)``."""
+        depth = self.size[0]
+        planes = ((height, width), (depth, width), (depth, height))
+        spectra = [self.conv.spectrum(*plane, metric) for plane in planes]
+        return (spectra[0] + spectra[1][:, None] + spectra[2][..., None]) / 3
+
+
+@dataclass(frozen=True)
+class SlicedPatchFrame(PatchFrame):
+    """
+    The dictionary on the slices of all three orientations of a volume.
+
+    Features and coefficients are one vector per volume, see :class:`SlicedPatchConv`.
+    """
+
+    features: Any
+
+    @classmethod
+    def of(
+        cls, frame: PatchFrame, slices: Slices, size: tuple[int, int, int]
+    ) -> SlicedPatchFrame:
+        """
+        Returns the dictionary for volumes.
+
+        :param PatchFrame frame: the dictionary for images.
+        :param Slices slices: the slices.
+        :param tuple size: depth, height and width of a volume.
+        """
+        features = SlicedPatchConv(frame.features, slices, size)
+        return cls(features, frame.C, frame.free)
+
+    @property
+    def free_features(self) -> Any:
+        """The filters ``free`` on all slices."""
+        n, features = self.features.patch_size, self.features
+        conv = PatchConv(self.free.unflatten(1, (n, n)), features.boundary)
+        return SlicedPatchConv(conv, features.slices, features.size)
+
+    def map(self, matrix: Tensor, z: Tensor) -> Tensor:
+        """Multiplies what belongs to every patch, J numbers, by a matrix ``(I, J)``."""
+        parts = self.unpack(z, matrix.shape[1])
+        return self.pack([channel_map(matrix, part) for part in parts], len(z))
+
+    def unpack(self, z: Tensor, number: int) -> list[Tensor]:
+        """Returns what belongs to the patches slice by slice, ``(n, J, H', W')``."""
+        return self.features.unpack(z, number)
+
+    def pack(self, parts: list[Tensor], batch: int) -> Tensor:
+        """Inverts :meth:`unpack`."""
+        return self.features.pack(parts, batch)
+
+    def zero_coefficients(self, x: Tensor) -> Tensor:
+        """Returns a = 0 for volumes, ``(B, K, 1, 1)``."""
+        with torch.no_grad():
+            return torch.zeros_like(self.analysis(self.features(x)))
 
 
 def channel_map(matrix: Tensor, z: Tensor) -> Tensor:
     """Multiplies every J channels of ``z (B, C J, H, W)`` by a matrix ``(I, J)``."""
     grouped = z.unflatten(1, (-1, matrix.shape[1])).flatten(3)
     return (matrix @ grouped).flatten(1, 2).unflatten(2, z.shape[2:])
+
+
+def patch_count(x: Tensor, n: int) -> Tensor:
+    """Returns how many n x n patches inside the image cover each pixel, ``(H, W)``."""
+    counts = []
+    for size in x.shape[-2:]:
+        i = torch.arange(size, device=x.device, dtype=x.dtype)
+        count = torch.minimum(i + 1, size - i).clamp(max=min(n, size - n + 1))
+        counts.append(count)
+    return counts[0][:, None] * counts[1]
 
 
 class PatchDictionary(nn.Module):

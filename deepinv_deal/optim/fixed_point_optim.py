@@ -12,9 +12,11 @@ from deepinv.optim.data_fidelity import L2, DataFidelity
 from deepinv.optim.prior import Prior
 from torch import Tensor
 
+from deepinv_deal.operators.slices import SLICE_MODES, SliceMode
 from deepinv_deal.optim.metrics import IterationMetrics
 from deepinv_deal.priors import PatchPrior
 from deepinv_deal.problems import AttentiveEquation, DataTerm, SolverOptions
+from deepinv_deal.problems.checks import check_choice
 from deepinv_deal.problems.options import DEFAULT_RTOL
 from deepinv_deal.problems.quadratic import FrozenSystem
 from deepinv_deal.solvers import (
@@ -41,15 +43,19 @@ class FrozenIteration(OptimIterator):
     :param float rtol: relative accuracy of the inner solve.
     :param SolverOptions solver: how the frozen problems are solved. This iteration
         itself is in the precision of the weights, whatever its ``inner_dtype``.
+    :param str slices: which slices of a volume are regularized, see
+        :class:`deepinv_deal.models.ReconstructionModel`.
     """
 
     def __init__(
         self,
         rtol: float = 1e-6,
         solver: str | SolverOptions = SolverOptions(preconditioner="none"),  # noqa: B008
+        slices: SliceMode = "depth",
     ):
         super().__init__(has_cost=False)
-        self.rtol, self.solver = rtol, SolverOptions.of(solver)
+        check_choice("slices", slices, SLICE_MODES)
+        self.rtol, self.solver, self.slices = rtol, SolverOptions.of(solver), slices
 
     def equation(
         self,
@@ -89,7 +95,12 @@ class FrozenIteration(OptimIterator):
         weights = chain(prior.parameters(), prior.buffers())
         reference = next(weights, None)
         data = DataTerm.of(
-            y, physics, reference, in_channels=prior.in_channels, trial=trial
+            y,
+            physics,
+            reference,
+            in_channels=prior.in_channels,
+            slices=self.slices,
+            trial=trial,
         )
         if data_fidelity.norm != 1 and isinstance(prior, PatchPrior):
             raise ValueError(
@@ -121,10 +132,10 @@ class FrozenIteration(OptimIterator):
         """
         Returns ``{"est": (T(x), T(x)), "cost": None}`` for ``X = {"est": (x, ...)}``.
         """
-        x = X["est"][0]
         equation = self.equation(
             cur_data_fidelity, cur_prior, cur_params, y, physics, trial=False
         )
+        x = equation.data.layout.extract(X["est"][0])
         if not isinstance(equation, AttentiveEquation):
             raise TypeError(
                 f"FrozenIteration runs quadratic priors, got {type(cur_prior).__name__}"
@@ -148,7 +159,8 @@ class FrozenIteration(OptimIterator):
                     return answer.x
 
                 z = implicit_solution(z, residual, solve_adjoint)
-        return {"est": (z, z), "cost": None}
+        image = equation.data.image(z)
+        return {"est": (image, image), "cost": None}
 
     def _report(self, result: SolverResult) -> None:
         advice = "Raise inner_max_iter, or relax rtol."
@@ -183,6 +195,8 @@ class FixedPointOptim(BaseOptim):
     :param float rtol: tolerance of the solver, for attentive priors on the imbalance of
         forces; ``None``: what suits the equation.
     :param str, SolverOptions solver: name of a method, or all settings of the solver.
+    :param str slices: which slices of a volume are regularized, see
+        :class:`deepinv_deal.models.ReconstructionModel`.
     :param deepinv.optim.DEQConfig DEQ: settings of the backward pass in deepinv's
         words: ``jacobian_free``, ``eps_backward`` (tolerance), ``max_iter_backward``,
         ``anderson_acceleration_backward`` and ``history_size_backward``; ``None``:
@@ -206,6 +220,7 @@ class FixedPointOptim(BaseOptim):
         max_iter: int = 100,
         rtol: float | None = None,
         solver: str | SolverOptions = "auto",
+        slices: SliceMode = "depth",
         DEQ: DEQConfig | None = None,
         trainable_params: list[str] | None = None,
         custom_init: Callable[..., Any] | None = None,
@@ -227,7 +242,7 @@ class FixedPointOptim(BaseOptim):
                     f"from: give {name.replace('g_param', 'sigma')}."
                 )
         super().__init__(
-            FrozenIteration(solver=solver),
+            FrozenIteration(solver=solver, slices=slices),
             # One-element lists: a tensor is one value (or one per sample), not a
             # schedule.
             params_algo={"lambda": [lambda_reg], "g_param": [sigma], "stepsize": [1.0]},
@@ -319,14 +334,20 @@ class FixedPointOptim(BaseOptim):
         """
         equation = self.equation(y, physics, **kwargs)
         start = equation.start(self._initial_image(equation, y, physics, init))
-        metrics = None
+        data, metrics = equation.data, None
+
+        def seen(unknown: Tensor) -> Tensor:
+            return data.channels(equation.image(unknown))
+
         if compute_metrics:
-            first = equation.image(start.detach())
+            first = seen(start.detach())
+            if x_gt is not None:
+                x_gt = data.channels(data.unknown("x_gt", x_gt))
             metrics = IterationMetrics(first, x_gt, self.custom_metrics)
 
         def observe(_k: int, before: Tensor, after: Tensor) -> None:
             assert metrics is not None
-            metrics.observe(equation.image(before), equation.image(after))
+            metrics.observe(seen(before), seen(after))
 
         unknown, result = equation.solve(
             start,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepinv_deal._batch import as_batch, inner
 from deepinv_deal.operators import PatchDictionary
-from deepinv_deal.operators.patches import Boundary
+from deepinv_deal.operators.patches import Boundary, SlicedPatchFrame
 from deepinv_deal.priors.config import Configurable
 from deepinv_deal.problems.bounds import Bounds
 from deepinv_deal.problems.data_term import DataTerm, operator_term
@@ -21,6 +21,7 @@ from deepinv_deal.problems.penalties import (
     GroupPenalty,
     L1Penalty,
     Penalty,
+    SlicedPenalty,
     WeaklyConvexPenalty,
 )
 from deepinv_deal.problems.synthesis import SynthesisProblem, with_means
@@ -129,22 +130,40 @@ class PatchPrior(Prior, Configurable):
             prior's own if ``None``.
         :raises ValueError: if the image is smaller than a patch.
         """
-        batch, channels, height, width = data.b.shape
-        n = self.dictionary.patch_size
-        if min(height, width) < n:
+        batch, channels, *size = data.b.shape
+        n, slices = self.dictionary.patch_size, data.slices
+        mean = slices is not None and slices.mean
+        if slices is not None and slices.mean:
+            size = [slices.depth, *size]
+        if min(size) < n:
             raise ValueError(
-                f"Images must be at least as large as a patch, {n} x {n}, got "
-                f"{height} x {width}."
+                f"{'Volumes' if mean else 'Images'} must be at least as large as a "
+                f"patch, {n} x {n}, got {' x '.join(map(str, size))}."
             )
         if beta is None:
             beta = self.beta.expand(batch)
         if lambda_reg is None:
             lambda_reg = self.lambda_reg.expand(batch)
         frame = self.dictionary.frame()
+        frame = replace(frame, C=self.gain * frame.C)
+        penalty: Penalty
+        if slices is not None and slices.mean:
+            depth, height, width = size
+            frame = SlicedPatchFrame.of(frame, slices, (depth, height, width))
+            repeats = [channels // depth * n for n in size]  # slices of a sample
+            parts = [
+                self.penalty(
+                    beta.repeat_interleave(k), lambda_reg.repeat_interleave(k), 1
+                )
+                for k in repeats
+            ]
+            penalty = SlicedPenalty(tuple(parts), frame)
+        else:
+            penalty = self.penalty(beta, lambda_reg, channels)
         return SynthesisProblem(
             data,
-            replace(frame, C=self.gain * frame.C),
-            self.penalty(beta, lambda_reg, channels),
+            frame,
+            penalty,
             beta,
             cg_rtol=1e-6 if data.b.dtype == torch.float32 else 1e-12,
         )

@@ -3,7 +3,7 @@ r"""Sparsity penalties of coefficients: proximal map, value, and its derivative.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -74,6 +74,52 @@ class L1Penalty:
         """Returns powers of the derivative of ``prox``: the support."""
         active = (v.abs() > self.threshold).to(v.dtype)
         return lambda e, _power: active * e
+
+
+@dataclass(frozen=True)
+class SlicedPenalty:
+    r"""
+    The mean of a penalty over the patches of all three orientations of a volume.
+
+    :math:`R(a) = \tfrac13 \sum_o R_o(\sqrt 3\, a_o)` for coefficients of
+    :class:`~deepinv_deal.operators.patches.SlicedPatchFrame`.
+
+    :param tuple parts: the penalty of every orientation, of ``(n, p, H', W')``.
+    :param PatchFrame frame: the dictionary.
+    """
+
+    parts: tuple[Any, ...]
+    frame: Any
+
+    @property
+    def weak_convexity(self) -> float:
+        """That of its parts."""
+        return self.parts[0].weak_convexity
+
+    def _unpacked(self, v: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        stacks = self.frame.unpack(3**0.5 * v, len(self.frame.C))
+        return zip(self.parts, stacks, strict=True)
+
+    def prox(self, v: Tensor, r: float = 1.0) -> Tensor:
+        r"""Returns :math:`\mathrm{prox}_{R/r}(v)`."""
+        parts = [R.prox(stack, r) for R, stack in self._unpacked(v)]
+        return 3**-0.5 * self.frame.pack(parts, len(v))
+
+    def value(self, a: Tensor) -> Tensor:
+        """Returns R(a), ``(B,)``."""
+        values = [R.value(s).view(len(a), -1).sum(1) for R, s in self._unpacked(a)]
+        return torch.stack(values).sum(0) / 3
+
+    def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
+        """Returns powers of the derivative of ``prox``."""
+        maps = [R.jacobian(stack) for R, stack in self._unpacked(v)]
+
+        def apply(e: Tensor, power: float) -> Tensor:
+            stacks = self.frame.unpack(e, len(self.frame.C))
+            parts = [S(s, power) for S, s in zip(maps, stacks, strict=True)]
+            return self.frame.pack(parts, len(e))
+
+        return apply
 
 
 @dataclass(frozen=True)

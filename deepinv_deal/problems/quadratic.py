@@ -89,7 +89,7 @@ class AttentiveQuadratic:
 
     def adjoint(self, w: Tensor, like: Tensor) -> Tensor:
         r"""Applies :math:`W^{\top}`, the adjoint of :meth:`analyse` on ``like``."""
-        return self.W.adjoint(w).view_as(like)
+        return self.W.adjoint(w).reshape(like.shape)
 
     def value(self, x: Tensor, mask: Tensor) -> Tensor:
         r"""Returns :math:`\tfrac{1}{2} \|m \odot W x\|^2` of every sample, ``(B,)``."""
@@ -160,7 +160,7 @@ class AttentiveQuadratic:
             blocked = BlockedNormal(self.W.kernels)
         if isinstance(squared_mask, ArrangedMask):
             assert blocked is not None
-            return blocked(split, squared_mask.blocks).view_as(x).to(x.dtype)
+            return blocked(split, squared_mask.blocks).reshape(x.shape).to(x.dtype)
 
         def normal(x: Tensor, squared_mask: Tensor) -> Tensor:
             if blocked is not None:
@@ -174,7 +174,7 @@ class AttentiveQuadratic:
         reach = 2 * self.W.reach
         return (
             in_row_blocks(normal, split, squared_mask, reach=reach, channels=channels)
-            .view_as(x)
+            .reshape(x.shape)
             .to(x.dtype)
         )
 

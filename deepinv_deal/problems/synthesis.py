@@ -2,6 +2,7 @@ r"""The joint problem of image and coefficients, and its derivative."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from deepinv_deal._batch import expand, inner
 from deepinv_deal.operators import PatchConv, PatchFrame
-from deepinv_deal.operators.patches import channel_map
+from deepinv_deal.operators.patches import SlicedPatchConv
 from deepinv_deal.operators.row_blocks import cache_bytes, in_row_blocks
 from deepinv_deal.problems.data_term import DataTerm, operator_term
 from deepinv_deal.problems.likelihood_term import LikelihoodTerm
@@ -51,7 +52,7 @@ class TiedMeans(NormalOperator):
     :param torch.Tensor weight: w per sample, ``(B,)``.
     """
 
-    def __init__(self, data: DataTerm, means: PatchConv, weight: Tensor):
+    def __init__(self, data: DataTerm, means: Any, weight: Tensor):
         def apply(x: Tensor) -> Tensor:
             return data.normal(x) + expand(weight, x) * means.adjoint(means(x))
 
@@ -83,7 +84,10 @@ def with_means(data: DataTerm, image: Tensor, n: int, weight: Tensor) -> DataTer
     :param int n: patch size, :math:`d = n^2`.
     :param torch.Tensor weight: w per sample, ``(B,)``.
     """
-    means = PatchConv(image.new_full((1, n, n), 1 / n), "valid")  # sqrt(d) M
+    means: Any = PatchConv(image.new_full((1, n, n), 1 / n), "valid")  # sqrt(d) M
+    slices = data.slices
+    if slices is not None and slices.mean:
+        means = SlicedPatchConv(means, slices, (slices.depth, *image.shape[2:]))
     tied = expand(weight, image) * means.adjoint(means(image))
     if isinstance(data, LikelihoodTerm):
         nothing = operator_term(torch.zeros_like(tied), torch.zeros_like)
@@ -145,11 +149,7 @@ class SynthesisProblem:
 
     def zero_coefficients(self) -> Tensor:
         """Returns a = 0, shape ``(B, C p, H', W')``."""
-        batch, channels, height, width = self.data.b.shape
-        n = self.frame.features.kernels.shape[-1]
-        shrink = 0 if self.frame.features.circular else n - 1
-        shape = (batch, channels * len(self.frame.C), height - shrink, width - shrink)
-        return self.data.b.new_zeros(shape)
+        return self.frame.zero_coefficients(self.data.b)
 
     def objective(self, x: Tensor, a: Tensor) -> Tensor:
         """Returns J(x, a) per sample, ``(B,)``."""
@@ -242,10 +242,10 @@ class SynthesisProblem:
         features = self.frame.features
         beta = expand(self.beta, x)
         if features.circular:
-            return beta * convolve(self._aggregation, x)
+            return beta * convolve(self._aggregation, x, self.data.fourier)
         # What is free is usually smaller than what is penalised.
         free = self.frame.free_features
-        return beta * (patch_count(x, free.patch_size) * x - free.adjoint(free(x)))
+        return beta * (free.coverage(x) * x - free.adjoint(free(x)))
 
     def image_solver(
         self, K: Tensor | None = None, shift: Tensor | None = None
@@ -277,7 +277,7 @@ class SynthesisProblem:
             if K is None:
                 coupled = self.aggregate(x)
             else:
-                coupled = self.features_adjoint(channel_map(K, self.features(x)))
+                coupled = self.features_adjoint(self.frame.map(K, self.features(x)))
             y = data.normal(x) + coupled
             return y if shift is None else y + expand(shift, x) * x
 
@@ -499,8 +499,11 @@ def _active_set_solver(equation: CoefficientEquation, S: Any) -> LinearSolve:
     # Only there to let redundant supports pass: it is at the level of rounding.
     ridge = 10 * torch.finfo(G.dtype).eps * gram.trace()
 
+    frame = equation.problem.frame
+
     def by_patch(v: Tensor) -> Tensor:  # (B, C p, H', W') -> (B C H' W', p)
-        return v.unflatten(1, (-1, len(G))).movedim(2, -1).flatten(0, -2)
+        parts = frame.unpack(v, len(G))
+        return torch.cat([part.movedim(1, -1).flatten(0, -2) for part in parts])
 
     def solve(v: Tensor, rtol: Tensor) -> SolverResult:
         active, rhs = by_patch(S(torch.ones_like(v), 1.0)), by_patch(v)
@@ -515,8 +518,10 @@ def _active_set_solver(equation: CoefficientEquation, S: Any) -> LinearSolve:
             values = used * rhs[patches].gather(1, atoms)
             values = torch.linalg.solve(matrix, values[..., None])[..., 0]
             e[patches[:, None], atoms] = values
-        shape = (len(v), -1, *v.shape[2:], len(G))
-        e = e.view(shape).movedim(-1, 2).flatten(1, 2)
+        shapes = [p.movedim(1, -1).shape for p in frame.unpack(v, len(G))]
+        parts = e.split([math.prod(shape[:-1]) for shape in shapes])
+        parts = [p.view(s).movedim(-1, 1) for p, s in zip(parts, shapes, strict=True)]
+        e = frame.pack(list(parts), len(v))
         w = v + e - equation.hessian(e)
         finite = torch.isfinite(w).flatten(1).all(1)
         status = torch.where(finite, Status.CONVERGED, Status.NON_FINITE)
@@ -539,13 +544,3 @@ def _in_cache(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
         block_bytes=cache_bytes(maps[0].device),
         multiple=GROUP_SIDE,
     )
-
-
-def patch_count(x: Tensor, n: int) -> Tensor:
-    """Returns how many n x n patches inside the image cover each pixel, ``(H, W)``."""
-    counts = []
-    for size in x.shape[-2:]:
-        i = torch.arange(size, device=x.device, dtype=x.dtype)
-        count = torch.minimum(i + 1, size - i).clamp(max=min(n, size - n + 1))
-        counts.append(count)
-    return counts[0][:, None] * counts[1]

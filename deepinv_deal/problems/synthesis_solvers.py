@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from deepinv_deal._batch import expand, joint_norm, norm
-from deepinv_deal.operators.patches import channel_map
 from deepinv_deal.operators.row_blocks import cache_bytes, row_blocks
 from deepinv_deal.problems.bounds import Bounds, clamp
 from deepinv_deal.problems.penalties import GROUP_SIDE
@@ -329,11 +328,12 @@ def joint_admm(
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         v = targets[0]
         Gv = problem.synthesis(v)
-        rhs = problem.data.b + problem.features_adjoint(channel_map(K, Gv))
+        rhs = problem.data.b + problem.features_adjoint(problem.frame.map(K, Gv))
         if rho is not None:
             rhs = rhs + expand(rho, x) * targets[1]
         image = solve(rhs, previous).x
-        a = v.add_(channel_map(correct, problem.features(image) - Gv))
+        misfit = problem.features(image) - Gv
+        a = v.add_(problem.frame.map(correct, misfit))
         return image, (a, image)[: len(targets)]
 
     def prox(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -423,7 +423,7 @@ def _code_by_fista(
 
 def _coder_by_admm(problem: SynthesisProblem, r: float) -> Callable[..., SolverResult]:
     """Returns the solver, with the matrices that all blocks of rows share."""
-    C, gram = problem.frame.C, problem._gram
+    C, gram, channel_map = problem.frame.C, problem._gram, problem.frame.map
     eye = torch.eye(len(gram), dtype=C.dtype, device=C.device)
     # The quadratic problem has the solution v + B (f - G^T v).
     B = C @ torch.linalg.inv(gram + r * eye)

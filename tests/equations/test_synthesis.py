@@ -17,11 +17,11 @@ from problems import images, relative_error
 
 from deepinv_deal._batch import inner
 from deepinv_deal.operators import PatchConv
+from deepinv_deal.operators.patches import patch_count
 from deepinv_deal.priors import PatchSynthesisPrior, SmoothPlusSparsePrior
 from deepinv_deal.problems import L1Penalty, operator_term
 from deepinv_deal.problems.synthesis import (
     CoefficientEquation,
-    patch_count,
     with_means,
 )
 from deepinv_deal.problems.synthesis_solvers import (

@@ -56,6 +56,8 @@ ROWS: dict[str, tuple[Callable[[str], None], Refusals]] = {
     "``scale`` as a number": (can.takes_a_scale, {}),
     '``complex_mode="real_imag"``, ``"real"``': (can.takes_complex_pairs, {}),
     "Complex numbers": (can.takes_complex_numbers, {}),
+    "Volumes and series, ``slices``": (can.takes_volumes, {}),
+    'Volumes with ``slices="mean"``': (can.takes_all_orientations, {}),
     "``init`` by name, image, function": (can.starts_anywhere, {}),
     "``x_gt``, ``compute_metrics``": (can.computes_metrics, {}),
     "``return_info``": (can.reports, {}),
