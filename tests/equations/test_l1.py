@@ -25,6 +25,7 @@ from deepinv_deal.solvers import (
     AdjointOptions,
     fixed_point,
 )
+from deepinv_deal.solvers.preconditioner import Fourier
 
 KINDS = [pytest.param(SAFIPrior, id="safi"), pytest.param(MMRPrior, id="mmr")]
 #: For what does not depend on where the mask comes from, and takes long.
@@ -241,7 +242,7 @@ def test_the_preconditioner_knows_circulant_physics(channels):
     with torch.no_grad():
         b, pair = H(x) + 0.1, channels == 2
         layout = ImageLayout.of(b, 1, "real_imag")
-        data = DataTerm(b, NormalOperator(H, b, complex_pair=pair), layout)
+        data = DataTerm(b, NormalOperator(H, b, (Fourier(pair),)), layout)
         equation = prior.equation(data, lambda_reg=1e-3)
         frozen = equation.freeze(equation.start(x))
         rho, rho_s = frozen.rho

@@ -6,12 +6,12 @@ from problems import DOUBLE, generator
 
 from deepinv_deal.solvers.preconditioner import (
     FLOOR,
+    Fourier,
     PreconditionedSolver,
     bounded,
     convolve,
     diagonal,
     probe,
-    to_fourier,
     transfer_function,
 )
 
@@ -19,7 +19,7 @@ SHAPE = (3, 2, 6, 7)
 
 
 def circular(symbol, complex_pair=False):
-    return lambda x: convolve(symbol, x, complex_pair=complex_pair)
+    return lambda x: convolve(symbol, x, Fourier(complex_pair))
 
 
 def symmetric_symbol(*shape, seed=0):
@@ -30,11 +30,12 @@ def symmetric_symbol(*shape, seed=0):
 
 @pytest.mark.parametrize("complex_pair", [False, True])
 def test_a_probe_has_a_flat_spectrum_and_is_the_same_for_all_samples(complex_pair):
-    v = probe(torch.empty(SHAPE, dtype=DOUBLE), 0, complex_pair=complex_pair)
-    size = to_fourier(v, complex_pair).abs()
+    fourier = Fourier(complex_pair)
+    v = probe(torch.empty(SHAPE, dtype=DOUBLE), 0, fourier)
+    size = fourier.spectrum(v).abs()
     torch.testing.assert_close(size, size[0, 0, 0, 0].expand_as(size))
     assert torch.equal(v[0], v[2])
-    assert not torch.equal(v, probe(v, 1, complex_pair=complex_pair))
+    assert not torch.equal(v, probe(v, 1, fourier))
 
 
 def test_a_circular_convolution_is_recognised_sample_by_sample():
@@ -49,7 +50,7 @@ def test_a_masked_fourier_transform_is_recognised():
     # Not symmetric: it acts on complex images only.
     mask = (torch.rand(3, 1, 6, 7, generator=generator()) < 0.5).double()
     values, misfit = transfer_function(
-        circular(mask, True), torch.empty(SHAPE).double(), complex_pair=True
+        circular(mask, True), torch.empty(SHAPE).double(), Fourier(True)
     )
     torch.testing.assert_close(values, mask)
     assert (misfit < 1e-12).all()
