@@ -14,8 +14,12 @@ from problems import (
 
 from deepinv_deal import SolverOptions
 from deepinv_deal.operators import MultiConv
-from deepinv_deal.problems import Preconditioning, operator_term
+from deepinv_deal.problems import AttentiveQuadratic, Preconditioning, operator_term
 from deepinv_deal.problems.options import PRECONDITIONERS
+
+
+def preconditioning(choice, data, weight, W):
+    return Preconditioning(choice, data, weight, AttentiveQuadratic(W, torch.ones_like))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def test_circulant_inverts_a_convolutional_system_exactly(filters, channels):
         return filters.adjoint(squared * filters(parts)).view_as(v)
 
     data = operator_term(x, blurred)
-    P = Preconditioning("circulant", data, weight, filters).at(squared)
+    P = preconditioning("circulant", data, weight, filters).at(squared)
     image = blurred(x) + weight.view(2, 1, 1, 1) * regularizer(x)
     assert relative_error(P(image), x) < 1e-10
 
@@ -72,8 +76,8 @@ def test_circulant_wraps_kernels_larger_than_the_image(filters):
     for size in ((12, 10), (6, 5)):
         b = torch.zeros(1, 1, *size, dtype=DOUBLE)
         weight = torch.ones(1, dtype=DOUBLE)
-        own = Preconditioning("circulant", operator_term(b, identity), weight, filters)
-        symbols.append(own._filter_symbol(squared.expand(1, 3, *size)))
+        own = preconditioning("circulant", operator_term(b, identity), weight, filters)
+        symbols.append(own.regularizer.symbol(squared.expand(1, 3, *size), 1))
     torch.testing.assert_close(symbols[0][..., ::2, ::2], symbols[1])
 
 
@@ -85,7 +89,7 @@ def test_diagonal_is_that_of_the_system(filters):
     weight = torch.tensor([2.0], dtype=DOUBLE)
     squared = torch.full((1, 3, 24, 24), 0.3, dtype=DOUBLE)
     data = operator_term(x, lambda v: mask * v)
-    P = Preconditioning("diagonal", data, weight, filters).at(squared)
+    P = preconditioning("diagonal", data, weight, filters).at(squared)
     entry = mask[..., 12, 12] + 2 * (filters.adjoint(squared * filters(x)) * x).sum()
     torch.testing.assert_close(1 / P(x)[..., 12, 12], entry)
 
@@ -97,7 +101,7 @@ def test_diagonal_is_that_of_the_system(filters):
 def test_auto_considers_what_fits(filters, H, circulant, kept):
     b = torch.zeros(2, 1, 12, 12, dtype=DOUBLE)
     weight = torch.ones(2, dtype=DOUBLE)
-    own = Preconditioning("auto", operator_term(b, H), weight, filters)
+    own = preconditioning("auto", operator_term(b, H), weight, filters)
     assert own.solver.candidates.tolist() == [kept, kept]
     if kept:
         assert (own.use_circulant == circulant).all()
@@ -121,7 +125,7 @@ def test_a_convolution_is_applied_by_its_fourier_transform(
         return blurred(v) + (name == "nearly a blur") * 1e-3 * (x > 0) * v
 
     data, weight = operator_term(x, H), torch.ones(2, dtype=dtype)
-    own = Preconditioning("auto", data, weight, filters.to(dtype))
+    own = preconditioning("auto", data, weight, filters.to(dtype))
     # Two random images tell a convolution; others take four, and four for the diagonal.
     assert len(calls) == (2 if name in ("blur", "identity") else 8)
     assert (own.H is not data.H) == replaced
@@ -132,7 +136,7 @@ def test_auto_prefers_the_diagonal_for_masks(filters):
     mask = torch.rand(2, 1, 12, 12, generator=generator(), dtype=DOUBLE).round()
     weight = torch.ones(2, dtype=DOUBLE)
     data = operator_term(mask, lambda x: mask * x)
-    own = Preconditioning("auto", data, weight, filters)
+    own = preconditioning("auto", data, weight, filters)
     assert own.solver.candidates.all() and not own.use_circulant.any()
 
 
@@ -151,7 +155,7 @@ def test_the_first_system_needs_few_iterations_if_masks_are_flat(filters, H):
                 squared * filters(v)
             )
 
-        own = Preconditioning(choice, operator_term(b, H), weight, filters)
+        own = preconditioning(choice, operator_term(b, H), weight, filters)
         for _ in range(n_solves):
             result = own.solve(A, b, rtol, 100, squared, everyone)
             assert result.converged.all()
@@ -178,7 +182,7 @@ def test_the_first_system_is_plain_where_the_model_is_not_exact(filters):
         return H(v) + 50 * filters.adjoint(squared * filters(v)) + 0.1 * v
 
     results = [
-        Preconditioning(choice, operator_term(mask, H), weight, filters).solve(
+        preconditioning(choice, operator_term(mask, H), weight, filters).solve(
             A, mask, 0.1 * weight, 100, squared, weight > 0
         )
         for choice in ("auto", "none", "circulant")
