@@ -1,6 +1,7 @@
 """The published protocols as code: images in, PSNR and SSIM out."""
 
 from deepinv_deal.evaluation.baselines import Adjoint, TotalVariation
+from deepinv_deal.evaluation.phantoms import shepp_logan_volume
 from deepinv_deal.evaluation.published import PUBLISHED, Published
 from deepinv_deal.evaluation.run import (
     Score,
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate",
     "make_kernel",
     "quality",
+    "shepp_logan_volume",
     "summarise",
     "tune_task",
     "write_csv",

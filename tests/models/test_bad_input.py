@@ -72,7 +72,12 @@ MEASUREMENTS = {
     "no dimension": (torch.tensor(1.0, dtype=DOUBLE), ValueError, r"y is empty|shape"),
     "rank 3": (image()[0], ValueError, r"\(B, C, H, W\).*\(1, 6, 7\)"),
     "rank 2": (image()[0, 0], ValueError, r"\(B, C, H, W\).*\(6, 7\)"),
-    "rank 5": (image()[None], ValueError, r"\(B, C, H, W\).*\(1, 2, 1, 6, 7\)"),
+    "rank 6": (image()[None, None], ValueError, r"\(B, C, D, H, W\).*\(1, 1, 2, 1,"),
+    "channels of a volume": (
+        torch.stack([image(2, 3, 6, 7)] * 2, 2),
+        ValueError,
+        r"in_channels=1.*3 channels",
+    ),
     "channels": (image(2, 3, 6, 7), ValueError, r"in_channels=1.*3 channels"),
     "many channels": (image(2, 4, 6, 7), ValueError, r"in_channels=1.*4 channels"),
     "nan": (with_value(math.nan), ValueError, r"y holds NaN"),

@@ -610,6 +610,7 @@ def test_every_argument_is_tested():
         "num_filters",
         "normalization",
         "complex_mode",  # test_mri_images
+        "slices",  # tests/models/test_volumes.py
         "adjoint",  # test_backward_settings
         "trainable_params",  # test_trainable_parameters
         "custom_metrics",  # test_metrics_are_those_of_base_optim

@@ -299,13 +299,6 @@ def test_a_non_linear_physics_class_is_refused():
         )
 
 
-def test_three_dimensional_images_are_refused():
-    physics = MRI(torch.ones(4, *SIZE), img_size=(4, *SIZE), three_d=True).to(DOUBLE)
-    y = torch.zeros(1, 2, 4, *SIZE, dtype=DOUBLE)
-    with pytest.raises(ValueError, match="three-dimensional images are not supported"):
-        random_model(PRIORS[1])(y, physics)
-
-
 def test_trying_out_a_physics_leaves_no_trace():
     physics = Blur(kernel(), padding="circular")
     y = physics.A(images(1, 1, *SIZE))
