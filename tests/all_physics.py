@@ -441,7 +441,10 @@ def prior_for(case: Case):
 def solve(case: Case, **settings: Any):
     """Returns physics, measurements, model, result and info of a case."""
     assert case.make is not None
-    physics, x = case.make(), case.image()
+    with warnings.catch_warnings():  # those of other packages
+        warnings.simplefilter("ignore")
+        physics = case.make()
+    x = case.image()
     y = physics.A(x)
     model = random_model(
         prior_for(case),

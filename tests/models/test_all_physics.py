@@ -69,11 +69,6 @@ def matrices(case, physics, y, model, x_hat):
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("case", SOLVED)
-@pytest.mark.filterwarnings(
-    "ignore::numpy.exceptions.RankWarning",
-    "ignore::DeprecationWarning",
-    "ignore:Samples will be rescaled:UserWarning",
-)
 def test_the_result_is_that_of_the_dense_problem(case):
     physics, y, model, x_hat, info = every.solve(case)
     assert info.converged.all() and x_hat.shape == (1, *case.shape)
