@@ -292,6 +292,19 @@ def test_a_wrong_normal_operator_is_not_used():
     assert relative_error(x_hat, model(right.A(x), right)) < 1e-8
 
 
+def test_a_normal_operator_that_fails_is_not_used():
+    class Failing(Blur):
+        def A_adjoint_A(self, x, **kwargs):
+            raise RuntimeError("sizes differ")
+
+    physics = Failing(kernel(), padding="circular")
+    x, model = images(1, 1, *SIZE), random_model(PRIORS[1])
+    x_hat, info = model(physics.A(x), physics, return_info=True)
+    assert "A_adjoint_A of Failing is not A_adjoint times A" in info.notes[0]
+    right = Blur(kernel(), padding="circular")
+    assert relative_error(x_hat, model(right.A(x), right)) < 1e-8
+
+
 def test_a_non_linear_physics_class_is_refused():
     with pytest.raises(TypeError, match="physics must be linear, got PhaseRetrieval"):
         random_model(PRIORS[1])(
