@@ -81,13 +81,13 @@ for name, image in found.items():
 
 images = {"truth": x, **found}
 figure, axes = plt.subplots(2, len(images), figsize=(2.2 * len(images), 3.9))
-for column, (name, image) in zip(axes.T, images.items()):
+for i, (name, image) in enumerate(images.items()):
     magnitude = torch.linalg.vector_norm(image[0], dim=0)
-    for axis, picture in zip(column, (magnitude[3], magnitude[:, n // 2])):
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=1, aspect="auto")
-        axis.set(xticks=[], yticks=[])
+    for k, picture in enumerate((magnitude[3], magnitude[:, n // 2])):
+        axes[k, i].imshow(picture, cmap="gray", vmin=0, vmax=1, aspect="auto")
+        axes[k, i].set(xticks=[], yticks=[])
     quality = "" if image is x else f"\n{psnr(image):.2f} dB"
-    column[0].set_title(name + quality, fontsize=9)
+    axes[0, i].set_title(name + quality, fontsize=9)
 axes[0, 0].set_ylabel("frame 3")
 axes[1, 0].set_ylabel("time, middle row")
 figure.tight_layout()

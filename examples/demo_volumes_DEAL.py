@@ -31,14 +31,14 @@ from deepinv_deal.evaluation import shepp_logan_volume
 x = shepp_logan_volume(16, 32, 32)
 
 
-def gaussian(*stds):
-    grids = torch.meshgrid(*[torch.arange(-3.0, 4)] * len(stds), indexing="ij")
-    kernel = torch.exp(-sum((g / s).square() for g, s in zip(grids, stds)) / 2)
+def gaussian(dimensions):
+    grids = torch.meshgrid(*[torch.arange(-3.0, 4)] * dimensions, indexing="ij")
+    kernel = torch.exp(-sum(grid.square() for grid in grids) / 2)
     return (kernel / kernel.sum())[None, None]
 
 
 noise = dinv.physics.GaussianNoise(0.01, torch.Generator().manual_seed(0))
-physics = dinv.physics.Blur(gaussian(1, 1, 1), padding="circular", noise_model=noise)
+physics = dinv.physics.Blur(gaussian(3), padding="circular", noise_model=noise)
 y = physics(x)
 
 # %%
@@ -56,7 +56,7 @@ def psnr(image):
 
 
 settings = {"lambda_reg": 0.3}
-in_plane = dinv.physics.Blur(gaussian(1, 1), padding="circular")
+in_plane = dinv.physics.Blur(gaussian(2), padding="circular")
 with torch.no_grad():
     slices = DEAL(scale=None)(y[0].transpose(0, 1), in_plane, **settings)
     found = {"slice by slice": slices.transpose(0, 1)[None]}
@@ -81,14 +81,14 @@ for name, image in {"blurred": y, **found}.items():
 
 images = {"truth": x, "blurred": y, **found}
 figure, axes = plt.subplots(3, len(images), figsize=(2.1 * len(images), 5.4))
-for column, (name, image) in zip(axes.T, images.items()):
+for i, (name, image) in enumerate(images.items()):
     sections = (image[0, 0, 8], image[0, 0, :, 12], image[0, 0, :, :, 19])
-    for axis, section in zip(column, sections):
-        axis.imshow(section, cmap="gray", vmin=0, vmax=1, aspect="auto")
-        axis.set(xticks=[], yticks=[])
+    for k, section in enumerate(sections):
+        axes[k, i].imshow(section, cmap="gray", vmin=0, vmax=1, aspect="auto")
+        axes[k, i].set(xticks=[], yticks=[])
     quality = "" if image is x else f"\n{psnr(image):.2f} dB"
-    column[0].set_title(name + quality, fontsize=9)
-for axis, name in zip(axes[:, 0], ("rows, columns", "depth, columns", "depth, rows")):
-    axis.set_ylabel(name, fontsize=9)
+    axes[0, i].set_title(name + quality, fontsize=9)
+for k, name in enumerate(("rows, columns", "depth, columns", "depth, rows")):
+    axes[k, 0].set_ylabel(name, fontsize=9)
 figure.tight_layout()
 plt.show()

@@ -89,7 +89,7 @@ def solution_path(
         stacks = equation.regularizer.masks(equation.mask(iterate))
         images.append(image)
         # Real and imaginary part have masks of their own.
-        masks.append(problem.data.layout.features(stacks).mean(1, True))
+        masks.append(problem.data.features(stacks).mean(1, True))
 
     record(x)
     # The iterates of T itself: no damping, no extrapolation, no tolerance.

@@ -474,7 +474,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
         def compute_mask() -> Tensor:
             with solver_precision(solution.device):
                 masks = equation.regularizer.masks(equation.mask(solution))
-            return problem.data.layout.features(masks)
+            return problem.data.features(masks)
 
         return self.info_type.of(
             result, compute_mask=compute_mask, **self._report(problem), **more

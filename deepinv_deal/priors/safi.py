@@ -470,4 +470,5 @@ class MMRPrior(AttentiveL1Prior):
         bound, slices = self.bind(), slices or Slices()
         potential = self.bind_mask(bound.nu)
         values = [potential.value(bound.W(stack)) for stack in slices.stacks(x)]
-        return sum(v.view(len(x), -1).sum(1) for v in values) / slices.number
+        each = torch.stack([v.view(len(x), -1).sum(1) for v in values])
+        return each.sum(0) / slices.number

@@ -306,6 +306,15 @@ class DataTerm:
         x = x if self.scale is None else x * expand(self.scale, x)
         return x if self.offset is None else x + expand(self.offset, x)
 
+    def features(self, stacks: list[Tensor]) -> Tensor:
+        """
+        Returns what filters make of the slices as images or volumes, ``(B, K, ...)``.
+
+        :param list stacks: features ``(n, N, h, w)`` of every stack of slices.
+        """
+        assert self.layout is not None
+        return self.layout.features(stacks)
+
     def unknown(self, name: str, image: object) -> Tensor:
         """
         Checks an image of the physics and turns it into an unknown.
