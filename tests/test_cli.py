@@ -19,6 +19,7 @@ from deepinv_deal.cli._options import load_class
 from deepinv_deal.evaluation import make_kernel
 from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask
 from deepinv_deal.priors import (
+    DEALPrior,
     MMRPrior,
     PatchSynthesisPrior,
     SAFIPrior,
@@ -535,6 +536,31 @@ class EdgeStopping(AttentiveQuadraticPrior):
         W, c = self.W.operator(), self.contrast + sigma[:, None, None, None]
         return AttentiveQuadratic(W, lambda x: 1 / (1 + (W(x) / c).square()))
 """
+
+
+def test_training_from_weights_takes_their_size_and_a_small_rate(
+    folder, tmp_path, capsys
+):
+    source, run = tmp_path / "three.safetensors", tmp_path / "run"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights_of.save(DEALPrior(num_filters=3), source)
+    train = ["train", "deal", "--data", folder, "--out", str(run), "--device", "cpu"]
+    train += ["--steps", "2", "--val-every", "1", "--batch-size", "2", "--pool", "2"]
+    train += ["--patch-size", "10", "--val-size", "16", "--init", str(source)]
+    assert main(train) == 0
+    said = capsys.readouterr().out
+    assert "--lr 0.0002, --num-filters 3" in said
+    assert weights_of.load(run / "best.safetensors", DEALPrior).num_filters == 3
+    assert main(train) == 0  # resumes with the same settings
+    assert "complete" in capsys.readouterr().out
+    # A rate that spoils them: the best weights are those at the start.
+    spoil = [*train, "--restart", "--init", "deal_gray", "--lr", "10", "--warmup", "0"]
+    assert main(spoil) == 0
+    said = capsys.readouterr().out
+    assert "is there already" in said and "No step was better" in said
+    assert "--num-filters 32" in said and "--lr" not in said.split(".")[0]
+    assert weights_of.load(run / "best.safetensors", DEALPrior).num_filters == 32
 
 
 def test_a_regularizer_of_ones_own_is_trained_and_evaluated(folder, tmp_path, capsys):

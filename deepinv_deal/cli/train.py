@@ -34,6 +34,17 @@ NOISE_LEVELS = {
 }
 
 
+#: By what the learning rate is multiplied where training starts from weights: that of
+#: a training from nothing would spoil them.
+FINE_TUNING = 0.1
+
+#: Settings that depend on the weights of --init if they are not given.
+FROM_INIT = {
+    "num_filters": "as many as the weights of --init",
+    "lr": f"{FINE_TUNING:g} times that with --init",
+}
+
+
 def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     train = commands.add_parser("train", help="train a model on a folder of images")
@@ -68,7 +79,7 @@ def _add_model(
     )
     documented = dict(
         re.findall(
-            r":param \S+ (\w+): ((?:.|\n)*?)(?=\n\s*:|\Z|\n\s*\n)",
+            r":param \S+ (\w+): ((?:.|\n)*?)(?=\n\s*:(?:param|raises)|\Z|\n\s*\n)",
             # the most derived class has the last word
             "\n".join(base.__doc__ or "" for base in reversed(recipe.__mro__)),
         )
@@ -82,6 +93,13 @@ def _add_model(
         options: dict[str, object] = {"help": description, "default": default}
         if field.default is MISSING:
             options["required"] = True
+        if field.name in FROM_INIT:
+            # Not there if not given; the help names the default itself.
+            options["default"] = argparse.SUPPRESS
+            options["help"] = (
+                f"{description.rstrip('.')} (default: {default}, or "
+                f"{FROM_INIT[field.name]})"
+            )
         if kind == "bool":
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -120,8 +138,15 @@ def _add_prior(command: argparse.ArgumentParser, base: str, arguments: str) -> N
 
 def _plain(text: str) -> str:
     """Turns the markup of a docstring into words for the terminal."""
+    text = re.sub(r":math:`([^`]*)`", lambda found: _plain_formula(found[1]), text)
     text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text)
     return " ".join(re.sub(r"``|\\", "", text).split())
+
+
+def _plain_formula(text: str) -> str:
+    r"""Turns LaTeX into what can be read: ``\sigma_{\max}`` into ``sigma_max``."""
+    text = re.sub(r"\\(?:text|mathrm|mathcal)\b", "", text)
+    return re.sub(r"[{}\\]|(?<=\w) (?=\^)", "", text)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -132,12 +157,47 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = {f.name: getattr(args, f.name) for f in fields(args.recipe)}
+    settings = {
+        f.name: getattr(args, f.name)
+        for f in fields(args.recipe)
+        if hasattr(args, f.name)
+    }
+    settings |= _from_init(args)
     trainer = getattr(training, TRAINERS[args.recipe])
     if args.prior is not None:
         trainer = _own_trainer(args.prior, trainer)
     with process_group(args.device) as settings["device"]:
         return _run(trainer(args.recipe(**settings), resume=not args.restart))
+
+
+def _from_init(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings that are not given and depend on the weights of --init."""
+    defaults = {f.name: f.default for f in fields(args.recipe)}
+    found: dict[str, Any] = {}
+    if args.init is None:
+        return found
+    if not hasattr(args, "lr"):
+        found["lr"] = FINE_TUNING * defaults["lr"]
+    if "num_filters" in defaults and not hasattr(args, "num_filters"):
+        number = _filters_of(args)
+        found |= {} if number is None else {"num_filters": number}
+    if found:
+        text = ", ".join(
+            f"--{k.replace('_', '-')} {v:g}" for k, v in sorted(found.items())
+        )
+        print(f"From the weights {args.init}: {text}.")
+    return found
+
+
+def _filters_of(args: argparse.Namespace) -> int | None:
+    """Returns the number of filters of the weights of --init, if they have one."""
+    from deepinv_deal import priors, weights
+
+    if args.prior is not None:
+        return None
+    name = {"safi": "SAFIPrior", "mmr": "MMRPrior"}
+    kind = getattr(priors, name.get(getattr(args, "model", ""), "DEALPrior"))
+    return int(weights.load(args.init, kind).num_filters)
 
 
 def _own_trainer(
@@ -179,9 +239,17 @@ def _run(trainer: Trainer[Any, Any]) -> int:
         f"every {trainer.checkpoint_interval:.0f} s.",
         flush=True,
     )
+    file = trainer.out / "best.safetensors"
+    if not trainer.step and file.exists():
+        say(f"{file} is there already, and is replaced by the first validation.")
     best = trainer.train()
     say(f"{trainer.step} steps in {trainer.elapsed:.0f} s.")
-    say(f"Best mean validation PSNR {best:.2f} dB: {trainer.out / 'best.safetensors'}")
+    say(f"Best mean validation PSNR {best:.2f} dB: {file}")
+    if trainer.recipe.init is not None and trainer.best_step == 0:
+        say(
+            "No step was better than the weights of --init, which that file holds. Try "
+            "a smaller --lr, or more steps."
+        )
     return 0
 
 

@@ -116,6 +116,8 @@ class Trainer(ABC, Generic[R, P]):
             lr=recipe.lr,
         )
         self.step, self.elapsed, self.best = 0, 0.0, -math.inf
+        #: The step whose weights were the best; ``None``: there is none yet.
+        self.best_step: int | None = None
         self.pool: dict[int, tuple[Problems, Tensor]] = {}
         if resume:
             self._load()
@@ -371,7 +373,7 @@ class Trainer(ABC, Generic[R, P]):
         }
         better = mean > self.best
         if better:
-            self.best = mean
+            self.best, self.best_step = mean, self.step
         if not self.processes.first:  # all have the same weights
             return
         with open(self.out / LOG, "a", encoding="utf-8") as log:
@@ -408,6 +410,7 @@ class Trainer(ABC, Generic[R, P]):
                 "step": self.step,
                 "elapsed": self.elapsed,
                 "best": self.best,
+                "best_step": self.best_step,
                 "pools": pools,  # one for each process
             }
             write_checkpoint(self.state_path, self.recipe, state)
@@ -417,7 +420,7 @@ class Trainer(ABC, Generic[R, P]):
         self.prior.load_state_dict(state["prior"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.elapsed = state["step"], state["elapsed"]
-        self.best = state["best"]
+        self.best, self.best_step = state["best"], state.get("best_step")
         self.pool = {
             slot: (Problems(x, y, sigma).to(self.device), end.to(self.device))
             for slot, (x, y, sigma, end) in state["pools"][self.processes.rank].items()
