@@ -165,7 +165,7 @@ def _read_series(path: Path, datasets: list[tuple[Path, Any]]) -> Picture:
     first = datasets[0][1]
     spacing = _number_list(first, "PixelSpacing", 2)
     affine = None
-    if steps is not None and spacing is not None:
+    if steps is not None and spacing is not None and not notes:
         affine = _affine(first, spacing, datasets[-1][1], len(datasets) - 1)
     stored = np.stack([pixels for pixels, _, _ in read])
     picture = _picture(stored, header, header.scales, affine)
@@ -259,7 +259,10 @@ def _number_list(dataset: Any, tag: str, length: int) -> list[float] | None:
 def _in_order(
     path: Path, datasets: list[tuple[Path, Any]]
 ) -> tuple[list[tuple[Path, Any]], np.ndarray | None, list[str]]:
-    """Returns slices along their normal, their distances, and what to know."""
+    """
+    Returns slices along their normal, their distances, and what to know. If they are no
+    volume, there are no distances.
+    """
     by_number = sorted(datasets, key=lambda d: int(d[1].get("InstanceNumber") or 0))
     places = [_place(dataset) for _, dataset in datasets]
     if any(place is None for place in places):
@@ -275,7 +278,7 @@ def _in_order(
     order = sorted(range(len(datasets)), key=lambda i: (heights[i], numbers[i]))
     steps = np.diff([heights[i] for i in order])
     ordered = [datasets[i] for i in order]
-    usual = float(np.median(steps))
+    usual = float(np.sort(steps)[(len(steps) - 1) // 2])  # the lower median
     if steps.min() <= 1e-3:
         note = f"{path}: several slices have one place, as those of several times"
         return by_number, None, [note]

@@ -74,10 +74,9 @@ class Picture:
             raise ValueError(f"{name} is no volume ({why}). Leave --slices out.")
         shape = self.stack or (len(self.x),)
         pages = self.x.reshape(*shape, *self.x.shape[1:])
-        pages = pages.movedim(self.depth, len(shape) - 1).flatten(0, len(shape) - 2)
-        if len(shape) == 1:
-            pages = pages[None]
-        return pages.movedim(1, 2)  # (V, D, C, H, W) -> (V, C, D, H, W)
+        pages = pages.movedim(self.depth, len(shape) - 1)
+        pages = pages.reshape(-1, *pages.shape[len(shape) - 1 :])  # (V, D, C, H, W)
+        return pages.movedim(1, 2)
 
     def pages(self, volumes: Tensor) -> Tensor:
         """
