@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deepinv_deal import DEAL
 from deepinv_deal.cli import main
 from deepinv_deal.files import (
     check_target,
@@ -99,7 +100,10 @@ def assert_like_nifti(nibabel, found, source, atol=0.0):
     scale = [(i.dataobj.slope, i.dataobj.inter) for i in (found, source)]
     assert scale[0] == scale[1]
     np.testing.assert_allclose(
-        found.dataobj.get_unscaled(), source.dataobj.get_unscaled(), rtol=1e-6, atol=atol
+        found.dataobj.get_unscaled(),
+        source.dataobj.get_unscaled(),
+        rtol=1e-6,
+        atol=atol,
     )
 
 
@@ -151,7 +155,9 @@ def test_a_page_is_a_slice_whose_rows_are_the_second_index(tmp_path, nibabel):
     assert float(picture.volumes()[1, 0, 4, 3, 2]) == expected
     assert torch.equal(picture.pages(picture.volumes()), picture.x)
     save_nifti(nibabel, tmp_path / "b.nii", stored[..., 0])
-    np.testing.assert_array_equal(read_array(tmp_path / "b.nii")[4, 3, 2], stored[2, 3, 4, 0])
+    np.testing.assert_array_equal(
+        read_array(tmp_path / "b.nii")[4, 3, 2], stored[2, 3, 4, 0]
+    )
 
 
 def test_nifti_files_that_are_none_are_named(tmp_path, nibabel):
@@ -179,7 +185,9 @@ def test_nifti_files_that_are_none_are_named(tmp_path, nibabel):
 # -- DICOM --------------------------------------------------------------------------
 
 
-def dicom_slice(pydicom, stored, bits=12, scale=(1.0, 0.0), number=1, place=0.0, **tags):
+def dicom_slice(
+    pydicom, stored, bits=12, scale=(1.0, 0.0), number=1, place=0.0, **tags
+):
     uid = pydicom.uid
     dataset = pydicom.Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
@@ -202,16 +210,16 @@ def dicom_slice(pydicom, stored, bits=12, scale=(1.0, 0.0), number=1, place=0.0,
     dataset.LargestImagePixelValue = 7
     dataset["LargestImagePixelValue"].VR = "SS" if stored.dtype.kind == "i" else "US"
     dataset.add_new((0x0011, 0x0010), "LO", "MAKER")  # private
-    dataset.set_pixel_data(
-        stored, "MONOCHROME2", bits, generate_instance_uid=False
-    )
+    dataset.set_pixel_data(stored, "MONOCHROME2", bits, generate_instance_uid=False)
     for key, value in tags.items():
         setattr(dataset, key, value)
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     return dataset
 
 
-def save_series(pydicom, folder, count=4, dtype=np.int16, bits=12, shape=(6, 7), **tags):
+def save_series(
+    pydicom, folder, count=4, dtype=np.int16, bits=12, shape=(6, 7), **tags
+):
     """Slices whose files are not in the order of their places."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
@@ -221,7 +229,9 @@ def save_series(pydicom, folder, count=4, dtype=np.int16, bits=12, shape=(6, 7),
         dataset = dicom_slice(
             pydicom, stored, bits, number=count - i, place=2.5 * i, **tags
         )
-        dataset.save_as(folder / f"IM{(i * 7 + 3) % 11:02d}.dcm", enforce_file_format=True)
+        dataset.save_as(
+            folder / f"IM{(i * 7 + 3) % 11:02d}.dcm", enforce_file_format=True
+        )
     return volume
 
 
@@ -276,7 +286,8 @@ def test_a_series_comes_back_as_a_derived_one(tmp_path, pydicom, dtype, bits, sc
     names = sorted(p.name for p in (tmp_path / "in").iterdir())
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     found = [
-        assert_derived(pydicom, tmp_path / "out" / n, tmp_path / "in" / n) for n in names
+        assert_derived(pydicom, tmp_path / "out" / n, tmp_path / "in" / n)
+        for n in names
     ]
     assert len({d.SeriesInstanceUID for d in found}) == 1
     assert len({d.SOPInstanceUID for d in found}) == len(found)
@@ -317,10 +328,14 @@ def test_every_slice_has_a_slope_of_its_own(tmp_path, pydicom):
         dataset.save_as(tmp_path / "in" / f"{i}.dcm", enforce_file_format=True)
     picture = read_picture(tmp_path / "in", "max")
     slopes = np.array([0.5, 1.5, 2.5])[:, None, None]
-    np.testing.assert_allclose(picture.values(picture.x)[:, 0], slopes * stored, atol=0.01)
+    np.testing.assert_allclose(
+        picture.values(picture.x)[:, 0], slopes * stored, atol=0.01
+    )
     write_picture(tmp_path / "out", picture.x, picture)
     for i in range(3):
-        assert_derived(pydicom, tmp_path / "out" / f"{i}.dcm", tmp_path / "in" / f"{i}.dcm")
+        assert_derived(
+            pydicom, tmp_path / "out" / f"{i}.dcm", tmp_path / "in" / f"{i}.dcm"
+        )
 
 
 def test_a_series_becomes_a_volume_with_its_place(tmp_path, pydicom, nibabel):
@@ -406,9 +421,13 @@ def damaged(pydicom, dataset, what):
         ("slope", "rescale slope of 0"),
     ],
 )
-def test_dicom_files_that_are_not_read_are_named(tmp_path, pydicom, what, words, capsys):
+def test_dicom_files_that_are_not_read_are_named(
+    tmp_path, pydicom, what, words, capsys
+):
     dataset = dicom_slice(pydicom, numbers(np.uint16, (5, 6)) % 4096)
-    damaged(pydicom, dataset, what).save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    damaged(pydicom, dataset, what).save_as(
+        tmp_path / "a.dcm", enforce_file_format=True
+    )
     with pytest.raises(ValueError, match=rf"a\.dcm .*{words}"):
         read_picture(tmp_path / "a.dcm", "max")
     (tmp_path / "b.dcm").write_bytes(b"none")
@@ -440,13 +459,17 @@ def test_series_that_are_no_volume_say_why(tmp_path, pydicom):
         picture.volumes()
     # Sizes, and series.
     (folder / "twice.dcm").unlink()
-    other = dicom_slice(pydicom, numbers(np.uint16, (4, 7)) % 4096, number=9, place=10.0)
+    other = dicom_slice(
+        pydicom, numbers(np.uint16, (4, 7)) % 4096, number=9, place=10.0
+    )
     other.save_as(folder / "other.dcm", enforce_file_format=True)
     with pytest.raises(ValueError, match=r"different sizes \(rows: \[4, 6\]\)"):
         read_picture(folder, "max")
     other.SeriesInstanceUID, other.SeriesNumber = "1.2.3.5", 5
     other.save_as(folder / "other.dcm", enforce_file_format=True)
-    with pytest.raises(ValueError, match=r"several series. Give .*:SERIES.*4 \(4 files"):
+    with pytest.raises(
+        ValueError, match=r"several series. Give .*:SERIES.*4 \(4 files"
+    ):
         read_picture(folder, "max")
     assert len(read_picture(f"{folder}:4", "max").x) == 4
     assert len(read_picture(f"{folder}:1.2.3.5", "max").x) == 1
@@ -594,7 +617,9 @@ def test_black_and_white_are_values_of_the_file(tmp_path):
     x = numbers(np.float32, (6, 7))
     np.save(tmp_path / "a.npy", x)
     picture = read_picture(tmp_path / "a.npy", "max", black=-1000.0)
-    np.testing.assert_allclose(picture.x[0, 0], (x + 1000) / (x.max() + 1000), rtol=1e-5)
+    np.testing.assert_allclose(
+        picture.x[0, 0], (x + 1000) / (x.max() + 1000), rtol=1e-5
+    )
     np.testing.assert_allclose(picture.values(picture.x)[0, 0], x, rtol=1e-4)
     write_picture(tmp_path / "a.png", picture.x, picture)
     expected = np.rint(255 * picture.x[0, 0].double().numpy())
@@ -719,7 +744,11 @@ def coils(number, size, depth=None):
     maps = np.stack([np.exp(-((rows - p) ** 2) + 1j * p * columns) for p in places])
     maps = maps / np.sqrt((np.abs(maps) ** 2).sum(0))
     maps = maps.astype(np.complex64)
-    return maps if depth is None else np.stack([maps * np.exp(1j * d) for d in range(depth)])
+    return (
+        maps
+        if depth is None
+        else np.stack([maps * np.exp(1j * d) for d in range(depth)])
+    )
 
 
 def lines(count, axis):
@@ -783,14 +812,18 @@ def test_all_slices_have_one_intensity(tmp_path):
 
 def test_masks_of_lines_of_one_slice_or_of_all(tmp_path, capsys):
     x = smooth(2)
-    masks = np.stack([lines(18, 1), np.roll(lines(18, 1), 1)])[:, None] & np.ones((16, 1), bool)
+    masks = np.stack([lines(18, 1), np.roll(lines(18, 1), 1)])[:, None] & np.ones(
+        (16, 1), bool
+    )
     np.save(tmp_path / "y.npy", k_space(x) * masks)
     assert reconstruct(tmp_path / "y.npy", tmp_path / "a.npy") == 0
     np.save(tmp_path / "y.npy", k_space(x))
     np.save(tmp_path / "mask.npy", masks)
     given = "--mask", tmp_path / "mask.npy"
     assert reconstruct(tmp_path / "y.npy", tmp_path / "b.npy", *given) == 0
-    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    )
     results = []
     for mask in (lines(18, 1), masks[0], masks[:1].repeat(2, 0)):
         np.save(tmp_path / "mask.npy", mask)
@@ -853,7 +886,12 @@ def test_k_space_of_fastmri(tmp_path, h5py, nibabel, number, capsys):
     assert "size of k-space, 20x18" in said and "12x16: --crop header" in said
     whole = np.load(tmp_path / "x.npy")
     assert whole.shape == (2, 20, 18)
-    options += ["--crop", "header", "--truth", f"{tmp_path / 'scan.h5'}:reconstruction_rss"]
+    options += [
+        "--crop",
+        "header",
+        "--truth",
+        f"{tmp_path / 'scan.h5'}:reconstruction_rss",
+    ]
     assert reconstruct(tmp_path / "scan.h5", tmp_path / "x.nii.gz", *options) == 0
     said = capsys.readouterr()
     assert float(said.out.split("PSNR ")[1].split(" dB")[0]) > 25
@@ -862,7 +900,9 @@ def test_k_space_of_fastmri(tmp_path, h5py, nibabel, number, capsys):
     assert image.shape == (16, 12, 2) and image.get_data_dtype() == np.float32
     # Rows are along x, whose voxels are 2 mm.
     np.testing.assert_allclose(image.header.get_zooms(), (3, 2, 5))
-    np.testing.assert_allclose(image.get_fdata().T, np.abs(whole[:, 4:16, 1:17]), rtol=1e-5)
+    np.testing.assert_allclose(
+        image.get_fdata().T, np.abs(whole[:, 4:16, 1:17]), rtol=1e-5
+    )
     options[options.index("header")] = "30x10"
     assert reconstruct(tmp_path / "scan.h5", tmp_path / "x.npy", *options) == 2
     assert "--crop 30x10 is more than the image, 20x18" in capsys.readouterr().err
@@ -959,7 +999,9 @@ def test_one_of_several_repetitions_is_chosen(tmp_path, h5py):
     save_ismrmrd(path, y[:1], range(18), header(20, 18, 20, 18))
     with ismrmrd.Dataset(path, mode="r+") as dataset:
         for row in range(18):
-            dataset.append_acquisition(line(ismrmrd, y[1, :, row], 0, row, repetition=1))
+            dataset.append_acquisition(
+                line(ismrmrd, y[1, :, row], 0, row, repetition=1)
+            )
     with pytest.raises(ValueError, match=r"several of 'repetition'.*\[0, 1\]"):
         read_k_space(path)
     for i in range(2):
@@ -973,3 +1015,58 @@ def test_k_space_is_complex(tmp_path, capsys):
     np.save(tmp_path / "y.npy", np.ones((8, 8)))
     assert reconstruct(tmp_path / "y.npy", tmp_path / "x.npy") == 2
     assert "must hold complex numbers, got float64" in capsys.readouterr().err
+
+
+# -- volumes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slices", ["depth", "height", "width", "mean"])
+def test_a_volume_is_denoised_as_a_whole(tmp_path, slices, capsys):
+    x = smooth(4, (9, 8)).astype(np.float32)
+    np.save(tmp_path / "in.npy", x)
+    target = tmp_path / "out.npy"
+    command = ["denoise", str(tmp_path / "in.npy"), str(target), *FAST]
+    assert main([*command, "--slices", slices]) == 0
+    assert capsys.readouterr().out.count("converged") == 1
+    with torch.no_grad():
+        model = DEAL(slices=slices, rtol=0.3)
+        expected = model(torch.from_numpy(x)[None, None], sigma=10 / 255)
+    np.testing.assert_allclose(np.load(target), expected[0, 0], atol=1e-6)
+
+
+def test_every_time_of_a_nifti_file_is_a_volume(tmp_path, nibabel):
+    x = np.stack([smooth(3, (9, 8), seed) for seed in (0, 1)]).astype(np.float32)
+    save_nifti(nibabel, tmp_path / "in.nii", x.T)
+    command = ["denoise", str(tmp_path / "in.nii"), str(tmp_path / "out.nii"), *FAST]
+    assert main([*command, "--slices", "mean"]) == 0
+    both = nibabel.load(tmp_path / "out.nii").get_fdata().T
+    save_nifti(nibabel, tmp_path / "in.nii", x[1].T)
+    assert main([*command, "--slices", "mean"]) == 0
+    one = nibabel.load(tmp_path / "out.nii").get_fdata().T
+    np.testing.assert_allclose(both[1], one, atol=1e-6)
+
+
+def test_volumes_of_colour_have_their_channels(tmp_path):
+    """By weights for gray: one by one."""
+    x = np.stack([smooth(3, (9, 8), seed) for seed in range(3)], 1).astype(np.float32)
+    np.save(tmp_path / "in.npy", x)  # (D, 3, H, W)
+    options = ["--pretrained", "deal_gray", "--slices", "mean", *FAST]
+    for name, volume in (("in.npy", x), ("one.npy", x[:, 1])):
+        np.save(tmp_path / name, volume)
+        files = str(tmp_path / name), str(tmp_path / f"out_{name}")
+        assert main(["denoise", *files, *options]) == 0
+    found = np.load(tmp_path / "out_in.npy")
+    assert found.shape == x.shape
+    one = np.load(tmp_path / "out_one.npy")
+    np.testing.assert_allclose(found[:, 1], one, atol=1e-5)
+
+
+def test_what_is_no_volume_is_said(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.ones((8, 8)))
+    files = str(tmp_path / "a.npy"), str(tmp_path / "b.npy")
+    assert main(["denoise", *files, *FAST, "--slices", "depth"]) == 2
+    assert "a.npy is no volume (one page)" in capsys.readouterr().err
+    np.save(tmp_path / "a.npy", np.ones((3, 8, 8)))
+    figure = ["--figure", str(tmp_path / "f.png"), "--slices", "depth"]
+    assert main(["denoise", *files, *FAST, *figure]) == 2
+    assert "has 3 pages" in capsys.readouterr().err

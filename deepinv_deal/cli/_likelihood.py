@@ -86,8 +86,8 @@ class LikelihoodOption:
         if isinstance(asked, str):
             if self.has_unit:
                 raise ValueError(
-                    f"--white {asked} is not for --likelihood {self.kind}, which guesses "
-                    "what is white. Leave it out, or give a number."
+                    f"--white {asked} is not for --likelihood {self.kind}, which "
+                    "guesses what is white. Leave it out, or give a number."
                 )
             return 1.0
         if asked is not None and not 0 < asked < math.inf:
@@ -181,10 +181,10 @@ class LikelihoodOption:
         :param torch.Tensor x: the result.
         :param Picture like: what was read.
         """
-        from deepinv_deal.files import IMAGES
+        from deepinv_deal.files import ARRAYS, suffix_of
 
         top = float(x.max()) * like.white
-        whole = like.dtype.kind in "ui" and Path(path).suffix.lower() in IMAGES
+        whole = like.dtype.kind in "ui" and suffix_of(path) not in ARRAYS
         if self.has_unit and whole and top < FEW_LEVELS:
             print(
                 f"  {path} holds whole numbers up to {top:.0f} only. Give an output "

@@ -260,9 +260,9 @@ def add_white_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--white",
         type=_white,
-        help="value in the file that is white, or 'max', the largest one; if unset, 255 "
-        "or 65535 for integers of 8 or 16 bit, and 1 for floating point; needed for "
-        "DICOM, and for NIfTI unless it is in [0, 1]",
+        help="value in the file that is white, or 'max', the largest one; if unset, "
+        "255 or 65535 for integers of 8 or 16 bit, and 1 for floating point; needed "
+        "for DICOM and NIfTI files of 16 bit",
     )
 
 

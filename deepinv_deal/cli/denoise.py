@@ -59,9 +59,9 @@ def add_denoise(commands: Commands[argparse.ArgumentParser]) -> None:
     denoise.add_argument(
         "--slices",
         choices=("depth", "height", "width", "mean"),
-        help="the pages are the depth of one volume, of which the model sees the slices "
-        "across this axis, or the mean of all three; if unset, pages are denoised one "
-        "by one",
+        help="the pages are the depth of one volume, of which the model sees the "
+        "slices across this axis, or those across all three; if unset, pages are "
+        "denoised one by one",
     )
     add_likelihood_option(denoise)
     add_model_options(denoise, default="deal_gray, deal_color for colour")

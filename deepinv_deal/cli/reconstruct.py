@@ -64,8 +64,8 @@ def add_reconstruct(commands: Commands[argparse.ArgumentParser]) -> None:
     mri = _operator(
         operators,
         "mri",
-        "Cartesian MRI: complex k-space (H, W), or (N, H, W) with coil maps, of a slice "
-        "or, with one more axis in front, of several; HDF5 of fastMRI or ISMRMRD",
+        "Cartesian MRI: complex k-space (H, W), or (N, H, W) with coil maps, of one "
+        "slice or, with an axis in front, of several; HDF5 of fastMRI or ISMRMRD",
         _mri,
     )
     mri.add_argument(
@@ -161,6 +161,8 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
         model = make_model(args, complex_mode=args.complex_mode, **settings)
     else:
         like = _picture(args)
+        if args.white == "max":
+            args.white = like.white  # of the truth, too
         model = make_model(args, like.x.shape[1], **settings)
         # The channels of a colour image one by one, if the filters are gray.
         split = channels_of(model) == 1
@@ -314,6 +316,7 @@ def _picture(args: argparse.Namespace) -> Picture:
     from deepinv_deal.files import read_picture
 
     picture = read_picture(args.input, args.likelihood.white(args.white))
+    say(picture.notes)
     if len(picture.x) > 1:
         raise ValueError(
             f"{args.input} has {len(picture.x)} pages; reconstruct takes one at a time."

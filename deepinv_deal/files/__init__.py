@@ -2,6 +2,7 @@
 
 from deepinv_deal.files.arrays import ARRAYS, read_array
 from deepinv_deal.files.decode import IMAGES
+from deepinv_deal.files.dicom import is_series
 from deepinv_deal.files.folders import (
     as_float,
     files_below,
@@ -9,7 +10,6 @@ from deepinv_deal.files.folders import (
     load_image_folder,
     load_images,
 )
-from deepinv_deal.files.dicom import is_series
 from deepinv_deal.files.kinds import Picture, suffix_of
 from deepinv_deal.files.kspace import KSpace, read_k_space
 from deepinv_deal.files.pictures import (

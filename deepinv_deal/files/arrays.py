@@ -48,10 +48,10 @@ def read_array(path: str | os.PathLike[str]) -> np.ndarray:
     """
     Reads an array from a file, by its suffix.
 
-    ``.npy``, ``.npz``, ``.pt``, ``.h5`` (needs h5py), ``.mat``, ``.nii`` and ``.nii.gz``
-    (need nibabel, slices first) and images, without their transparency. Where a file
-    holds several arrays, ``FILE:NAME`` says which; in a cell array of MATLAB,
-    ``FILE:NAME/INDEX``, counted from 0. Nothing in a file is executed.
+    ``.npy``, ``.npz``, ``.pt``, ``.h5`` (needs h5py), ``.mat``, ``.nii`` and
+    ``.nii.gz`` (need nibabel, slices first) and images, without their transparency.
+    Where a file holds several arrays, ``FILE:NAME`` says which; in a cell array of
+    MATLAB, ``FILE:NAME/INDEX``, counted from 0. Nothing in a file is executed.
 
     :param str path: ``FILE`` or ``FILE:NAME``.
     :raises FileNotFoundError: if there is no such file.

@@ -112,7 +112,9 @@ def _one_series(
         raise NamedError(f"{path} holds no DICOM file with pixels.")
     if name is None and len(series) == 1:
         return datasets
-    numbers = {uid: str(found[0][1].get("SeriesNumber")) for uid, found in series.items()}
+    numbers = {
+        uid: str(found[0][1].get("SeriesNumber")) for uid, found in series.items()
+    }
     asked = [uid for uid in series if name in (uid, numbers[uid])]
     if len(asked) == 1:
         return series[asked[0]]
@@ -196,16 +198,17 @@ def _picture(
     )
 
 
-def _pixels(
-    file: Path, dataset: Any
-) -> tuple[np.ndarray, tuple[float, float], Any]:
+def _pixels(file: Path, dataset: Any) -> tuple[np.ndarray, tuple[float, float], Any]:
     """Returns what is stored, the scale, and where there is nothing."""
     if "PixelData" not in dataset:
         raise NamedError(
             f"{file} has no pixels of integers, which alone are read of DICOM files."
         )
     colour = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
-    if not colour.startswith("MONOCHROME") or int(dataset.get("SamplesPerPixel", 1)) > 1:
+    if (
+        not colour.startswith("MONOCHROME")
+        or int(dataset.get("SamplesPerPixel", 1)) > 1
+    ):
         raise NamedError(f"{file} is in colour ({colour}). Gray DICOM files are read.")
     if "PerFrameFunctionalGroupsSequence" in dataset:
         raise NamedError(
@@ -308,8 +311,8 @@ def _affine(
     """
     Returns the affine matrix from (column, row, slice) to millimetres.
 
-    :param object last: last slice, or ``None``: there is one slice.
-    :param float steps: number of steps to the last slice, or thickness of the one.
+    There are ``steps`` steps to the last slice; of one slice alone, these are its
+    thickness.
     """
     place, end = _place(first), None if last is None else _place(last)
     if place is None:
@@ -341,8 +344,8 @@ def check(path: Path, like: Picture) -> None:
     header = like.header
     if not isinstance(header, DicomHeader):
         raise ValueError(
-            f"{path}: a DICOM file is written from one only, whose patient and study it "
-            "names. Give a name that ends in .nii.gz, .tif or .npy."
+            f"{path}: a DICOM file is written from one only, whose patient and study "
+            "it names. Give a name that ends in .nii.gz, .tif or .npy."
         )
     several = len(header.datasets) > 1
     if several and (path.is_file() or path.suffix.lower() in SUFFIXES):
@@ -353,8 +356,8 @@ def check(path: Path, like: Picture) -> None:
         others = {p.name for p in path.iterdir() if is_dicom(p)} - set(_names(header))
         if others:
             raise ValueError(
-                f"{path} holds {len(others)} DICOM files already, as {min(others)}, that "
-                "would be mixed with the result. Give another folder."
+                f"{path} holds {len(others)} DICOM files already, as {min(others)}, "
+                "that would be mixed with the result. Give another folder."
             )
 
 
@@ -373,7 +376,8 @@ def write(path: Path, pages: Tensor, like: Picture) -> None:
     without compression. Pixels that were marked as padding stay as they were. The image
     type says DERIVED, and every file names the one that it comes from.
 
-    :param pathlib.Path path: file, or folder for a series, whose files keep their names.
+    :param pathlib.Path path: file, or folder for a series, whose files keep their
+        names.
     :param torch.Tensor pages: real ones, ``(P, 1, H, W)``, in the unit of the file.
     :param Picture like: what they come from.
     """
@@ -402,7 +406,9 @@ def write(path: Path, pages: Tensor, like: Picture) -> None:
 
 def _stored(values: np.ndarray, source: Any, padding: Any) -> np.ndarray:
     signed, bits = bool(source.PixelRepresentation), int(source.BitsStored)
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    low, high = (
+        (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    )
     dtype = np.dtype(f"{'i' if signed else 'u'}{int(source.BitsAllocated) // 8}")
     stored: np.ndarray = np.rint(values).clip(low, high).astype(dtype)
     if padding is not None:

@@ -95,7 +95,7 @@ class Picture:
 @dataclass(frozen=True)
 class Kind:
     """
-    A kind of file. A new one is one of these in :data:`deepinv_deal.files.pictures.KINDS`.
+    A kind of file. A new one is one of these in ``deepinv_deal.files.pictures.KINDS``.
 
     :param str name: what it is called.
     :param tuple suffixes: how the names of its files end, in lower case.

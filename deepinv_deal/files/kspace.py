@@ -97,7 +97,8 @@ def _read_fastmri(file: Path, root: Any) -> KSpace:
         size, affine = _recon_space(file, header, ("x", "y"))
     images = [key for key in root if key.startswith("reconstruction_")]
     if size is None and images:
-        size = tuple(int(n) for n in root[images[0]].shape[-2:])
+        height, width = root[images[0]].shape[-2:]
+        size = int(height), int(width)
     return KSpace(y, mask, size, affine)
 
 
@@ -128,13 +129,17 @@ def _read_ismrmrd(file: Path, group: Any, name: str | None) -> KSpace:
     if ((heads["flags"] >> np.uint64(21)) & np.uint64(1)).any():
         raise NamedError(f"{file} has reversed lines (EPI), which are not read.")
     width, height = (
-        int(header.findtext(f"{{*}}encoding/{{*}}encodedSpace/{{*}}matrixSize/{{*}}{a}", "0"))
+        int(
+            header.findtext(
+                f"{{*}}encoding/{{*}}encodedSpace/{{*}}matrixSize/{{*}}{a}", "0"
+            )
+        )
         for a in "xy"
     )
     if (heads["idx"]["kspace_encode_step_2"] != 0).any():
         raise NamedError(
-            f"{file} is encoded in three dimensions; slices are read. Transform it along "
-            "the partitions and save them as (D, N, H, W)."
+            f"{file} is encoded in three dimensions; slices are read. Transform it "
+            "along the partitions and save them as (D, N, H, W)."
         )
     y = _sorted(file, header, lines, (height, width))
     size, affine = _recon_space(file, group["xml"][0], ("y", "x"))
@@ -168,8 +173,8 @@ def _sorted(
         left = width // 2 - int(head["center_sample"])  # where sample 0 lies
         if not (0 <= row < height and 0 <= left + start and left + end <= width):
             raise NamedError(
-                f"{file}: a line (row {row}, columns {left + start} to {left + end}) is "
-                f"outside of its k-space of {height} x {width}."
+                f"{file}: a line (row {row}, columns {left + start} to {left + end}) "
+                f"is outside of its k-space of {height} x {width}."
             )
         d = int(np.searchsorted(slices, head["idx"]["slice"]))
         columns = slice(left + start, left + end)
@@ -223,4 +228,6 @@ def _recon_space(
     rows, columns = axes
     affine = np.diag([length[columns], length[rows], length["z"], 1.0])
     known = min(length.values()) > 0
-    return (size[rows], size[columns]) if size[rows] else None, affine if known else None
+    return (size[rows], size[columns]) if size[
+        rows
+    ] else None, affine if known else None

@@ -53,6 +53,10 @@ def read(file: Path, name: str | None = None) -> Picture:
     :param str name: there are no names in these files.
     :raises ValueError: if it is damaged, complex or in colour.
     """
+    if name is not None:
+        raise NamedError(
+            f"{file} holds no {name!r}: there are no names in NIfTI files."
+        )
     nibabel = needs("nibabel", file)
     try:
         image = nibabel.load(file)
