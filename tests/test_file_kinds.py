@@ -145,6 +145,21 @@ def test_no_scale_moves_a_number(
     assert np.abs(found - stored).max() <= max(0, np.ceil(2**-22 * size / slope - 0.5))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_other_stacks_become_volumes_of_their_numbers(tmp_path, nibabel, dtype):
+    x = numbers(dtype, (3, 6, 7))
+    tifffile.imwrite(tmp_path / "a.tif", x, photometric="minisblack")
+    copied(tmp_path / "a.tif", tmp_path / "a.nii.gz")
+    image = nibabel.load(tmp_path / "a.nii.gz")
+    assert image.get_data_dtype() == dtype
+    np.testing.assert_allclose(image.get_fdata().T, x, rtol=1e-6)
+    np.save(tmp_path / "a.npy", x)
+    copied(tmp_path / "a.npy", tmp_path / "b.nii", volume=True)
+    image = nibabel.load(tmp_path / "b.nii")  # of arrays nothing is rounded
+    assert image.get_data_dtype() == np.float32
+    np.testing.assert_allclose(image.get_fdata().T, x, rtol=1e-5)
+
+
 def test_a_page_is_a_slice_whose_rows_are_the_second_index(tmp_path, nibabel):
     stored = numbers(np.float32, (7, 6, 5, 2))
     source = save_nifti(nibabel, tmp_path / "a.nii.gz", stored)
@@ -406,6 +421,8 @@ def damaged(pydicom, dataset, what):
         dataset.PixelData = dataset.PixelData[:8]
     elif what == "slope":
         dataset.RescaleSlope = 0
+    elif what == "big":
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
     return dataset
 
 
@@ -419,6 +436,7 @@ def damaged(pydicom, dataset, what):
         ("empty", "no pixels"),
         ("short", "cannot be read as DICOM"),
         ("slope", "rescale slope of 0"),
+        ("big", "big end first"),
     ],
 )
 def test_dicom_files_that_are_not_read_are_named(
@@ -477,6 +495,25 @@ def test_series_that_are_no_volume_say_why(tmp_path, pydicom):
         read_picture(f"{folder}:6", "max")
 
 
+@pytest.mark.parametrize(
+    "syntax", ["ImplicitVRLittleEndian", "DeflatedExplicitVRLittleEndian"]
+)
+def test_other_ways_to_store_are_read(tmp_path, pydicom, syntax):
+    dataset = dicom_slice(pydicom, numbers(np.int16, (5, 6)), 16, (1.0, -24.0))
+    dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    copied(tmp_path / "a.dcm", tmp_path / "b.dcm")
+    assert_derived(pydicom, tmp_path / "b.dcm", tmp_path / "a.dcm")
+
+
+def test_pictures_beside_a_series_are_said(tmp_path, pydicom, capsys):
+    save_series(pydicom, tmp_path / "in")
+    (tmp_path / "in" / "preview.jpg").touch()
+    command = ["denoise", str(tmp_path / "in"), str(tmp_path / "out"), *FAST]
+    assert main([*command, "--white", "max"]) == 2
+    assert "DICOM files and pictures, as preview.jpg" in capsys.readouterr().err
+
+
 def test_a_derived_series_has_a_folder_of_its_own(tmp_path, pydicom):
     save_series(pydicom, tmp_path / "in")
     picture = read_picture(tmp_path / "in", "max")
@@ -527,6 +564,30 @@ def test_stacks_of_imagej_keep_axes_and_voxels(tmp_path, dtype, axes):
             assert found.pages[0].tags[tag].value == source.pages[0].tags[tag].value
 
 
+def test_stacks_of_several_axes_keep_their_shape(tmp_path):
+    x = numbers(np.float32, (2, 3, 6, 7))
+    tifffile.imwrite(tmp_path / "in.tif", x, photometric="minisblack")
+    picture = read_picture(tmp_path / "in.tif", "max")
+    assert picture.volumes().shape == (2, 1, 3, 6, 7)
+    copied(tmp_path / "in.tif", tmp_path / "out.tif")
+    np.testing.assert_allclose(tifffile.imread(tmp_path / "out.tif"), x, rtol=1e-5)
+
+
+def test_a_stack_of_imagej_beyond_the_limit_of_tiff_has_all_its_pages(tmp_path):
+    """ImageJ describes only the first page of stacks above 4 GB."""
+    x = numbers(np.uint16, (3, 6, 7))
+    tifffile.imwrite(tmp_path / "a.tif", x, imagej=True, metadata={"axes": "ZYX"})
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        offset = file.pages[0].offset
+        count = len(file.pages[0].tags)
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    end = offset + 2 + 12 * count
+    content[end : end + 4] = bytes(4)  # no next page
+    (tmp_path / "a.tif").write_bytes(content)
+    picture = read_picture(tmp_path / "a.tif")
+    np.testing.assert_allclose(65535 * picture.x[:, 0], x, atol=0.01)
+
+
 def test_stacks_of_ome_keep_their_description(tmp_path):
     x = numbers(np.uint16, (4, 6, 7))
     tifffile.imwrite(
@@ -543,6 +604,18 @@ def test_stacks_of_ome_keep_their_description(tmp_path):
 
 
 # -- arrays -------------------------------------------------------------------------
+
+
+def test_arrays_of_matlab_have_pages_last(tmp_path):
+    from scipy.io import savemat
+
+    x = numbers(np.float32, (6, 7, 2))
+    savemat(tmp_path / "a.mat", {"volume": x, "other": 1})
+    picture = read_picture(f"{tmp_path}/a.mat:volume", "max")
+    assert "2 pages of 6 x 7" in picture.notes[0]
+    np.testing.assert_allclose(picture.values(picture.x)[1, 0], x[..., 1], rtol=1e-5)
+    copied(f"{tmp_path}/a.mat:volume", tmp_path / "b.mat")
+    np.testing.assert_allclose(read_array(tmp_path / "b.mat"), x, rtol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", ".h5", ".hdf5", ".mat"])

@@ -90,10 +90,10 @@ class LikelihoodOption:
                     "guesses what is white. Leave it out, or give a number."
                 )
             return 1.0
+        if not self.has_unit:  # what is read is 1 at white
+            return 1.0
         if asked is not None and not 0 < asked < math.inf:
             raise ValueError(f"--white must be positive, got {asked:g}.")
-        if not self.has_unit:
-            return 1.0
         unit = self.numbers[0] if self.kind == "poisson" else 1.0
         return None if asked is None else asked / unit
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from deepinv_deal._atomic import replacing
 from deepinv_deal.files import nifti
 from deepinv_deal.files.decode import IMAGES, decode
 from deepinv_deal.files.kinds import (
+    ArrayHeader,
     Kind,
     NamedError,
     Picture,
@@ -25,23 +25,6 @@ from deepinv_deal.files.kinds import (
 
 HDF5 = (".h5", ".hdf5")
 ARRAYS = (".npy", ".npz", ".pt", *HDF5, ".mat")
-
-#: Name of an array in a file that has names, if it comes from one that has none.
-NAME = "x"
-
-
-@dataclass(frozen=True)
-class ArrayHeader:
-    """
-    What a file holds beside an array.
-
-    :param str name: name of the array.
-    :param dict attributes: of the array and of the groups that it is in, by their names
-        (HDF5).
-    """
-
-    name: str = NAME
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_array(path: str | os.PathLike[str]) -> np.ndarray:
@@ -178,27 +161,39 @@ def read(file: Path, name: str | None = None, *, volume: bool = False) -> Pictur
 
     :param pathlib.Path file: the file.
     :param str name: which array.
-    :param bool volume: whether three axes are ``(D, H, W)`` whatever their sizes.
+    :param bool volume: whether three axes are ``(D, H, W)``, or ``(H, W, D)`` in files
+        of MATLAB, whatever their sizes.
     :raises ValueError: for other shapes or numbers.
     """
     array, header = read_with_header(file, name)
     path = f"{file}:{name}" if name else str(file)
-    pages, layout = _pages_of_array(array, path, volume)
+    stack = "HWP" if suffix_of(file) == ".mat" else "PHW"
+    pages, layout = _pages_of_array(array, path, volume, stack)
     x = torch.from_numpy(np.ascontiguousarray(pages, dtype=np.float32))
-    return Picture(x, dtype=pages.dtype, layout=layout, header=header)
+    picture = Picture(x, dtype=pages.dtype, layout=layout, header=header)
+    if layout == stack:  # the user may have meant another order
+        rows, columns = pages.shape[-2:]
+        picture.notes.append(
+            f"{path} has shape {array.shape}: {len(pages)} pages of {rows} x {columns}."
+        )
+    return picture
 
 
 def _pages_of_array(
-    array: np.ndarray, path: str, volume: bool
+    array: np.ndarray, path: str, volume: bool, stack: str
 ) -> tuple[np.ndarray, str]:
-    """Returns ``(P, C, H, W)`` and the layout of an array."""
+    """
+    Returns ``(P, C, H, W)`` and the layout of an array. That of three axes which are no
+    colours is ``stack``: MATLAB has pages last.
+    """
     if array.dtype.kind == "c":
         raise ValueError(f"{path} holds complex numbers, an image was expected.")
     if array.dtype.kind not in "buif":
         raise ValueError(f"{path} holds {array.dtype}, no numbers.")
     shape = array.shape
-    if array.ndim == 3 and volume and len(array):
-        return array[:, None], "PHW"
+    pages = np.moveaxis(array, -1, 0) if stack == "HWP" else array
+    if array.ndim == 3 and volume and len(pages):
+        return pages[:, None], stack
     first, last = array.ndim == 3 and shape[0] == 3, array.ndim == 3 and shape[-1] == 3
     if first and last:
         raise ValueError(
@@ -211,13 +206,13 @@ def _pages_of_array(
         return np.moveaxis(array, -1, 0)[None], "HWC"
     if array.ndim == 3 and shape[0] in (1, 3):
         return array[None], "CHW"
-    if array.ndim == 3 and len(array) and shape[-1] > 4:
-        return array[:, None], "PHW"
+    if array.ndim == 3 and len(pages) and (stack == "HWP" or shape[-1] > 4):
+        return pages[:, None], stack
     if array.ndim == 4 and shape[1] in (1, 3) and len(array):
         return array, "PCHW"
     raise ValueError(
         f"{path} has shape {shape}; an image is (H, W), (H, W, 3), (1, H, W), (3, H, W)"
-        ", (P, H, W) or (P, C, H, W)."
+        f", ({', '.join(stack)}) or (P, C, H, W)."
     )
 
 
@@ -287,8 +282,10 @@ def as_array(pages: Tensor, like: Picture) -> np.ndarray:
         pages = pages.to(torch.complex128 if pages.is_complex() else torch.float64)
     else:
         pages = pages.to(torch.complex64 if pages.is_complex() else torch.float32)
-    if like.layout == "PHW":
+    if like.layout in ("PHW", "HWP"):
         pages = pages[:, 0]
+        if like.layout == "HWP":
+            return np.ascontiguousarray(np.moveaxis(pages.numpy(), 0, -1))
         if len(pages) == 1 and like.depth is None:
             return np.ascontiguousarray(pages[0].numpy())
         shape = like.stack or (len(pages),)

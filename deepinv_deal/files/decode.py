@@ -222,7 +222,7 @@ def _decode_tiff(file: Path) -> Decoded | None:
         elif tiff.is_ome:
             metadata["description"] = first.description
         decoded = _split_alpha(np.ascontiguousarray(pixels), metadata)
-        depth = next((axes.index(a) for a in "ZIQT" if a in axes), None)
+        depth = next((axes.rindex(a) for a in "ZIQT" if a in axes), None)
         return replace(decoded, stack=shape, depth=depth)
 
 
@@ -355,6 +355,9 @@ def encode(stream: IO[bytes], suffix: str, picture: Decoded) -> None:
             pixels = pixels.reshape(*picture.stack, *pixels.shape[1:])
         elif "description" in metadata:
             settings["description"] = metadata["description"]
+        elif len(picture.stack) > 1 and alpha is None:
+            described = {}  # of tifffile: the shape
+            pixels = pixels.reshape(*picture.stack, *pixels.shape[1:])
         tifffile.imwrite(
             stream,
             pixels,

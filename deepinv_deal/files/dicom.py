@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deal._atomic import replacing
+from deepinv_deal.files.decode import IMAGES
 from deepinv_deal.files.kinds import Kind, NamedError, Picture, needs
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -52,8 +53,9 @@ def is_dicom(path: Path) -> bool:
     """
     if not path.is_file() or path.name.startswith("._") or path.name == "DICOMDIR":
         return False
-    if path.suffix.lower() in SUFFIXES:
-        return True
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES or suffix in IMAGES:
+        return suffix in SUFFIXES
     with open(path, "rb") as stream:
         return stream.read(132)[128:] == b"DICM"
 
@@ -77,10 +79,17 @@ def read(path: Path, name: str | None = None) -> Picture:
     :param pathlib.Path path: a file or a folder.
     :param str name: number or UID of the series, if a folder has several.
     :raises ValueError: for colours, compression that cannot be read, functional groups,
-        tables instead of slopes, slices of different sizes or several series.
+        tables instead of slopes, slices of different sizes, several series, or pictures
+        beside them.
     """
     needs("pydicom", path)
     if path.is_dir():
+        pictures = [p.name for p in path.iterdir() if p.suffix.lower() in IMAGES]
+        if pictures:
+            raise NamedError(
+                f"{path} holds DICOM files and pictures, as {min(pictures)}. Give a "
+                "folder of one kind."
+            )
         files = sorted(p for p in path.iterdir() if is_dicom(p))
         datasets = [(p, _dataset(p)) for p in files]
         datasets = [(p, d) for p, d in datasets if "Rows" in d]  # no reports
@@ -220,6 +229,8 @@ def _pixels(file: Path, dataset: Any) -> tuple[np.ndarray, tuple[float, float], 
     syntax = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
     if syntax is None:
         raise NamedError(f"{file} does not say how its pixels are stored.")
+    if not syntax.is_little_endian:  # retired, and not to be converted by pydicom
+        raise NamedError(f"{file} is stored big end first. Convert it (dcmconv +te).")
     try:
         stored = np.array(dataset.pixel_array)
     except Exception as error:  # decoders raise anything

@@ -13,6 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: Name of an array in a file that has names, if it comes from one that has none.
+NAME = "x"
+
+
+@dataclass(frozen=True)
+class ArrayHeader:
+    """
+    What a file holds beside an array.
+
+    :param str name: name of the array.
+    :param dict attributes: of the array and of the groups that it is in, by their names
+        (HDF5).
+    """
+
+    name: str = NAME
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
 
 @dataclass
 class Picture:
@@ -24,7 +41,8 @@ class Picture:
     :param float white: what was 1 in the file: 255, 65535, 1 or what the user said.
     :param numpy.dtype dtype: of the numbers in the file.
     :param str layout: order of the axes in the file: ``"HW"``, ``"HWC"``, ``"CHW"``,
-        ``"PHW"`` or ``"PCHW"``; pages of picture files are none of them.
+        ``"PHW"``, ``"HWP"`` (MATLAB) or ``"PCHW"``; pages of picture files are none of
+        them.
     :param numpy.ndarray alpha: opacity ``(P, H, W)`` as in the file, if there is one.
     :param dict metadata: colour profile, resolution and the like, of picture files.
     :param float black: what was 0 in the file.

@@ -121,6 +121,7 @@ def _read_ismrmrd(file: Path, group: Any, name: str | None) -> KSpace:
     for bit in _NO_IMAGE:
         no_image |= (flags >> np.uint64(bit - 1)) & np.uint64(1) > 0
     keep = ~no_image & (heads["encoding_space_ref"] == 0)
+    left_out = int((~keep).sum())
     for counter, value in _chosen(file, heads["idx"][keep], name).items():
         keep &= heads["idx"][counter] == value
     if not keep.any():
@@ -143,7 +144,6 @@ def _read_ismrmrd(file: Path, group: Any, name: str | None) -> KSpace:
         )
     y = _sorted(file, header, lines, (height, width))
     size, affine = _recon_space(file, group["xml"][0], ("y", "x"))
-    left_out = int(no_image.sum())
     notes = []
     if left_out:
         notes.append(f"{file}: {left_out} lines are no part of the image (noise, ...)")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepinv_deal._atomic import replacing
 from deepinv_deal.files.kinds import (
+    ArrayHeader,
     Kind,
     NamedError,
     Picture,
@@ -135,7 +136,8 @@ def write(file: Path, pages: Tensor, like: Picture) -> None:
         ).T
         stored = stored[..., 0] if len(values) == 1 else stored
         dtype = np.dtype(np.float32)
-        if like.dtype.kind in "ui" and like.layout in ("HW", "HWC"):
+        whole = like.dtype.kind in "ui" and like.dtype.itemsize <= 4
+        if whole and not isinstance(own, ArrayHeader):
             dtype = like.dtype
         image = nibabel.Nifti1Image(as_numbers(stored, dtype), like.affine)
         if like.affine is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -45,9 +46,10 @@ def read_picture(
     """
     Reads gray or colour images: a file of any kind, or a folder with a DICOM series.
 
-    Arrays are ``(H, W)``, ``(H, W, 3)``, ``(1, H, W)``, ``(3, H, W)``, ``(P, H, W)`` or
-    ``(P, C, H, W)``. TIFF files may have several pages, and pages of NIfTI files and of
-    DICOM series are slices. Pictures are turned upright.
+    Arrays are ``(H, W)``, ``(H, W, 3)``, ``(1, H, W)``, ``(3, H, W)``, ``(P, H, W)``,
+    in files of MATLAB ``(H, W, P)``, or ``(P, C, H, W)``. TIFF files may have several
+    pages, and pages of NIfTI files and of DICOM series are slices. Pictures are turned
+    upright.
 
     :param str path: ``FILE`` or ``FILE:NAME``, see :func:`read_array`; for one of
         several DICOM series ``FOLDER:NUMBER``.
@@ -61,7 +63,7 @@ def read_picture(
         DICOM files or floating point values above 2 without ``white``, or a library
         that is missing.
     """
-    if isinstance(white, float | int) and not white > black:
+    if isinstance(white, float | int) and not black < white < math.inf:
         what = "positive" if black == 0 else f"greater than black, {black:g}"
         raise ValueError(f"white must be {what}, got {white}.")
     file, name = split_name(path)
