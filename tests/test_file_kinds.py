@@ -1107,6 +1107,21 @@ def test_a_volume_is_denoised_as_a_whole(tmp_path, slices, capsys):
     np.testing.assert_allclose(np.load(target), expected[0, 0], atol=1e-6)
 
 
+def test_a_volume_shows_its_iterations_on_terminals(tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "in.npy", smooth(3, (9, 8)).astype(np.float32))
+    results = []
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)
+        target = str(tmp_path / f"{terminal}.npy")
+        command = ["denoise", str(tmp_path / "in.npy"), target, *FAST]
+        assert main([*command, "--slices", "mean"]) == 0
+        said = capsys.readouterr()
+        n_iter = said.out.split(": ")[1].split(" iterations")[0]
+        assert (f"Iterations: {n_iter}it" in said.err) == terminal
+        results.append(np.load(target))
+    np.testing.assert_array_equal(*results)
+
+
 def test_every_time_of_a_nifti_file_is_a_volume(tmp_path, nibabel):
     x = np.stack([smooth(3, (9, 8), seed) for seed in (0, 1)]).astype(np.float32)
     save_nifti(nibabel, tmp_path / "in.nii", x.T)

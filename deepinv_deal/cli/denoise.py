@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from deepinv_deal.cli._options import (
     add_outcome_options,
     add_white_option,
     channels_of,
+    iterations_shown,
     make_model,
     report,
     say,
@@ -210,7 +212,9 @@ def _one(
     ):
         name = f"{source}[{number}]" if several else source
         start = time.perf_counter()
-        x_hat, info = _image(models(image.shape[0]), image[None], args)
+        model = models(image.shape[0])
+        with iterations_shown(model) if is_volume else contextlib.nullcontext():
+            x_hat, info = _image(model, image[None], args)
         seconds = time.perf_counter() - start
         results.append(x_hat)
         converged &= report(f"{name} -> {target}", info, seconds, args.likelihood)
