@@ -776,6 +776,26 @@ def test_the_command_takes_a_series_to_a_series(tmp_path, pydicom, capsys):
     assert np.load(tmp_path / "out.npy").shape == (3, 16, 18)
 
 
+def test_reconstructions_keep_the_header_if_it_fits(tmp_path, nibabel, capsys):
+    x = smooth(1).astype(np.float32)
+    source = save_nifti(nibabel, tmp_path / "y.nii", x.T)
+    weight = ["--lambda-reg", "0.1", "--rtol", "0.3"]
+    blur = ["reconstruct", "blur", str(source), str(tmp_path / "x.nii")]
+    assert main([*blur, "--kernel", "gaussian:0.5", *weight]) == 0
+    found, given = nibabel.load(tmp_path / "x.nii"), nibabel.load(source)
+    for key in given.header:
+        np.testing.assert_array_equal(found.header[key], given.header[key], key)
+    twice = ["reconstruct", "downsampling", str(source), str(tmp_path / "z.nii")]
+    assert main([*twice, "--factor", "2", *weight]) == 2
+    said = capsys.readouterr().err
+    assert "has (32, 36) pixels and its source (16, 18)" in said
+    assert not (tmp_path / "z.nii").exists()
+    twice[-1] = str(tmp_path / "z.tif")
+    assert main([*twice, "--factor", "2", *weight]) == 0
+    assert "does not keep where" in capsys.readouterr().err
+    assert tifffile.imread(tmp_path / "z.tif").shape == (32, 36)
+
+
 def test_folders_hold_volumes_too(tmp_path, nibabel):
     (tmp_path / "in").mkdir()
     for name in ("a.nii.gz", "b.nii"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from deepinv_deal.cli._likelihood import add_likelihood_option
@@ -140,9 +141,7 @@ def _operator(
 
 
 def _reconstruct(args: argparse.Namespace, load: Any) -> int:
-    import torch
-
-    from deepinv_deal.files import check_target, write_picture
+    from deepinv_deal.files import check_target, forgets_place, write_picture
 
     split, likelihood, is_mri = False, args.likelihood, load is _mri
     settings = likelihood.settings(getattr(args, "white", None))
@@ -167,7 +166,8 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
         # The channels of a colour image one by one, if the filters are gray.
         split = channels_of(model) == 1
         problems = [load(args, like.x.transpose(0, 1) if split else like.x)]
-    check_target(args.output, like)
+    result = like if is_mri else replace(like, x=_first(problems[0], split))
+    check_target(args.output, result)
     if args.figure and len(problems) > 1:
         raise ValueError(
             f"--figure draws one image; {args.input} has {len(problems)} slices."
@@ -182,13 +182,12 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
         x_hat = _middle(x_hat, size)
     likelihood.doubt_rounding(args.output, x_hat, like)
     _write(args.output, x_hat, like, is_mri, write_picture)
+    if not is_mri and forgets_place(args.output, like):
+        say([f"{args.output} does not keep where the voxels of {args.input} lie."])
     converged = report(f"{args.input} -> {args.output}", infos, seconds, likelihood)
     truth = _truth(args, x_hat, is_mri)
     if args.figure:
-        y, physics = problems[0]
-        with torch.no_grad():
-            first = _fitted(physics, y).A_adjoint(y)
-        first = first.transpose(0, 1) if split else first
+        first = _first(problems[0], split)
         first = _middle(first, size) if is_mri else first
         white = likelihood.shown_white(x_hat, getattr(args, "white", None))
         truth = None if truth is None else truth / white
@@ -227,6 +226,16 @@ def _solve(
             model.scale = float(infos[i].scale.max())
     slices = range(len(problems))
     return torch.cat([results[i] for i in slices]), [infos[i] for i in slices]
+
+
+def _first(problem: tuple[Tensor, Any], split: bool) -> Tensor:
+    """Returns what the adjoint makes of measurements, the channels in one image."""
+    import torch
+
+    y, physics = problem
+    with torch.no_grad():
+        first: Tensor = _fitted(physics, y).A_adjoint(y)
+    return first.transpose(0, 1) if split else first
 
 
 def _fitted(physics: Any, y: Tensor) -> Any:

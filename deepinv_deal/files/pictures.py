@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from deepinv_deal.files.decode import (
 )
 from deepinv_deal.files.dicom import DICOM, DicomHeader, is_dicom
 from deepinv_deal.files.kinds import Kind, Picture, as_numbers, split_name, suffix_of
-from deepinv_deal.files.nifti import NIFTI
+from deepinv_deal.files.nifti import NIFTI, NiftiHeader
 
 #: Up to this a floating-point image is taken to be one in [0, 1].
 LARGEST_FLOAT = 2.0
@@ -142,12 +143,29 @@ def check_target(path: str | os.PathLike[str], like: Picture) -> None:
     Checks that a result like an image can be written, before it is computed.
 
     :param str path: the file to be written, or a folder for a DICOM series.
-    :param Picture like: the image that it comes from.
+    :param Picture like: the image that it comes from; the size of the result, if that
+        is another one, is that of ``like.x``.
     :raises ValueError: if its suffix is unknown, the file would lose depth, pages or
-        transparency, or a library is missing.
+        transparency, a header does not fit, or a library is missing.
     """
     kind = _kind_to_write(Path(path), like)
     kind.check(Path(path), like)
+    size, source = tuple(like.x.shape[-2:]), _size_of_source(like)
+    if kind in (NIFTI, DICOM) and source not in (None, size):
+        raise ValueError(
+            f"{path}: the image has {size} pixels and its source {source}, so that its "
+            "header does not fit. Give a name that ends in .tif or .npy."
+        )
+
+
+def _size_of_source(like: Picture) -> tuple[int, int] | None:
+    """Returns the height and width that a header is for."""
+    header = like.header
+    if isinstance(header, NiftiHeader):
+        return header.shape[1], header.shape[0]
+    if isinstance(header, DicomHeader):
+        return int(header.datasets[0].Rows), int(header.datasets[0].Columns)
+    return None
 
 
 def write_picture(path: str | os.PathLike[str], x: Tensor, like: Picture) -> None:
@@ -166,7 +184,7 @@ def write_picture(path: str | os.PathLike[str], x: Tensor, like: Picture) -> Non
     :raises ValueError: for another suffix, or if something would be lost.
     :raises OSError: if the file cannot be written.
     """
-    check_target(path, like)
+    check_target(path, replace(like, x=x))
     _kind_to_write(Path(path), like).write(Path(path), like.values(x), like)
 
 
