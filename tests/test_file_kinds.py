@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import re
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from deepinv_deal.files import (
     suffix_of,
     write_picture,
 )
+from deepinv_deal.files.pictures import KINDS
 
 REASON = "needs the readers of the extra `files`"
 FAST = ["--sigma", "10", "--rtol", "0.3"]
@@ -528,6 +531,39 @@ def test_a_derived_series_has_a_folder_of_its_own(tmp_path, pydicom):
     assert is_series(tmp_path / "in") and not is_series(tmp_path)
 
 
+def test_files_without_what_is_needed_are_named(tmp_path, pydicom):
+    dataset = dicom_slice(pydicom, numbers(np.uint16, (5, 6)), 16)
+    del dataset.BitsStored, dataset.SOPInstanceUID
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    with pytest.raises(ValueError, match=r"a\.dcm .*no SOPInstanceUID, BitsStored"):
+        read_picture(tmp_path / "a.dcm", "max")
+
+
+@pytest.mark.parametrize("name", ["a.dcm", "a.nii", "a.nii.gz", "a.h5", "a.tif"])
+def test_files_that_are_cut_are_errors_that_name_them(tmp_path, name):
+    stored = numbers(np.uint16, (5, 6))
+    path = tmp_path / name
+    if name == "a.dcm":
+        pydicom = pytest.importorskip("pydicom", reason=REASON)
+        dataset = dicom_slice(pydicom, stored, 16)
+        dataset.save_as(path, enforce_file_format=True)
+    elif name == "a.tif":
+        tifffile.imwrite(path, stored[None].repeat(2, 0))
+    elif name == "a.h5":
+        with pytest.importorskip("h5py", reason=REASON).File(path, "w") as file:
+            file["x"] = stored
+    else:
+        save_nifti(pytest.importorskip("nibabel", reason=REASON), path, stored)
+    whole = path.read_bytes()
+    # A TIFF file ends in its resolution.
+    for end in range(0, len(whole) - 24, max(1, len(whole) // 40)):
+        path.write_bytes(whole[:end])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the readers remark
+            with pytest.raises(ValueError, match=re.escape(name)):
+                read_picture(path, "max")
+
+
 # -- TIFF stacks --------------------------------------------------------------------
 
 
@@ -702,6 +738,12 @@ def test_black_and_white_are_values_of_the_file(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((4, 4)))
     with pytest.raises(ValueError, match="no value above black"):
         read_picture(tmp_path / "a.npy", "max")
+
+
+def test_kinds_have_suffixes_of_their_own():
+    suffixes = [suffix for kind in KINDS for suffix in kind.suffixes]
+    assert len(set(suffixes)) == len(suffixes)
+    assert all(suffix == suffix_of(f"a{suffix}") for suffix in suffixes)
 
 
 def test_suffixes_have_two_parts_if_compressed():
@@ -1083,6 +1125,22 @@ def test_ismrmrd_files_that_are_not_read_are_named(tmp_path, h5py, tags, change,
     path = save_ismrmrd(tmp_path / "a.h5", y, range(18), text, **tags)
     with pytest.raises(ValueError, match=rf"a\.h5.* {words}"):
         read_k_space(path)
+
+
+def test_damaged_headers_are_named(tmp_path, h5py):
+    y = k_space(smooth(1, (18, 20)))[:, None]
+    save_ismrmrd(tmp_path / "a.h5", y, range(18), header(20, 18, 20, 18)[:-40])
+    with pytest.raises(ValueError, match=r"a\.h5: its header is no XML"):
+        read_k_space(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["dataset/xml"] = [header(20, 18, 20, 18).encode()]
+        file["dataset/data"] = np.zeros(3)
+    with pytest.raises(ValueError, match=r"b\.h5 cannot be read"):
+        read_k_space(tmp_path / "b.h5")
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["kspace"] = np.zeros((2, 3), complex)
+    with pytest.raises(ValueError, match=r"c\.h5: 'kspace' is complex128 of shape"):
+        read_k_space(tmp_path / "c.h5")
 
 
 def test_one_of_several_repetitions_is_chosen(tmp_path, h5py):

@@ -18,6 +18,7 @@ from deepinv_deal.files.kinds import (
     Kind,
     NamedError,
     Picture,
+    named,
     needs,
     split_name,
     suffix_of,
@@ -65,7 +66,7 @@ def read_with_header(file: Path, name: str | None) -> tuple[np.ndarray, ArrayHea
     if suffix not in ARRAYS:
         known = ", ".join(ARRAYS + IMAGES + nifti.NIFTI.suffixes)
         raise ValueError(f"{file} is of an unknown kind. Give one of {known}.")
-    try:
+    with named(file):
         if suffix == ".npy":
             return np.load(file, allow_pickle=False), ArrayHeader()
         if suffix == ".npz":
@@ -80,12 +81,6 @@ def read_with_header(file: Path, name: str | None) -> tuple[np.ndarray, ArrayHea
         if suffix in HDF5:
             return _read_hdf5(file, name)
         return _read_matlab(file, name)
-    except NamedError:
-        raise
-    except Exception as error:  # a damaged file can make its reader raise anything
-        # Not the rest, which suggests to read the file without protection.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{file} cannot be read: {reason[0]}") from error
 
 
 def _choose(file: Path, name: str | None, names: list[str]) -> str:

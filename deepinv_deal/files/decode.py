@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,6 +175,10 @@ def _decode_tiff(file: Path) -> Decoded | None:
     """Reads a TIFF file; ``None`` if Pillow reads it as well and knows more."""
     with tifffile.TiffFile(file) as tiff:
         pages = list(tiff.pages)
+        if _next_page(tiff):
+            raise ValueError(
+                f"{file} cannot be read whole: it is cut after page {len(pages)}."
+            )
         axes, shape = _axes(tiff)
         first: Any = pages[0]
         if first.photometric == tifffile.PHOTOMETRIC.PALETTE:
@@ -224,6 +229,17 @@ def _decode_tiff(file: Path) -> Decoded | None:
         decoded = _split_alpha(np.ascontiguousarray(pixels), metadata)
         depth = next((axes.rindex(a) for a in "ZIQT" if a in axes), None)
         return replace(decoded, stack=shape, depth=depth)
+
+
+def _next_page(tiff: tifffile.TiffFile) -> int:
+    """Returns where a page follows the last one that could be read, 0: nowhere."""
+    layout, stream = tiff.tiff, tiff.filehandle
+    last = tiff.pages[-1].offset
+    stream.seek(last)
+    (tags,) = struct.unpack(layout.tagnoformat, stream.read(layout.tagnosize))
+    stream.seek(last + layout.tagnosize + tags * layout.tagsize)
+    (following,) = struct.unpack(layout.offsetformat, stream.read(layout.offsetsize))
+    return int(following)
 
 
 def _axes(tiff: tifffile.TiffFile) -> tuple[str, tuple[int, ...]]:

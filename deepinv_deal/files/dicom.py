@@ -18,6 +18,12 @@ from deepinv_deal.files.kinds import Kind, NamedError, Picture, needs
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 
+#: What is needed to read an image and to derive another one from it.
+_NEEDED = (
+    *("SOPClassUID", "SOPInstanceUID", "Rows", "Columns"),
+    *("BitsAllocated", "BitsStored", "PixelRepresentation"),
+)
+
 #: Slices this fraction of their distance off a regular grid are not equally spaced.
 SPACING_TOLERANCE = 0.02
 
@@ -209,6 +215,9 @@ def _picture(
 
 def _pixels(file: Path, dataset: Any) -> tuple[np.ndarray, tuple[float, float], Any]:
     """Returns what is stored, the scale, and where there is nothing."""
+    missing = [tag for tag in _NEEDED if tag not in dataset]
+    if missing:
+        raise NamedError(f"{file} is no whole DICOM image: no {', '.join(missing)}.")
     if "PixelData" not in dataset:
         raise NamedError(
             f"{file} has no pixels of integers, which alone are read of DICOM files."

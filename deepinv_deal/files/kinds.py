@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,26 @@ def needs(module: str, file: str | os.PathLike[str]) -> Any:
             f"{file} needs the package {module.partition('.')[0]}: pip install "
             "deepinv-deal[files]"
         ) from error
+
+
+@contextlib.contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """
+    Makes errors of readers name the file: a damaged one makes them raise anything.
+
+    :param str path: the file.
+    :raises ValueError: for other errors than those that name it already.
+    """
+    try:
+        yield
+    except (NamedError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and os.fspath(path) in str(error):
+            raise
+        # Not the rest, which suggests to read the file without protection.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} cannot be read: {reason[0]}") from error
 
 
 def as_numbers(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

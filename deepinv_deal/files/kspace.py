@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from deepinv_deal.files.arrays import HDF5, read_array
-from deepinv_deal.files.kinds import NamedError, needs, split_name, suffix_of
+from deepinv_deal.files.kinds import NamedError, named, needs, split_name, suffix_of
 
 #: Bits of ISMRMRD, counted from 1, of lines that are no measurements of the image.
 _NO_IMAGE = (
@@ -62,15 +62,12 @@ def read_k_space(path: str | os.PathLike[str]) -> KSpace:
     file, name = split_name(path)
     if suffix_of(file) in HDF5:
         h5py = needs("h5py", file)
-        try:
-            with h5py.File(file) as root:
-                group = next((g for g in root.values() if _is_ismrmrd(g)), None)
-                if group is not None and (name is None or "=" in name):
-                    return _read_ismrmrd(file, group, name)
-                if "kspace" in root and name is None:
-                    return _read_fastmri(file, root)
-        except OSError as error:
-            raise NamedError(f"{file} cannot be read: {error}") from error
+        with named(file), h5py.File(file) as root:
+            group = next((g for g in root.values() if _is_ismrmrd(g)), None)
+            if group is not None and (name is None or "=" in name):
+                return _read_ismrmrd(file, group, name)
+            if "kspace" in root and name is None:
+                return _read_fastmri(file, root)
     y = read_array(path)
     if y.dtype.names == ("real", "imag"):
         y = y["real"] + 1j * y["imag"]

@@ -23,7 +23,14 @@ from deepinv_deal.files.decode import (
     encode,
 )
 from deepinv_deal.files.dicom import DICOM, DicomHeader, is_dicom
-from deepinv_deal.files.kinds import Kind, Picture, as_numbers, split_name, suffix_of
+from deepinv_deal.files.kinds import (
+    Kind,
+    Picture,
+    as_numbers,
+    named,
+    split_name,
+    suffix_of,
+)
 from deepinv_deal.files.nifti import NIFTI, NiftiHeader
 
 #: Up to this a floating-point image is taken to be one in [0, 1].
@@ -69,10 +76,11 @@ def read_picture(
         raise ValueError(f"white must be {what}, got {white}.")
     file, name = split_name(path)
     kind = _kind_to_read(file)
-    if kind is ARRAY:
-        picture = arrays.read(file, name, volume=volume)
-    else:
-        picture = kind.read(file, name)
+    with named(path):
+        if kind is ARRAY:
+            picture = arrays.read(file, name, volume=volume)
+        else:
+            picture = kind.read(file, name)
     picture.white = _white(picture, path, white)
     picture.black = black
     if not picture.white > black:
