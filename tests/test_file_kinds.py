@@ -849,6 +849,21 @@ def test_folders_hold_volumes_too(tmp_path, nibabel):
     assert found == ["a.nii.gz", "b.nii"]
 
 
+def test_the_truth_has_the_unit_of_what_was_measured(tmp_path, capsys):
+    x = 1000 * smooth(1)[0]
+    np.save(tmp_path / "y.npy", x)
+    np.save(tmp_path / "half.npy", 0.5 * x)
+    np.save(tmp_path / "mask.npy", np.ones(x.shape))
+    names = [str(tmp_path / f"{name}.npy") for name in ("y", "x_hat", "mask", "half")]
+    command = ["reconstruct", "inpainting", *names[:2], "--mask", names[2], "--truth"]
+    psnr = []
+    for truth in (names[3], names[0]):
+        options = ["--white", "max", "--rtol", "0.3", "--lambda-reg", "0.1"]
+        assert main([*command, truth, *options]) == 0
+        psnr.append(float(capsys.readouterr().out.split("PSNR ")[1].split(" dB")[0]))
+    assert psnr[0] < 15 < 30 < psnr[1]
+
+
 def test_black_is_not_for_counts(tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.ones((8, 8)))
     command = ["denoise", str(tmp_path / "a.npy"), str(tmp_path / "b.npy")]

@@ -241,7 +241,8 @@ def _pixels(file: Path, dataset: Any) -> tuple[np.ndarray, tuple[float, float], 
     if not syntax.is_little_endian:  # retired, and not to be converted by pydicom
         raise NamedError(f"{file} is stored big end first. Convert it (dcmconv +te).")
     try:
-        stored = np.array(dataset.pixel_array)
+        # The function, not the attribute, which would keep the pixels with the header.
+        stored = np.array(needs("pydicom.pixels", file).pixel_array(dataset))
     except Exception as error:  # decoders raise anything
         if not syntax.is_compressed:
             raise NamedError(f"{file} cannot be read as DICOM: {error}") from error
@@ -250,7 +251,6 @@ def _pixels(file: Path, dataset: Any) -> tuple[np.ndarray, tuple[float, float], 
             "Install pylibjpeg[all], or decompress it (dcmdjpeg, gdcmconv --raw). "
             f"({' '.join(str(error).split())})"
         ) from error
-    # One bit a pixel is a mask; it is stored so, and comes as 8 bit.
     if int(dataset.BitsAllocated) == 1:
         raise NamedError(f"{file} holds one bit a pixel, which is a mask and no image.")
     slope = _number_list(dataset, "RescaleSlope", 1) or [1.0]
@@ -265,6 +265,7 @@ def _pixels(file: Path, dataset: Any) -> tuple[np.ndarray, tuple[float, float], 
         outside = (stored >= low) & (stored <= high)
         if outside.any():
             padding = np.ma.masked_array(stored, ~outside)
+    del dataset.PixelData  # a derived image has others
     return stored, (slope[0], intercept[0]), padding
 
 
