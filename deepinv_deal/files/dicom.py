@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -442,8 +443,6 @@ def _derived(
     pydicom: Any, source: Any, stored: np.ndarray, series: str, now: datetime.datetime
 ) -> Any:
     """Returns a dataset like another one with other pixels, see part 3, C.7.6.1.1.2."""
-    from deepinv_deal import __version__
-
     dataset = copy.deepcopy(source)
     frames = dataset.get("NumberOfFrames")
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -463,7 +462,9 @@ def _derived(
     reference.ReferencedSOPClassUID = source.SOPClassUID
     reference.ReferencedSOPInstanceUID = source.SOPInstanceUID
     dataset.SourceImageSequence = pydicom.Sequence([reference])
-    dataset.DerivationDescription = f"Processed by deepinv-deal {__version__}"
+    dataset.DerivationDescription = (
+        f"Processed by deepinv-deal {version('deepinv-deal')}"
+    )
     described = str(source.get("SeriesDescription") or "")
     dataset.SeriesDescription = f"{described[:51]} deepinv-deal".strip()
     dataset.InstanceCreationDate = now.strftime("%Y%m%d")
