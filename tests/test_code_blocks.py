@@ -23,6 +23,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import test_file_kinds as files
 import tifffile
 from PIL import Image
 from skimage import data
@@ -193,6 +194,8 @@ def folder(tmp_path, monkeypatch):
     lines = np.arange(32) % 2 == 0
     lines[12:20] = True
     np.savez("kspace.npz", y=k_space * lines, maps=maps + 0j)
+    volume = np.stack([x, 0.9 * x]) + rng.normal(0, 10 / 255, (2, *x.shape))
+    tifffile.imwrite("stack.tif", (60000 * volume.clip(0, 1)).astype(np.uint16))
     Path("RUN").mkdir()
     save(DEALPrior(1, 4), "RUN/best.safetensors")
     return tmp_path
@@ -215,9 +218,37 @@ def run_page(page, monkeypatch):
     plt.close("all")
 
 
+@pytest.fixture
+def volumes(folder):
+    """Files of the fields in the current folder, by the tests of these."""
+    for module in ("h5py", "ismrmrd", "nibabel", "pydicom"):
+        pytest.importorskip(module, reason=files.REASON)
+    import h5py
+    import nibabel
+    import pydicom
+
+    x = files.smooth(2, (24, 20))
+    stored = np.rint(1000 * files.smooth(2, (44, 40))).astype(np.int16)
+    files.save_nifti(nibabel, "scan.nii.gz", stored.T)
+    Path("SERIES").mkdir()
+    for i, pixels in enumerate(stored):
+        dataset = files.dicom_slice(pydicom, pixels, 16, (1.0, 0.0), i + 1, 2.0 * i)
+        dataset.save_as(Path("SERIES") / f"{i}.dcm", enforce_file_format=True)
+    with h5py.File("fastmri.h5", "w") as file:
+        file["kspace"], file["mask"] = files.k_space(x), files.lines(20, 1)
+        file["ismrmrd_header"] = files.header(24, 20, 16, 20)
+        file["reconstruction_esc"] = np.abs(x[:, 4:20])
+    maps = files.coils(2, (24, 20))
+    y, rows = files.k_space(x[:, None] * maps), np.flatnonzero(files.lines(24, 0))
+    files.save_ismrmrd("ismrmrd.h5", y, rows, files.header(20, 24, 20, 24))
+    np.save("ismrmrd_maps.npy", maps)
+
+
 @pytest.mark.parametrize("page", list(parameters()))
-def test_the_code_of_a_page_runs(page, folder, monkeypatch):
+def test_the_code_of_a_page_runs(page, folder, monkeypatch, request):
     matplotlib.use("Agg")
+    if page.stem == "command_line":
+        request.getfixturevalue("volumes")
     run_page(page, monkeypatch)
 
 

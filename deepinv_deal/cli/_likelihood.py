@@ -63,46 +63,54 @@ class LikelihoodOption:
         }
         return words[self.kind].format(*self.numbers)
 
-    def white(self, asked: float | None) -> float | None:
+    def white(self, asked: float | str | None) -> float | str | None:
         """
         Returns the value in the file that is to be read as 1.
 
         Counts are read as counts, and transmission as it is, whatever is white.
 
-        :param float asked: the argument ``--white``.
+        :param float, str asked: the argument ``--white``.
         """
         if self.kind == "poisson":
             return self.numbers[0]
         return 1.0 if self.has_unit else asked
 
-    def intensity(self, asked: float | None) -> float | None:
+    def intensity(self, asked: float | str | None) -> float | None:
         """
         Returns what is white in what was read, ``None``: not known.
 
-        :param float asked: the argument ``--white``.
-        :raises ValueError: if it is not positive.
+        :param float, str asked: the argument ``--white``.
+        :raises ValueError: if it is not positive, or the largest of numbers of which
+            the likelihood must know the unit.
         """
+        if isinstance(asked, str):
+            if self.has_unit:
+                raise ValueError(
+                    f"--white {asked} is not for --likelihood {self.kind}, which "
+                    "guesses what is white. Leave it out, or give a number."
+                )
+            return 1.0
+        if not self.has_unit:  # what is read is 1 at white
+            return 1.0
         if asked is not None and not 0 < asked < math.inf:
             raise ValueError(f"--white must be positive, got {asked:g}.")
-        if not self.has_unit:
-            return 1.0
-        unit = self.white(asked)
-        return None if asked is None or unit is None else asked / unit
+        unit = self.numbers[0] if self.kind == "poisson" else 1.0
+        return None if asked is None else asked / unit
 
-    def shown_white(self, x: Tensor, asked: float | None) -> float:
+    def shown_white(self, x: Tensor, asked: float | str | None) -> float:
         """
         Returns what figures show as white: the brightest pixel, where nobody knows.
 
         :param torch.Tensor x: the image in the unit of what was read.
-        :param float asked: the argument ``--white``.
+        :param float, str asked: the argument ``--white``.
         """
         return self.intensity(asked) or float(x.max()) or 1.0
 
-    def settings(self, asked: float | None = None) -> dict[str, Any]:
+    def settings(self, asked: float | str | None = None) -> dict[str, Any]:
         """
         Returns the arguments of the model for what was read.
 
-        :param float asked: the argument ``--white``.
+        :param float, str asked: the argument ``--white``.
         """
         from deepinv.optim import LogPoissonLikelihood, PoissonLikelihood
 
@@ -123,12 +131,12 @@ class LikelihoodOption:
         scale = "auto" if intensity is None else intensity
         return {"data_fidelity": fidelity, "scale": scale}
 
-    def level(self, gray_levels: Any, asked: float | None) -> Any:
+    def level(self, gray_levels: Any, asked: float | str | None) -> Any:
         """
         Returns a noise level in the unit of what was read.
 
         :param float gray_levels: of 255 for white; ``"estimate"`` and ``None`` stay.
-        :param float asked: the argument ``--white``.
+        :param float, str asked: the argument ``--white``.
         :raises ValueError: if it is not known what is white, or a level is missing.
         """
         if gray_levels is None and not self.has_unit:
@@ -173,10 +181,10 @@ class LikelihoodOption:
         :param torch.Tensor x: the result.
         :param Picture like: what was read.
         """
-        from deepinv_deal.files import IMAGES
+        from deepinv_deal.files import ARRAYS, suffix_of
 
         top = float(x.max()) * like.white
-        whole = like.dtype.kind in "ui" and Path(path).suffix.lower() in IMAGES
+        whole = like.dtype.kind in "ui" and suffix_of(path) not in ARRAYS
         if self.has_unit and whole and top < FEW_LEVELS:
             print(
                 f"  {path} holds whole numbers up to {top:.0f} only. Give an output "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,21 +256,89 @@ def add_outcome_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def report(
-    name: str, info: ReconstructionInfo, seconds: float, likelihood: LikelihoodOption
-) -> bool:
-    """Prints how a reconstruction went; returns whether all of it succeeded."""
-    succeeded = bool(info.succeeded.all())
-    end = "converged" if bool(info.converged.all()) else "finished"
-    inner = int(info.inner_iter.sum())
-    print(
-        f"{name}: {int(info.n_iter.max())} iterations, "
-        + (f"{inner} inner iterations, " if inner else "")
-        + f"{'imbalance' if info.has_mask else 'change'} "
-        f"{float(info.criterion.max()):.1e} "
-        f"({end if succeeded else 'NOT converged'}), {seconds:.1f} s, "
-        f"{likelihood.text}, lambda {float(info.lambda_reg.mean()):.4g}"
+def add_white_option(parser: argparse.ArgumentParser) -> None:
+    """Adds which value of a file is white."""
+    parser.add_argument(
+        "--white",
+        type=_white,
+        help="value in the file that is white, or 'max', the largest one; if unset, "
+        "255 or 65535 for integers of 8 or 16 bit, and 1 for floating point; needed "
+        "for DICOM and NIfTI files of 16 bit",
     )
-    for note in info.notes:
+
+
+def _white(text: str) -> float | str:
+    try:
+        return text if text == "max" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no value: a number, or 'max'."
+        ) from error
+
+
+@contextlib.contextmanager
+def iterations_shown(model: Any) -> Iterator[None]:
+    """Shows the iterations of a model on terminals, for what takes minutes."""
+    from tqdm import tqdm
+
+    with tqdm(desc="Iterations", disable=None) as bar:
+        if bar.disable:
+            yield
+            return
+        solve = model.solve
+
+        def watched(
+            problem: Any, start: Any = None, callback: Any = None, **limits: Any
+        ) -> Any:
+            def observe(k: int, before: Tensor, after: Tensor) -> None:
+                bar.update()
+                if callback is not None:
+                    callback(k, before, after)
+
+            return solve(problem, start, observe, **limits)
+
+        model.solve = watched
+        try:
+            yield
+        finally:
+            del model.solve
+
+
+def report(
+    name: str,
+    infos: ReconstructionInfo | Sequence[ReconstructionInfo],
+    seconds: float,
+    likelihood: LikelihoodOption,
+) -> bool:
+    """
+    Prints how a reconstruction, or those of all slices, went; returns whether all of it
+    succeeded.
+    """
+    infos = infos if isinstance(infos, Sequence) else [infos]
+    failed = sum(not bool(info.succeeded.all()) for info in infos)
+    end = "finished"
+    if failed:
+        end = "NOT converged"
+        end = f"{failed} of {len(infos)} {end}" if len(infos) > 1 else end
+    elif all(bool(info.converged.all()) for info in infos):
+        end = "converged"
+    inner = sum(int(info.inner_iter.sum()) for info in infos)
+    weights = [float(info.lambda_reg.mean()) for info in infos]
+    print(
+        f"{name}: "
+        + (f"{len(infos)} slices, at most " if len(infos) > 1 else "")
+        + f"{max(int(info.n_iter.max()) for info in infos)} iterations, "
+        + (f"{inner} inner iterations, " if inner else "")
+        + f"{'imbalance' if infos[0].has_mask else 'change'} "
+        f"{max(float(info.criterion.max()) for info in infos):.1e} "
+        f"({end}), {seconds:.1f} s, "
+        f"{likelihood.text}, lambda {sum(weights) / len(weights):.4g}"
+    )
+    say(dict.fromkeys(note for info in infos for note in info.notes))
+    return not failed
+
+
+def say(notes: Iterable[str]) -> None:
+    """Prints notes on what was decided for the user."""
+    for note in notes:
         print(f"  {note}", file=sys.stderr)
-    return succeeded

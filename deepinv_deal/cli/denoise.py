@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections import Counter
@@ -17,9 +18,12 @@ from deepinv_deal.cli._options import (
     Commands,
     add_model_options,
     add_outcome_options,
+    add_white_option,
     channels_of,
+    iterations_shown,
     make_model,
     report,
+    say,
 )
 
 
@@ -31,9 +35,13 @@ def add_denoise(commands: Commands[argparse.ArgumentParser]) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     denoise.add_argument(
-        "input", help="image, .npy, .npz:NAME, .pt, .h5:NAME, .mat:NAME, or a folder"
+        "input",
+        help="image, stack or volume: picture, .nii, .nii.gz, .dcm, .npy, .npz:NAME, "
+        ".pt, .h5:NAME, .mat:NAME; a folder of them, or with a DICOM series",
     )
-    denoise.add_argument("output", help="image, .npy or .pt; a folder if INPUT is one")
+    denoise.add_argument(
+        "output", help="one of these; a folder if INPUT is one, or a file for a series"
+    )
     denoise.add_argument(
         "--sigma",
         type=_level,
@@ -43,11 +51,19 @@ def add_denoise(commands: Commands[argparse.ArgumentParser]) -> None:
     denoise.add_argument(
         "--lambda-reg", type=float, help="weight; if unset, the learned one"
     )
+    add_white_option(denoise)
     denoise.add_argument(
-        "--white",
+        "--black",
         type=float,
-        help="value in the file that is white; if unset, 255 or 65535 for integers of "
-        "8 or 16 bit, and 1 for floating point",
+        default=0.0,
+        help="value in the file that is black, as -1000 for air in Hounsfield units",
+    )
+    denoise.add_argument(
+        "--slices",
+        choices=("depth", "height", "width", "mean"),
+        help="the pages are the depth of one volume, of which the model sees the "
+        "slices across this axis, or those across all three; if unset, pages are "
+        "denoised one by one",
     )
     add_likelihood_option(denoise)
     add_model_options(denoise, default="deal_gray, deal_color for colour")
@@ -73,14 +89,23 @@ def _denoise(args: argparse.Namespace) -> int:
     from deepinv_deal import DEAL
 
     args.likelihood.level(args.sigma, args.white)  # an error, if it is one
+    if args.black and args.likelihood.has_unit:
+        raise ValueError(
+            f"--black is not for --likelihood {args.likelihood.kind}, whose numbers "
+            "start at zero. Subtract it from the file."
+        )
     settings = args.likelihood.settings(args.white)
+    if args.slices is not None:
+        settings["slices"] = args.slices
     models = cache(partial(make_model, args, **settings))  # by channels
     if args.sigma == "estimate" and not isinstance(models(1), DEAL):
         raise ValueError(
             f"--sigma estimate is for DEAL; {type(models(1)).__name__} needs a number."
         )
+    from deepinv_deal.files import is_series
+
     source, target = Path(args.input), Path(args.output)
-    if not source.is_dir():
+    if not source.is_dir() or is_series(source):
         converged = _one(models, args.input, target, args)
         return 1 if args.strict and not converged else 0
     return _folder(models, source, target, args)
@@ -115,17 +140,17 @@ def _folder(
 
 def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     """Pairs of input and output below two folders."""
-    from deepinv_deal.files import WRITABLE, files_below
+    from deepinv_deal.files import IN_FOLDERS, WRITABLE, files_below, suffix_of
 
-    if target.is_file() or (target.suffix.lower() in WRITABLE and not target.is_dir()):
+    if target.is_file() or (suffix_of(target) in WRITABLE and not target.is_dir()):
         raise ValueError(f"{source} is a folder, so OUTPUT must be one: got {target}.")
     inside = target.resolve()
-    files = files_below(source, WRITABLE)
+    files = files_below(source, IN_FOLDERS)
     if inside != source.resolve():  # results of an earlier run are no input
         files = [p for p in files if not p.resolve().is_relative_to(inside)]
     if not files:
         raise FileNotFoundError(
-            f"No image in {source} (looked for {', '.join(WRITABLE)})."
+            f"No image in {source} (looked for {', '.join(IN_FOLDERS)})."
         )
     results = [_lossless(p.relative_to(source)) for p in files]
     number = Counter(results)
@@ -164,26 +189,39 @@ def _one(
     import torch
     from tqdm import tqdm
 
-    from deepinv_deal.files import check_target, read_picture, write_picture
+    from deepinv_deal.files import (
+        check_target,
+        forgets_place,
+        read_picture,
+        write_picture,
+    )
 
-    picture = read_picture(source, args.likelihood.white(args.white))
+    white, is_volume = args.likelihood.white(args.white), args.slices is not None
+    picture = read_picture(source, white, black=args.black, volume=is_volume)
+    say(picture.notes)
     check_target(target, picture)
-    several = len(picture.x) > 1
-    if args.figure and several:
+    if args.figure and len(picture.x) > 1:
         raise ValueError(
             f"--figure draws one image; {source} has {len(picture.x)} pages."
         )
+    images = picture.volumes(source) if is_volume else picture.x
+    several, what = len(images) > 1, "Volumes" if is_volume else "Pages"
     results, converged = [], True
-    for number, page in enumerate(
-        tqdm(picture.x, "Pages", disable=None if several else True)
+    for number, image in enumerate(
+        tqdm(images, what, disable=None if several else True)
     ):
         name = f"{source}[{number}]" if several else source
         start = time.perf_counter()
-        x_hat, info = _page(models(page.shape[0]), page[None], args)
+        model = models(image.shape[0])
+        with iterations_shown(model) if is_volume else contextlib.nullcontext():
+            x_hat, info = _image(model, image[None], args)
         seconds = time.perf_counter() - start
         results.append(x_hat)
         converged &= report(f"{name} -> {target}", info, seconds, args.likelihood)
     result = torch.cat(results)
+    result = picture.pages(result) if is_volume else result
+    if forgets_place(target, picture):
+        say([f"{target} does not keep where the voxels of {source} lie."])
     args.likelihood.doubt_rounding(target, result, picture)
     write_picture(target, result, picture)
     if args.figure:
@@ -196,8 +234,11 @@ def _one(
     return converged
 
 
-def _page(model: Any, x: Any, args: argparse.Namespace) -> tuple[Any, Any]:
-    """Denoises one image ``(1, C, H, W)`` by a model for gray or for colour images."""
+def _image(model: Any, x: Any, args: argparse.Namespace) -> tuple[Any, Any]:
+    """
+    Denoises one image ``(1, C, H, W)``, or a volume ``(1, C, D, H, W)``, by a model for
+    gray or for colour images.
+    """
     import torch
 
     channels = channels_of(model)
@@ -205,7 +246,7 @@ def _page(model: Any, x: Any, args: argparse.Namespace) -> tuple[Any, Any]:
     if channels == 1:
         y = x.transpose(0, 1)  # the channels of a colour image one by one
     elif x.shape[1] != channels:
-        y = x.expand(-1, channels, -1, -1)
+        y = x.expand(-1, channels, *x.shape[2:])
     args.likelihood.check(y)
     sigma = args.likelihood.level(args.sigma, args.white)
     with torch.no_grad():

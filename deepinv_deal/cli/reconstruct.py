@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from deepinv_deal.cli._likelihood import add_likelihood_option
@@ -11,9 +13,11 @@ from deepinv_deal.cli._options import (
     Commands,
     add_model_options,
     add_outcome_options,
+    add_white_option,
     channels_of,
     make_model,
     report,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -61,14 +65,25 @@ def add_reconstruct(commands: Commands[argparse.ArgumentParser]) -> None:
     mri = _operator(
         operators,
         "mri",
-        "Cartesian MRI: complex k-space (H, W), or (N, H, W) with coil maps",
+        "Cartesian MRI: complex k-space (H, W), or (N, H, W) with coil maps, of one "
+        "slice or, with an axis in front, of several; HDF5 of fastMRI or ISMRMRD",
         _mri,
     )
     mri.add_argument(
         "--mask",
-        help="file: nonzero where k-space was measured; if unset, where y is not zero",
+        help="file: nonzero where k-space was measured, (W,), (H, W) or (D, H, W); if "
+        "unset, what the file says, or where y is not zero",
     )
-    mri.add_argument("--coil-maps", help="file with complex maps (N, H, W)")
+    mri.add_argument(
+        "--coil-maps", help="file with complex maps (N, H, W) or (D, N, H, W)"
+    )
+    mri.add_argument(
+        "--crop",
+        type=_size,
+        metavar="HxW",
+        help="write the middle of the images only; 'header': in the size that the file "
+        "gives. If unset, they have the size of k-space",
+    )
     mri.add_argument(
         "--zero-frequency",
         choices=("centre", "corner"),
@@ -83,6 +98,17 @@ def add_reconstruct(commands: Commands[argparse.ArgumentParser]) -> None:
     )
 
 
+def _size(text: str) -> tuple[int, int] | str:
+    if text == "header":
+        return text
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size: HxW, as 320x320, or 'header'."
+        )
+    return int(parts[0]), int(parts[1])
+
+
 def _operator(
     operators: Commands[argparse.ArgumentParser], name: str, text: str, load: Any
 ) -> argparse.ArgumentParser:
@@ -90,7 +116,7 @@ def _operator(
         name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("input", help="measurements: image, .npy, .npz:NAME, ...")
-    parser.add_argument("output", help="image, .npy or .pt")
+    parser.add_argument("output", help="image, .npy, .nii.gz, .h5, ...")
     parser.add_argument(
         "--lambda-reg",
         type=float,
@@ -104,12 +130,7 @@ def _operator(
         "the training for dictionaries; SAFI and MMR have none",
     )
     if name != "mri":
-        parser.add_argument(
-            "--white",
-            type=float,
-            help="value in the file that is white; if unset, 255 or 65535 for integers "
-            "of 8 or 16 bit, and 1 for floating point",
-        )
+        add_white_option(parser)
     parser.add_argument("--truth", help="file with the true image: print the PSNR")
     add_likelihood_option(parser)
     both = "deal_gray, deal_color for colour"
@@ -120,64 +141,131 @@ def _operator(
 
 
 def _reconstruct(args: argparse.Namespace, load: Any) -> int:
-    import torch
+    from deepinv_deal.files import check_target, forgets_place, write_picture
 
-    from deepinv_deal.files import check_target, write_picture
-    from deepinv_deal.problems.fitted import fitted
-
-    split, likelihood = False, args.likelihood
+    split, likelihood, is_mri = False, args.likelihood, load is _mri
     settings = likelihood.settings(getattr(args, "white", None))
     level = None if args.sigma_model is None else args.sigma_model / 255
     if likelihood.has_unit:
         # The image is in counts or the like, but the level is that of the model.
         level, settings["sigma"] = None, level
-    if load is _mri:
+    problems: Sequence[tuple[Tensor, Any]]
+    if is_mri:
         if likelihood.has_unit:
             raise ValueError(
                 f"--likelihood {likelihood.kind} is for counts, and k-space holds "
                 "none. Give gaussian, l1 or weights."
             )
-        y, physics, like = _mri(args)
+        problems, like = _mri(args)
         model = make_model(args, complex_mode=args.complex_mode, **settings)
     else:
         like = _picture(args)
+        if args.white == "max":
+            args.white = like.white  # of the truth, too
         model = make_model(args, like.x.shape[1], **settings)
         # The channels of a colour image one by one, if the filters are gray.
         split = channels_of(model) == 1
-        y, physics = load(args, like.x.transpose(0, 1) if split else like.x)
-    check_target(args.output, like)
-    likelihood.check(y)
-    physics = fitted(physics, y)  # kernels with a side of 1 or 2
-    start = time.perf_counter()
-    with torch.no_grad():
-        x_hat, info = model(
-            y, physics, sigma=level, lambda_reg=args.lambda_reg, return_info=True
+        problems = [load(args, like.x.transpose(0, 1) if split else like.x)]
+    result = like if is_mri else replace(like, x=_first(problems[0], split))
+    check_target(args.output, result)
+    if args.figure and len(problems) > 1:
+        raise ValueError(
+            f"--figure draws one image; {args.input} has {len(problems)} slices."
         )
-        seconds = time.perf_counter() - start
-        first = physics.A_adjoint(y)
+    start = time.perf_counter()
+    x_hat, infos = _solve(model, problems, level, args)
+    seconds = time.perf_counter() - start
     if split:
-        x_hat, first = x_hat.transpose(0, 1), first.transpose(0, 1)
+        x_hat = x_hat.transpose(0, 1)
+    size = like.x.shape[-2:]
+    if is_mri:
+        x_hat = _middle(x_hat, size)
     likelihood.doubt_rounding(args.output, x_hat, like)
-    _write(args.output, x_hat, like, load is _mri, write_picture)
-    converged = report(f"{args.input} -> {args.output}", info, seconds, likelihood)
-    truth = _truth(args, x_hat, load is _mri)
+    _write(args.output, x_hat, like, is_mri, write_picture)
+    if not is_mri and forgets_place(args.output, like):
+        say([f"{args.output} does not keep where the voxels of {args.input} lie."])
+    converged = report(f"{args.input} -> {args.output}", infos, seconds, likelihood)
+    truth = _truth(args, x_hat, is_mri)
     if args.figure:
+        first = _first(problems[0], split)
+        first = _middle(first, size) if is_mri else first
         white = likelihood.shown_white(x_hat, getattr(args, "white", None))
         truth = None if truth is None else truth / white
-        _draw(args, load is _mri, first / white, x_hat / white, truth, info)
+        _draw(args, is_mri, first / white, x_hat / white, truth, infos[0])
     return 1 if args.strict and not converged else 0
 
 
+def _solve(
+    model: Any,
+    problems: Sequence[tuple[Tensor, Any]],
+    level: float | None,
+    args: argparse.Namespace,
+) -> tuple[Tensor, list[Any]]:
+    """
+    Solves problems one by one, with one intensity for all slices of a volume: that of
+    the slice with the most energy, which is solved first.
+    """
+    import torch
+    from tqdm import tqdm
+
+    several = len(problems) > 1
+    order = list(range(len(problems)))
+    if several:
+        energy = [float(y.square().sum()) for y, _ in problems]
+        order.sort(key=energy.__getitem__, reverse=True)
+    results, infos = {}, {}
+    for i in tqdm(order, "Slices", disable=None if several else True):
+        y, physics = problems[i]
+        args.likelihood.check(y)
+        physics = _fitted(physics, y)
+        with torch.no_grad():
+            results[i], infos[i] = model(
+                y, physics, sigma=level, lambda_reg=args.lambda_reg, return_info=True
+            )
+        if several and model.scale == "auto":
+            model.scale = float(infos[i].scale.max())
+    slices = range(len(problems))
+    return torch.cat([results[i] for i in slices]), [infos[i] for i in slices]
+
+
+def _first(problem: tuple[Tensor, Any], split: bool) -> Tensor:
+    """Returns what the adjoint makes of measurements, the channels in one image."""
+    import torch
+
+    y, physics = problem
+    with torch.no_grad():
+        first: Tensor = _fitted(physics, y).A_adjoint(y)
+    return first.transpose(0, 1) if split else first
+
+
+def _fitted(physics: Any, y: Tensor) -> Any:
+    """Returns the physics for kernels with a side of 1 or 2, too."""
+    from deepinv_deal.problems.fitted import fitted
+
+    return fitted(physics, y)
+
+
+def _middle(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Returns the middle of images; the origin of k-space stays in the middle."""
+    top, left = (n // 2 - m // 2 for n, m in zip(x.shape[-2:], size, strict=True))
+    return x[..., top : top + size[0], left : left + size[1]]
+
+
 def _write(path: str, x_hat: Any, like: Picture, is_mri: bool, write: Any) -> None:
+    from deepinv_deal.files import ARRAYS, IMAGES, suffix_of
+
     if is_mri:
         import torch
 
         x_hat = torch.complex(x_hat[:, :1], x_hat[:, 1:])
-        if not path.lower().endswith((".npy", ".pt")):  # a picture: the magnitude
+        if suffix_of(path) not in ARRAYS:  # these hold real numbers
             x_hat = x_hat.abs()
+        if suffix_of(path) in IMAGES:
             top = float(x_hat.max())
             print(f"White in {path} is a magnitude of {top:.6g}.")
             x_hat = x_hat / (top or 1.0)
+        elif not x_hat.is_complex():
+            print(f"{path} holds magnitudes; .npy and .h5 hold complex images.")
     write(path, x_hat, like)
 
 
@@ -196,7 +284,7 @@ def _truth(args: argparse.Namespace, x_hat: Any, is_mri: bool) -> Any:
 
     if is_mri:
         array = torch.from_numpy(read_array(args.truth)).abs().float()
-        x = array.reshape(1, 1, *array.shape[-2:])
+        x = array.reshape(-1, 1, *array.shape[-2:])
         x_hat = _magnitude(x_hat)
         unit = float(x.max()) or 1.0
         x, x_hat, unit = x / unit, x_hat / unit, 1.0
@@ -237,6 +325,7 @@ def _picture(args: argparse.Namespace) -> Picture:
     from deepinv_deal.files import read_picture
 
     picture = read_picture(args.input, args.likelihood.white(args.white))
+    say(picture.notes)
     if len(picture.x) > 1:
         raise ValueError(
             f"{args.input} has {len(picture.x)} pages; reconstruct takes one at a time."
@@ -284,41 +373,123 @@ def _downsampling(args: argparse.Namespace, y: Tensor) -> tuple[Tensor, Any]:
     return y, Downsampling(size, filter=kernel, factor=args.factor)
 
 
-def _mri(args: argparse.Namespace) -> tuple[Any, Any, Picture]:
+class _Slices(Sequence["tuple[Tensor, Any]"]):
+    """
+    Measurements and physics of the slices of k-space.
+
+    :param torch.Tensor y: k-space ``(D, [N,] H, W)``, complex.
+    :param torch.Tensor mask: where it was measured, ``(D, H, W)``, boolean.
+    :param torch.Tensor maps: coil maps ``(1 or D, N, H, W)``, if there are coils.
+    :param bool corner: whether zero frequency is at the corner.
+    """
+
+    def __init__(self, y: Tensor, mask: Tensor, maps: Tensor | None, corner: bool):
+        self.y, self.mask, self.maps, self.corner = y, mask, maps, corner
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: Any) -> Any:
+        import torch
+        from deepinv.physics import MRI, MultiCoilMRI
+
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        mask = self.mask[i]
+        y = self.y[i].where(mask, 0)
+        if self.corner:
+            # deepinv's transform has the origin of both domains in the middle.
+            y = MRI.fft(torch.fft.ifft2(y, norm="ortho"), dim=(-2, -1))
+            mask = torch.fft.fftshift(mask)
+        y = torch.view_as_real(y).movedim(-1, 0)[None]  # (1, 2, [N,] H, W)
+        size = (int(y.shape[-2]), int(y.shape[-1]))
+        if self.maps is None:
+            return y, MRI(mask=mask.float(), img_size=size)
+        maps = self.maps[min(i, len(self.maps) - 1)]
+        return y, MultiCoilMRI(mask=mask.float(), coil_maps=maps, img_size=size)
+
+
+def _mri(args: argparse.Namespace) -> tuple[_Slices, Picture]:
     import torch
-    from deepinv.physics import MRI, MultiCoilMRI
 
-    from deepinv_deal.files import Picture, read_array
+    from deepinv_deal.files import Picture, read_array, read_k_space
 
-    y = torch.from_numpy(read_array(args.input))
-    expected = 3 if args.coil_maps else 2
-    if not y.is_complex() or y.ndim != expected:
+    k_space = read_k_space(args.input)
+    say(k_space.notes)
+    y = torch.from_numpy(k_space.y).to(torch.complex64)
+    if not args.coil_maps and y.ndim == 4 and y.shape[1] == 1:
+        y = y[:, 0]  # one coil
+    axes = 3 if args.coil_maps else 2
+    if y.ndim not in (axes, axes + 1):
+        expected = "([D,] N, H, W)" if args.coil_maps else "([D,] H, W)"
         raise ValueError(
-            f"{args.input} must hold complex numbers of shape "
-            f"{'(N, H, W)' if args.coil_maps else '(H, W); coils need --coil-maps'}, "
-            f"got {y.dtype} of shape {tuple(y.shape)}."
+            f"{args.input} has shape {tuple(y.shape)}, {expected} was expected"
+            f"{'' if args.coil_maps else '; coils need --coil-maps'}."
         )
-    y = y.to(torch.complex64)
-    size = (int(y.shape[-2]), int(y.shape[-1]))
+    is_volume = y.ndim > axes
+    y = y if is_volume else y[None]
+    if is_volume and not args.coil_maps:
+        say(
+            [f"{args.input} has {len(y)} slices of one coil; coils need --coil-maps."]
+            if len(y) > 1
+            else []
+        )
+    depth, size = len(y), (int(y.shape[-2]), int(y.shape[-1]))
     if args.mask:
-        mask = _mask(args.mask, size, "k-space")
+        mask = _k_space_mask(args.mask, depth, size)
+    elif k_space.mask is not None:
+        mask = _expanded(torch.from_numpy(k_space.mask), depth, size, args.input)
     else:
-        mask = (y != 0).reshape(-1, *size).any(0)
-    if not mask.any():
-        raise ValueError("Nothing was measured: k-space is zero everywhere.")
-    y = y.where(mask, 0)
-    if args.zero_frequency == "corner":
-        # deepinv's transform has the origin of both domains in the middle.
-        y = MRI.fft(torch.fft.ifft2(y, norm="ortho"), dim=(-2, -1))
-        mask = torch.fft.fftshift(mask)
-    y = torch.view_as_real(y).movedim(-1, 0)[None]  # (1, 2, [N,] H, W)
-    mask = mask.float()
-    if not args.coil_maps:
-        return y, MRI(mask=mask, img_size=size), Picture(y)
-    maps = torch.from_numpy(read_array(args.coil_maps)).to(torch.complex64)
-    if maps.shape != y.shape[2:]:
-        raise ValueError(
-            f"--coil-maps have shape {tuple(maps.shape)}, k-space {tuple(y.shape[2:])}."
+        mask = (y != 0).reshape(depth, -1, *size).any(1)
+    empty = (~mask.flatten(1).any(1)).nonzero().flatten().tolist()
+    if empty:
+        which = f" in slices {empty}" if depth > 1 else ""
+        raise ValueError(f"Nothing was measured{which}: k-space is zero everywhere.")
+    maps = None
+    if args.coil_maps:
+        maps = torch.from_numpy(read_array(args.coil_maps)).to(torch.complex64)
+        if maps.shape not in (y.shape, y.shape[1:]):
+            shape = tuple(y.shape[0 if is_volume else 1 :])
+            raise ValueError(
+                f"--coil-maps have shape {tuple(maps.shape)}, k-space {shape}."
+            )
+        maps = maps.reshape(-1, *y.shape[1:])
+    crop = args.crop
+    if crop == "header" and k_space.image_size is None:
+        raise ValueError(f"{args.input} gives no size of the image. Give --crop HxW.")
+    if crop == "header":
+        crop = k_space.image_size
+    elif crop is None and k_space.image_size not in (None, size):
+        height, width = k_space.image_size
+        say(
+            [
+                f"Images have the size of k-space, {size[0]}x{size[1]}; {args.input} "
+                f"says {height}x{width}: --crop header cuts them."
+            ]
         )
-    physics = MultiCoilMRI(mask=mask, coil_maps=maps, img_size=size)
-    return y, physics, Picture(y)
+    crop = crop or size
+    if crop[0] > size[0] or crop[1] > size[1]:
+        raise ValueError(
+            f"--crop {crop[0]}x{crop[1]} is more than the image, {size[0]}x{size[1]}."
+        )
+    like = Picture(
+        torch.empty(depth, 1, *crop),
+        layout="PHW" if is_volume else "HW",
+        affine=k_space.affine,
+    )
+    return _Slices(y, mask, maps, args.zero_frequency == "corner"), like
+
+
+def _k_space_mask(path: str, depth: int, size: tuple[int, int]) -> Tensor:
+    from deepinv_deal.files import read_mask
+
+    return _expanded(read_mask(path), depth, size, path)
+
+
+def _expanded(mask: Tensor, depth: int, size: tuple[int, int], path: str) -> Tensor:
+    """Returns a mask of lines, of a slice or of all slices as ``(D, H, W)``."""
+    if mask.shape not in (size[1:], size, (depth, *size)):
+        raise ValueError(
+            f"--mask has shape {tuple(mask.shape)}, k-space {(depth, *size)} ({path})."
+        )
+    return mask.expand(depth, *size)

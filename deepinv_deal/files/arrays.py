@@ -10,69 +10,77 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepinv_deal._atomic import replacing
+from deepinv_deal.files import nifti
 from deepinv_deal.files.decode import IMAGES, decode
+from deepinv_deal.files.kinds import (
+    ArrayHeader,
+    Kind,
+    NamedError,
+    Picture,
+    named,
+    needs,
+    split_name,
+    suffix_of,
+)
 
-ARRAYS = (".npy", ".npz", ".pt", ".h5", ".hdf5", ".mat")
-
-
-class _NamedError(ValueError):
-    """An error that names the file already."""
+HDF5 = (".h5", ".hdf5")
+ARRAYS = (".npy", ".npz", ".pt", *HDF5, ".mat")
 
 
 def read_array(path: str | os.PathLike[str]) -> np.ndarray:
     """
     Reads an array from a file, by its suffix.
 
-    ``.npy``, ``.npz``, ``.pt``, ``.h5`` (needs h5py), ``.mat`` and images, without
-    their transparency. Where a file holds several arrays, ``FILE:NAME`` says which; in
-    a cell array of MATLAB, ``FILE:NAME/INDEX``, counted from 0. Nothing in a file is
-    executed.
+    ``.npy``, ``.npz``, ``.pt``, ``.h5`` (needs h5py), ``.mat``, ``.nii`` and
+    ``.nii.gz`` (need nibabel, slices first) and images, without their transparency.
+    Where a file holds several arrays, ``FILE:NAME`` says which; in a cell array of
+    MATLAB, ``FILE:NAME/INDEX``, counted from 0. Nothing in a file is executed.
 
     :param str path: ``FILE`` or ``FILE:NAME``.
     :raises FileNotFoundError: if there is no such file.
     :raises ValueError: if it is of another kind, damaged, or the name is missing.
     """
-    file, name = _split(path)
-    suffix = file.suffix.lower()
+    file, name = split_name(path)
+    suffix = suffix_of(file)
     if suffix in IMAGES:
         pixels = decode(file).pixels
         if len(pixels) > 1:
             raise ValueError(f"{file} has {len(pixels)} pages, one was expected.")
         return pixels[0]
-    try:
+    if suffix in nifti.NIFTI.suffixes:
+        pages: np.ndarray = nifti.read(file).x[:, 0].numpy()
+        return pages if len(pages) > 1 else pages[0]
+    return read_with_header(file, name)[0]
+
+
+def read_with_header(file: Path, name: str | None) -> tuple[np.ndarray, ArrayHeader]:
+    """
+    Reads an array and what is beside it.
+
+    :param pathlib.Path file: one of :data:`ARRAYS`.
+    :param str name: which array.
+    :raises ValueError: if it is of another kind, damaged, or the name is missing.
+    """
+    suffix = suffix_of(file)
+    if suffix not in ARRAYS:
+        known = ", ".join(ARRAYS + IMAGES + nifti.NIFTI.suffixes)
+        raise ValueError(f"{file} is of an unknown kind. Give one of {known}.")
+    with named(file):
         if suffix == ".npy":
-            return np.load(file, allow_pickle=False)
+            return np.load(file, allow_pickle=False), ArrayHeader()
         if suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
-                return arrays[_choose(file, name, list(arrays.files))]
+                name = _choose(file, name, list(arrays.files))
+                return arrays[name], ArrayHeader(name)
         if suffix == ".pt":
             data = torch.load(file, map_location="cpu", weights_only=True)
             if isinstance(data, dict):
                 data = data[_choose(file, name, list(data))]
-            array: np.ndarray = _as_tensor(file, data).detach().numpy()
-            return array
-        if suffix in (".h5", ".hdf5"):
+            return _as_tensor(file, data).detach().numpy(), ArrayHeader()
+        if suffix in HDF5:
             return _read_hdf5(file, name)
-        if suffix == ".mat":
-            return _read_matlab(file, name)
-    except _NamedError:
-        raise
-    except Exception as error:  # a damaged file can make its reader raise anything
-        # Not the rest, which suggests to read the file without protection.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{file} cannot be read: {reason[0]}") from error
-    raise ValueError(
-        f"{file} is of an unknown kind. Give one of {', '.join(ARRAYS + IMAGES)}."
-    )
-
-
-def _split(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    if Path(path).is_file():
-        return Path(path), None
-    file, _, name = os.fspath(path).rpartition(":")
-    if file and Path(file).is_file():
-        return Path(file), name
-    raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
+        return _read_matlab(file, name)
 
 
 def _choose(file: Path, name: str | None, names: list[str]) -> str:
@@ -82,22 +90,17 @@ def _choose(file: Path, name: str | None, names: list[str]) -> str:
         assert name is not None
         return name
     asked = "holds several arrays" if name is None else f"has no {name!r}"
-    raise _NamedError(f"{file} {asked}. Give {file}:NAME, NAME being one of {names}.")
+    raise NamedError(f"{file} {asked}. Give {file}:NAME, NAME being one of {names}.")
 
 
 def _as_tensor(file: Path, data: Any) -> Tensor:
     if not isinstance(data, Tensor):
-        raise _NamedError(f"{file} holds a {type(data).__name__}, not a tensor.")
+        raise NamedError(f"{file} holds a {type(data).__name__}, not a tensor.")
     return data
 
 
-def _read_hdf5(file: Path, name: str | None) -> np.ndarray:
-    try:
-        import h5py
-    except ImportError as error:
-        raise _NamedError(
-            f"{file}: install h5py to read HDF5 files, or save the array as .npy."
-        ) from error
+def _read_hdf5(file: Path, name: str | None) -> tuple[np.ndarray, ArrayHeader]:
+    h5py = needs("h5py", file)
     with h5py.File(file) as root:
         found: list[str] = []
         root.visititems(
@@ -105,19 +108,191 @@ def _read_hdf5(file: Path, name: str | None) -> np.ndarray:
                 found.append(key) if isinstance(item, h5py.Dataset) else None
             )
         )
-        return np.asarray(root[_choose(file, name, found)])
+        name = _choose(file, name and name.strip("/"), found)
+        parts = name.split("/")
+        paths = ["/", *("/".join(parts[: i + 1]) for i in range(len(parts)))]
+        attributes = {path: dict(root[path].attrs) for path in paths}
+        return np.asarray(root[name]), ArrayHeader(name, attributes)
 
 
-def _read_matlab(file: Path, name: str | None) -> np.ndarray:
+def _read_matlab(file: Path, name: str | None) -> tuple[np.ndarray, ArrayHeader]:
     from scipy.io import loadmat
 
-    arrays = {k: v for k, v in loadmat(file).items() if not k.startswith("__")}
     name, _, index = (name or "").partition("/")
-    array = arrays[_choose(file, name or None, list(arrays))]
+    try:
+        arrays = {k: v for k, v in loadmat(file).items() if not k.startswith("__")}
+    except NotImplementedError:  # version 7.3, which is HDF5
+        return _read_matlab_hdf5(file, name or None)
+    name = _choose(file, name or None, list(arrays))
+    array = arrays[name]
     if array.dtype == object:
         if not index.isdecimal() or int(index) >= array.size:
-            raise _NamedError(
+            raise NamedError(
                 f"{file} holds a cell array of {array.size}: give {file}:NAME/INDEX."
             )
         array = array.flat[int(index)]
-    return array
+    return array, ArrayHeader(name)
+
+
+def _read_matlab_hdf5(file: Path, name: str | None) -> tuple[np.ndarray, ArrayHeader]:
+    h5py = needs("h5py", file)
+    with h5py.File(file) as root:
+        found = [key for key in root if isinstance(root[key], h5py.Dataset)]
+        name = _choose(file, name, found)
+        array = np.asarray(root[name]).T  # columns first
+    if array.dtype.names == ("real", "imag"):
+        array = array["real"] + 1j * array["imag"]
+    if array.dtype.kind not in "buifc":
+        raise NamedError(f"{file}:{name} is no array of numbers.")
+    return array, ArrayHeader(name)
+
+
+# -- pictures in arrays -------------------------------------------------------------
+
+
+def read(file: Path, name: str | None = None, *, volume: bool = False) -> Picture:
+    """
+    Reads a picture, a stack or a volume from an array.
+
+    :param pathlib.Path file: the file.
+    :param str name: which array.
+    :param bool volume: whether three axes are ``(D, H, W)``, or ``(H, W, D)`` in files
+        of MATLAB, whatever their sizes.
+    :raises ValueError: for other shapes or numbers.
+    """
+    array, header = read_with_header(file, name)
+    path = f"{file}:{name}" if name else str(file)
+    stack = "HWP" if suffix_of(file) == ".mat" else "PHW"
+    pages, layout = _pages_of_array(array, path, volume, stack)
+    x = torch.from_numpy(np.ascontiguousarray(pages, dtype=np.float32))
+    picture = Picture(x, dtype=pages.dtype, layout=layout, header=header)
+    if layout == stack:  # the user may have meant another order
+        rows, columns = pages.shape[-2:]
+        picture.notes.append(
+            f"{path} has shape {array.shape}: {len(pages)} pages of {rows} x {columns}."
+        )
+    return picture
+
+
+def _pages_of_array(
+    array: np.ndarray, path: str, volume: bool, stack: str
+) -> tuple[np.ndarray, str]:
+    """
+    Returns ``(P, C, H, W)`` and the layout of an array. That of three axes which are no
+    colours is ``stack``: MATLAB has pages last.
+    """
+    if array.dtype.kind == "c":
+        raise ValueError(f"{path} holds complex numbers, an image was expected.")
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{path} holds {array.dtype}, no numbers.")
+    shape = array.shape
+    pages = np.moveaxis(array, -1, 0) if stack == "HWP" else array
+    if array.ndim == 3 and volume and len(pages):
+        return pages[:, None], stack
+    first, last = array.ndim == 3 and shape[0] == 3, array.ndim == 3 and shape[-1] == 3
+    if first and last:
+        raise ValueError(
+            f"{path} has shape {shape}: it may be (3, H, W) or (H, W, 3). Save it as "
+            f"(1, 3, H, W), {(1, *shape)} or {(1, 3, *shape[:2])}."
+        )
+    if array.ndim == 2:
+        return array[None, None], "HW"
+    if last and shape[0] != 1:
+        return np.moveaxis(array, -1, 0)[None], "HWC"
+    if array.ndim == 3 and shape[0] in (1, 3):
+        return array[None], "CHW"
+    if array.ndim == 3 and len(pages) and (stack == "HWP" or shape[-1] > 4):
+        return pages[:, None], stack
+    if array.ndim == 4 and shape[1] in (1, 3) and len(array):
+        return array, "PCHW"
+    raise ValueError(
+        f"{path} has shape {shape}; an image is (H, W), (H, W, 3), (1, H, W), (3, H, W)"
+        f", ({', '.join(stack)}) or (P, C, H, W)."
+    )
+
+
+def check(file: Path, like: Picture) -> None:
+    """
+    Checks that a picture can be written: always, if the library is there.
+
+    :param pathlib.Path file: the file to be written.
+    :param Picture like: the picture.
+    :raises ValueError: if h5py is missing.
+    """
+    del like
+    if suffix_of(file) in HDF5:
+        needs("h5py", file)
+
+
+def write(file: Path, pages: Tensor, like: Picture) -> None:
+    """
+    Writes an array in the layout that was read, in floating point, under its name.
+
+    :param pathlib.Path file: the file.
+    :param torch.Tensor pages: shape ``(P, C, H, W)``, complex ones, too.
+    :param Picture like: what they come from.
+    """
+    array = as_array(pages, like)
+    header = like.header if isinstance(like.header, ArrayHeader) else ArrayHeader()
+    suffix = suffix_of(file)
+    with replacing(file) as temporary:
+        if suffix in HDF5:
+            _write_hdf5(temporary, array, header)
+            return
+        name = header.name.replace("/", "_")
+        with open(temporary, "wb") as stream:
+            if suffix == ".npy":
+                np.save(stream, array)
+            elif suffix == ".npz":
+                arrays: dict[str, Any] = {name: array}
+                np.savez_compressed(stream, **arrays)
+            elif suffix == ".pt":
+                torch.save(torch.from_numpy(array).clone(), stream)
+            else:
+                from scipy.io import savemat
+
+                savemat(stream, {name: array})
+
+
+def _write_hdf5(file: Path, array: np.ndarray, header: ArrayHeader) -> None:
+    h5py = needs("h5py", file)
+    with h5py.File(file, "w") as root:
+        root.create_dataset(header.name, data=array)
+        for path, attributes in header.attributes.items():
+            for key, value in attributes.items():
+                # Not references to objects that are not in this file.
+                kind = getattr(value, "dtype", None)
+                if not (isinstance(value, h5py.Reference) or (kind and kind.hasobject)):
+                    root[path].attrs[key] = value
+
+
+def as_array(pages: Tensor, like: Picture) -> np.ndarray:
+    """
+    Returns pages in the layout of the file, floating point.
+
+    :param torch.Tensor pages: shape ``(P, C, H, W)``, in the unit of the file.
+    :param Picture like: what they come from.
+    """
+    if like.dtype == np.float64:
+        pages = pages.to(torch.complex128 if pages.is_complex() else torch.float64)
+    else:
+        pages = pages.to(torch.complex64 if pages.is_complex() else torch.float32)
+    if like.layout in ("PHW", "HWP"):
+        pages = pages[:, 0]
+        if like.layout == "HWP":
+            return np.ascontiguousarray(np.moveaxis(pages.numpy(), 0, -1))
+        if len(pages) == 1 and like.depth is None:
+            return np.ascontiguousarray(pages[0].numpy())
+        shape = like.stack or (len(pages),)
+        return np.ascontiguousarray(pages.reshape(*shape, *pages.shape[1:]).numpy())
+    if like.layout == "PCHW" or len(pages) > 1:
+        return np.ascontiguousarray(pages.numpy())
+    image = pages[0]
+    if like.layout == "HW" or (like.layout == "HWC" and len(image) == 1):
+        image = image[0] if len(image) == 1 else image
+    elif like.layout == "HWC":
+        image = image.permute(1, 2, 0)
+    return np.ascontiguousarray(image.numpy())
+
+
+ARRAY = Kind("array", ARRAYS, read, check, write)

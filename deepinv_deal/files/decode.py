@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import struct
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +39,15 @@ _GRAY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 _ORIENTATION, _ICC_PROFILE, _X_RESOLUTION = 274, 34675, 282
 _Y_RESOLUTION, _RESOLUTION_UNIT = 283, 296
 
+#: What ImageJ says about a stack, as tifffile writes it.
+_IMAGEJ = (
+    *("spacing", "unit", "finterval", "fps", "loop", "mode", "min", "max"),
+    *("xorigin", "yorigin", "zorigin", "Info", "Labels", "Ranges", "LUTs"),
+)
+
+#: Numbers that ImageJ knows.
+_IMAGEJ_DTYPES = ("uint8", "uint16", "float32")
+
 #: Points per inch by the unit of a TIFF file: none, inch, centimetre.
 _PER_INCH = {1: None, 2: 1.0, 3: 2.54}
 
@@ -48,12 +59,17 @@ class Decoded:
 
     :param numpy.ndarray pixels: ``(P, H, W)`` or ``(P, H, W, 3)``, upright.
     :param numpy.ndarray alpha: opacity ``(P, H, W)``, if there is one.
-    :param dict metadata: ``icc_profile``, ``dpi`` and ``exif``, where there are any.
+    :param dict metadata: ``icc_profile``, ``dpi``, ``exif`` and ``imagej``, where there
+        are any.
+    :param tuple stack: sizes of the axes that the pages run through, slowest first.
+    :param int depth: which of them is that of slices, ``None``: there is none.
     """
 
     pixels: np.ndarray
     alpha: np.ndarray | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    stack: tuple[int, ...] = ()
+    depth: int | None = 0
 
 
 def decode(file: Path) -> Decoded:
@@ -159,6 +175,11 @@ def _decode_tiff(file: Path) -> Decoded | None:
     """Reads a TIFF file; ``None`` if Pillow reads it as well and knows more."""
     with tifffile.TiffFile(file) as tiff:
         pages = list(tiff.pages)
+        if _next_page(tiff):
+            raise ValueError(
+                f"{file} cannot be read whole: it is cut after page {len(pages)}."
+            )
+        axes, shape = _axes(tiff)
         first: Any = pages[0]
         if first.photometric == tifffile.PHOTOMETRIC.PALETTE:
             return None
@@ -180,6 +201,8 @@ def _decode_tiff(file: Path) -> Decoded | None:
                 "install imagecodecs."
             ) from error
         pixels = np.stack(parts)
+        if math.prod(shape) > len(parts):  # ImageJ describes the first page only
+            pixels = tiff.series[0].asarray().reshape(-1, *pixels.shape[1:])
         if pixels.dtype.kind == "b":
             pixels = pixels.astype(np.uint8) * 255
         if first.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
@@ -196,7 +219,42 @@ def _decode_tiff(file: Path) -> Decoded | None:
                 f"{tifffile.PHOTOMETRIC(first.photometric).name}. Convert it to gray "
                 "or RGB."
             )
-        return _split_alpha(np.ascontiguousarray(pixels), _tiff_metadata(first))
+        metadata = _tiff_metadata(first)
+        if tiff.is_imagej:
+            known_to = tiff.imagej_metadata or {}
+            metadata["imagej"] = {k: known_to[k] for k in _IMAGEJ if k in known_to}
+            metadata["imagej"]["axes"] = axes
+        elif tiff.is_ome:
+            metadata["description"] = first.description
+        decoded = _split_alpha(np.ascontiguousarray(pixels), metadata)
+        depth = next((axes.rindex(a) for a in "ZIQT" if a in axes), None)
+        return replace(decoded, stack=shape, depth=depth)
+
+
+def _next_page(tiff: tifffile.TiffFile) -> int:
+    """Returns where a page follows the last one that could be read, 0: nowhere."""
+    layout, stream = tiff.tiff, tiff.filehandle
+    last = tiff.pages[-1].offset
+    stream.seek(last)
+    (tags,) = struct.unpack(layout.tagnoformat, stream.read(layout.tagnosize))
+    stream.seek(last + layout.tagnosize + tags * layout.tagsize)
+    (following,) = struct.unpack(layout.offsetformat, stream.read(layout.offsetsize))
+    return int(following)
+
+
+def _axes(tiff: tifffile.TiffFile) -> tuple[str, tuple[int, ...]]:
+    """Returns names and sizes of the axes that the pages run through."""
+    series = tiff.series[0]
+    axes = series.axes.removesuffix("S").removesuffix("YX")
+    shape = tuple(series.shape[: len(axes)])
+    in_order = [page.index for page in series.pages if page is not None]
+    known = len(tiff.series) == 1 and len(axes) + 2 == len(series.axes.replace("S", ""))
+    if tiff.is_imagej and known and math.prod(shape) >= len(tiff.pages):
+        return axes, shape
+    if known and math.prod(shape) == len(tiff.pages) == len(in_order):
+        if in_order == sorted(in_order):
+            return axes, shape
+    return "I", (len(tiff.pages),)
 
 
 def _channels_last(page: Any) -> np.ndarray:
@@ -240,6 +298,8 @@ def _tiff_metadata(page: Any) -> dict[str, Any]:
         metadata["dpi"] = tuple(factor * a / b for a, b in pairs if b)
         if len(metadata["dpi"]) < 2:
             del metadata["dpi"]
+    elif _X_RESOLUTION in tags and _Y_RESOLUTION in tags:  # the unit is elsewhere
+        metadata["resolution"] = tags[_X_RESOLUTION], tags[_Y_RESOLUTION]
     return metadata
 
 
@@ -295,19 +355,35 @@ def encode(stream: IO[bytes], suffix: str, picture: Decoded) -> None:
         settings: dict[str, Any] = {}
         if "dpi" in metadata:
             settings |= {"resolution": metadata["dpi"], "resolutionunit": "INCH"}
+        elif "resolution" in metadata:
+            settings |= {"resolution": metadata["resolution"], "resolutionunit": "NONE"}
         if "icc_profile" in metadata:
             settings["iccprofile"] = metadata["icc_profile"]
         if alpha is not None:
             settings["extrasamples"] = ["UNASSALPHA"]
+        described: dict[str, Any] | None = None
+        if len(pixels) == 1:
+            pixels = pixels[0]
+        elif "imagej" in metadata and alpha is None and pixels.dtype in _IMAGEJ_DTYPES:
+            described = metadata["imagej"].copy()
+            described["axes"] += "YXS" if colour else "YX"
+            settings["imagej"] = True
+            pixels = pixels.reshape(*picture.stack, *pixels.shape[1:])
+        elif "description" in metadata:
+            settings["description"] = metadata["description"]
+        elif len(picture.stack) > 1 and alpha is None:
+            described = {}  # of tifffile: the shape
+            pixels = pixels.reshape(*picture.stack, *pixels.shape[1:])
         tifffile.imwrite(
             stream,
-            pixels[0] if len(pixels) == 1 else pixels,
+            pixels,
             photometric="rgb" if colour else "minisblack",
             planarconfig="CONTIG" if colour or alpha is not None else None,
-            metadata=None,
+            metadata=described,
             **settings,
         )
         return
+    metadata = {k: metadata[k] for k in ("icc_profile", "dpi", "exif") if k in metadata}
     image = Image.fromarray(pixels[0])
     kept = {k: v for k, v in metadata.items() if v is not None}
     kinds = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}

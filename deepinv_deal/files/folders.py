@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deepinv_deal.files.decode import IMAGES
+from deepinv_deal.files.kinds import suffix_of
 from deepinv_deal.files.pictures import read_picture
 
 #: MATLAB's rgb2gray, by which the gray BSD68 was made.
@@ -30,7 +31,7 @@ def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
+        if suffix_of(path) in suffixes
         and path.is_file()
         and not path.name.startswith("._")
     )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deepinv_deal._atomic import replacing
-from deepinv_deal.files.arrays import read_array
+from deepinv_deal.files import arrays
+from deepinv_deal.files.arrays import ARRAY, read_array
 from deepinv_deal.files.decode import (
     IMAGES,
     TIFF,
@@ -21,9 +22,16 @@ from deepinv_deal.files.decode import (
     decode,
     encode,
 )
-
-#: Suffixes of files to which a result can be written.
-WRITABLE = (*IMAGES, ".npy", ".pt")
+from deepinv_deal.files.dicom import DICOM, DicomHeader, is_dicom
+from deepinv_deal.files.kinds import (
+    Kind,
+    Picture,
+    as_numbers,
+    named,
+    split_name,
+    suffix_of,
+)
+from deepinv_deal.files.nifti import NIFTI, NiftiHeader
 
 #: Up to this a floating-point image is taken to be one in [0, 1].
 LARGEST_FLOAT = 2.0
@@ -33,101 +41,106 @@ LARGEST_FLOAT = 2.0
 MASK_LOW, MASK_HIGH = 0.25, 0.75
 
 
-@dataclass
-class Picture:
+# -- reading ------------------------------------------------------------------------
+
+
+def read_picture(
+    path: str | os.PathLike[str],
+    white: float | str | None = None,
+    *,
+    black: float = 0.0,
+    volume: bool = False,
+) -> Picture:
     """
-    An image from a file, with what is needed to write one like it.
+    Reads gray or colour images: a file of any kind, or a folder with a DICOM series.
 
-    :param torch.Tensor x: pages ``(P, C, H, W)``, float32, white being 1.
-    :param float white: what was 1 in the file: 255, 65535, 1 or what the user said.
-    :param numpy.dtype dtype: of the numbers in the file.
-    :param str layout: order of the axes in the file: ``"HW"``, ``"HWC"``, ``"CHW"`` or
-        ``"PCHW"``; pages of picture files are none of them.
-    :param numpy.ndarray alpha: opacity ``(P, H, W)`` as in the file, if there is one.
-    :param dict metadata: colour profile, resolution and the like, of picture files.
+    Arrays are ``(H, W)``, ``(H, W, 3)``, ``(1, H, W)``, ``(3, H, W)``, ``(P, H, W)``,
+    in files of MATLAB ``(H, W, P)``, or ``(P, C, H, W)``. TIFF files may have several
+    pages, and pages of NIfTI files and of DICOM series are slices. Pictures are turned
+    upright.
+
+    :param str path: ``FILE`` or ``FILE:NAME``, see :func:`read_array`; for one of
+        several DICOM series ``FOLDER:NUMBER``.
+    :param float white: value that counts as 1, or ``"max"``: the largest one; if
+        ``None``, 255 or 65535 for unsigned integers of 8 or 16 bit, and 1 for floating
+        point.
+    :param float black: value that counts as 0.
+    :param bool volume: whether arrays with three axes are ``(D, H, W)``, even with 3 as
+        the first or last side.
+    :raises ValueError: for other shapes, other integers, integers of 16 bit in NIfTI or
+        DICOM files or floating point values above 2 without ``white``, or a library
+        that is missing.
     """
-
-    x: Tensor
-    white: float = 1.0
-    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float32))
-    layout: str = "HW"
-    alpha: np.ndarray | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
-def read_picture(path: str | os.PathLike[str], white: float | None = None) -> Picture:
-    """
-    Reads gray or colour images: a picture file or an array of any kind.
-
-    Arrays are ``(H, W)``, ``(H, W, 3)``, ``(1, H, W)``, ``(3, H, W)`` or ``(P, C, H,
-    W)``. TIFF files may have several pages. Pictures are turned upright.
-
-    :param str path: ``FILE`` or ``FILE:NAME``, see :func:`read_array`.
-    :param float white: value that counts as 1; if ``None``, 255 or 65535 for unsigned
-        integers of 8 or 16 bit, and 1 for floating point.
-    :raises ValueError: for other shapes, other integers, or floating point values
-        above 2 without ``white``.
-    """
-    if white is not None and not white > 0:
-        raise ValueError(f"white must be positive, got {white}.")
-    if Path(path).is_file() and Path(path).suffix.lower() in IMAGES:
-        decoded = decode(Path(path))
-        pixels, layout = decoded.pixels, "HW" if decoded.pixels.ndim == 3 else "HWC"
-        # (P, H, W[, 3]) -> (P, C, H, W)
-        pages = pixels[:, None] if pixels.ndim == 3 else np.moveaxis(pixels, -1, 1)
-        alpha, metadata = decoded.alpha, decoded.metadata
-    else:
-        pages, layout = _pages_of_array(read_array(path), path)
-        alpha, metadata = None, {}
-    white = _white(pages, path) if white is None else white
-    x = torch.from_numpy(np.ascontiguousarray(pages, dtype=np.float32)) / white
-    return Picture(x, white, pages.dtype, layout, alpha, metadata)
+    if isinstance(white, float | int) and not black < white < math.inf:
+        what = "positive" if black == 0 else f"greater than black, {black:g}"
+        raise ValueError(f"white must be {what}, got {white}.")
+    file, name = split_name(path)
+    kind = _kind_to_read(file)
+    with named(path):
+        if kind is ARRAY:
+            picture = arrays.read(file, name, volume=volume)
+        else:
+            picture = kind.read(file, name)
+    picture.white = _white(picture, path, white)
+    picture.black = black
+    if not picture.white > black:
+        raise ValueError(f"{path} has no value above black, {black:g}.")
+    picture.x = (picture.x - black) / (picture.white - black)
+    return picture
 
 
-def _pages_of_array(
-    array: np.ndarray, path: str | os.PathLike[str]
-) -> tuple[np.ndarray, str]:
-    """Returns ``(P, C, H, W)`` and the layout of an array."""
-    if array.dtype.kind == "c":
-        raise ValueError(f"{path} holds complex numbers, an image was expected.")
-    if array.dtype.kind not in "buif":
-        raise ValueError(f"{path} holds {array.dtype}, no numbers.")
-    shape = array.shape
-    first, last = array.ndim == 3 and shape[0] == 3, array.ndim == 3 and shape[-1] == 3
-    if first and last:
-        raise ValueError(
-            f"{path} has shape {shape}: it may be (3, H, W) or (H, W, 3). Save it as "
-            f"(1, 3, H, W), {(1, *shape)} or {(1, 3, *shape[:2])}."
-        )
-    if array.ndim == 2:
-        return array[None, None], "HW"
-    if last and shape[0] != 1:
-        return np.moveaxis(array, -1, 0)[None], "HWC"
-    if array.ndim == 3 and shape[0] in (1, 3):
-        return array[None], "CHW"
-    if array.ndim == 4 and shape[1] in (1, 3) and len(array):
-        return array, "PCHW"
-    raise ValueError(
-        f"{path} has shape {shape}; an image is (H, W), (H, W, 3), (1, H, W), (3, H, W)"
-        " or (P, C, H, W)."
-    )
+def _kind_to_read(file: Path) -> Kind:
+    if file.is_dir():
+        return DICOM
+    kind = _BY_SUFFIX.get(suffix_of(file))
+    if kind is None:
+        kind = DICOM if is_dicom(file) else ARRAY  # which knows what to say
+    return kind
 
 
-def _white(pages: np.ndarray, path: str | os.PathLike[str]) -> float:
-    dtype = pages.dtype
+def _white(
+    picture: Picture, path: str | os.PathLike[str], asked: float | str | None
+) -> float:
+    values, dtype = picture.x, picture.dtype
+    if asked == "max":
+        return float(values.nan_to_num(-torch.inf, -torch.inf, -torch.inf).max())
+    if asked is not None:
+        return float(asked)
     if dtype.kind == "b":
         return 1.0
     if dtype.kind == "f":
-        top = float(np.nanmax(np.abs(pages), initial=0.0))
+        top = float(np.nanmax(values.abs().numpy(), initial=0.0))
         if top > LARGEST_FLOAT:
             raise ValueError(
                 f"{path} holds floating point numbers up to {top:g}, but 1 counts as "
                 "white. Say which value is white."
             )
         return 1.0
-    if dtype.kind == "u" and dtype.itemsize <= 2:
+    full = dtype.itemsize <= 2 if picture.says_white else dtype.itemsize == 1
+    if dtype.kind == "u" and full:
         return float(np.iinfo(dtype).max)
-    raise ValueError(f"{path} holds {dtype} numbers: say which of them is white.")
+    raise ValueError(
+        f"{path} holds {dtype} numbers: say which of them is white. They go up to "
+        f"{float(values.max()):g}."
+    )
+
+
+def _read_image(file: Path, name: str | None) -> Picture:
+    if name is not None:
+        raise ValueError(f"{file} holds no {name!r}: pictures have no names.")
+    decoded = decode(file)
+    pixels = decoded.pixels
+    # (P, H, W[, 3]) -> (P, C, H, W)
+    pages = pixels[:, None] if pixels.ndim == 3 else np.moveaxis(pixels, -1, 1)
+    return Picture(
+        torch.from_numpy(np.ascontiguousarray(pages, dtype=np.float32)),
+        dtype=pixels.dtype,
+        layout="HW" if pixels.ndim == 3 else "HWC",
+        alpha=decoded.alpha,
+        metadata=decoded.metadata,
+        stack=decoded.stack or (len(pages),),
+        depth=decoded.depth,
+    )
 
 
 # -- writing ------------------------------------------------------------------------
@@ -137,22 +150,30 @@ def check_target(path: str | os.PathLike[str], like: Picture) -> None:
     """
     Checks that a result like an image can be written, before it is computed.
 
-    :param str path: the file to be written.
-    :param Picture like: the image that it comes from.
-    :raises ValueError: if its suffix is unknown, or the file would lose depth, pages or
-        transparency.
+    :param str path: the file to be written, or a folder for a DICOM series.
+    :param Picture like: the image that it comes from; the size of the result, if that
+        is another one, is that of ``like.x``.
+    :raises ValueError: if its suffix is unknown, the file would lose depth, pages or
+        transparency, a header does not fit, or a library is missing.
     """
-    file = Path(path)
-    if file.suffix.lower() not in WRITABLE:
-        raise ValueError(f"{file}: the result can be written as {', '.join(WRITABLE)}.")
-    if file.suffix.lower() in IMAGES:
-        check_capability(
-            file,
-            _depth(like, file)[0],
-            pages=len(like.x),
-            colour=like.x.shape[1] > 1,
-            transparent=like.alpha is not None,
+    kind = _kind_to_write(Path(path), like)
+    kind.check(Path(path), like)
+    size, source = tuple(like.x.shape[-2:]), _size_of_source(like)
+    if kind in (NIFTI, DICOM) and source not in (None, size):
+        raise ValueError(
+            f"{path}: the image has {size} pixels and its source {source}, so that its "
+            "header does not fit. Give a name that ends in .tif or .npy."
         )
+
+
+def _size_of_source(like: Picture) -> tuple[int, int] | None:
+    """Returns the height and width that a header is for."""
+    header = like.header
+    if isinstance(header, NiftiHeader):
+        return header.shape[1], header.shape[0]
+    if isinstance(header, DicomHeader):
+        return int(header.datasets[0].Rows), int(header.datasets[0].Columns)
+    return None
 
 
 def write_picture(path: str | os.PathLike[str], x: Tensor, like: Picture) -> None:
@@ -161,62 +182,95 @@ def write_picture(path: str | os.PathLike[str], x: Tensor, like: Picture) -> Non
 
     Integers are rounded and clipped to their range. Floating-point numbers are not
     clipped; in a picture file that cannot hold them, [0, 1] becomes 8 bit. Arrays of
-    integers become floating point, of which nothing is rounded. An existing file is
+    integers become floating point, of which nothing is rounded. Header and scale of
+    NIfTI and DICOM files are kept in files of the same kind. An existing file is
     replaced when the new one is whole.
 
-    :param str path: picture file, ``.npy`` or ``.pt``.
+    :param str path: the file, or a folder for a DICOM series.
     :param torch.Tensor x: images ``(P, C, H, W)``; complex ones are allowed in arrays.
     :param Picture like: the image that it came from.
     :raises ValueError: for another suffix, or if something would be lost.
     :raises OSError: if the file cannot be written.
     """
-    file = Path(path)
-    check_target(file, like)
-    suffix = file.suffix.lower()
-    with replacing(file) as temporary, open(temporary, "wb") as stream:
-        if suffix == ".npy":
-            np.save(stream, _as_array(x, like))
-        elif suffix == ".pt":
-            torch.save(torch.from_numpy(_as_array(x, like)).clone(), stream)
-        else:
-            encode(stream, suffix, _decoded(x, like, file))
+    check_target(path, replace(like, x=x))
+    _kind_to_write(Path(path), like).write(Path(path), like.values(x), like)
 
 
-def _as_array(x: Tensor, like: Picture) -> np.ndarray:
-    """Returns images in the unit and the layout of the file, floating point."""
-    pages = x.detach().cpu() * like.white
-    if like.dtype == np.float64:
-        pages = pages.to(torch.complex128 if pages.is_complex() else torch.float64)
-    if like.layout == "PCHW" or len(pages) > 1:
-        return np.ascontiguousarray(pages.numpy())
-    image = pages[0]
-    if like.layout == "HW" or (like.layout == "HWC" and len(image) == 1):
-        image = image[0] if len(image) == 1 else image
-    elif like.layout == "HWC":
-        image = image.permute(1, 2, 0)
-    return np.ascontiguousarray(image.numpy())
+def forgets_place(path: str | os.PathLike[str], like: Picture) -> bool:
+    """
+    Whether a result is written without the place in space that its source has.
+
+    :param str path: the file to be written.
+    :param Picture like: the image that it comes from.
+    """
+    return like.affine is not None and _kind_to_write(Path(path), like) not in (
+        NIFTI,
+        DICOM,
+    )
 
 
-def _depth(like: Picture, file: Path) -> tuple[np.dtype, float]:
-    """Returns the dtype of the pixels of a picture file, and which of them is white."""
-    if like.dtype.kind in "ui":
-        return like.dtype, like.white
-    if file.suffix.lower() in TIFF:
-        return np.dtype(np.float32), like.white
-    return np.dtype(np.uint8), 255.0
+def _kind_to_write(path: Path, like: Picture) -> Kind:
+    kind = _BY_SUFFIX.get(suffix_of(path))
+    if isinstance(like.header, DicomHeader) and (
+        kind is None and (path.is_dir() or path.suffix == "")
+    ):
+        return DICOM
+    if kind is None:
+        raise ValueError(f"{path}: the result can be written as {', '.join(WRITABLE)}.")
+    return kind
 
 
-def _decoded(x: Tensor, like: Picture, file: Path) -> Decoded:
-    """Returns the pixels for a picture file, in the depth that it shall have."""
-    pixels = x.detach().cpu().double().numpy()  # (P, C, H, W)
+def _check_image(file: Path, like: Picture) -> None:
+    check_capability(
+        file,
+        _depth(like, file)[0],
+        pages=len(like.x),
+        colour=like.x.shape[1] > 1,
+        transparent=like.alpha is not None,
+    )
+
+
+def _write_image(file: Path, pages: Tensor, like: Picture) -> None:
+    dtype, in_unit = _depth(like, file)
+    pixels = pages.double().numpy()  # (P, C, H, W)
     pixels = pixels[:, 0] if pixels.shape[1] == 1 else np.moveaxis(pixels, 1, -1)
-    dtype, white = _depth(like, file)
-    if dtype.kind in "ui":
-        limits = np.iinfo(dtype)
-        pixels = np.rint(pixels * white).clip(limits.min, limits.max).astype(dtype)
-    else:
-        pixels = (pixels * white).astype(dtype)
-    return Decoded(pixels, like.alpha, like.metadata)
+    if not in_unit:
+        pixels = 255 * (pixels - like.black) / (like.white - like.black)
+    decoded = Decoded(
+        as_numbers(pixels, dtype),
+        like.alpha,
+        like.metadata,
+        like.stack or (len(pixels),),
+        like.depth,
+    )
+    with replacing(file) as temporary, open(temporary, "wb") as stream:
+        encode(stream, file.suffix.lower(), decoded)
+
+
+def _depth(like: Picture, file: Path) -> tuple[np.dtype, bool]:
+    """Returns the dtype for a picture file, and whether the unit stays as it was."""
+    if like.dtype.kind in "ui":
+        return like.dtype, True
+    if file.suffix.lower() in TIFF:
+        return np.dtype(np.float32), True
+    return np.dtype(np.uint8), False
+
+
+#: All kinds of files. A new one is one entry.
+KINDS = (
+    Kind("picture", IMAGES, _read_image, _check_image, _write_image),
+    ARRAY,
+    NIFTI,
+    DICOM,
+)
+
+_BY_SUFFIX = {suffix: kind for kind in KINDS for suffix in kind.suffixes}
+
+#: Suffixes of files to which a result can be written.
+WRITABLE = tuple(_BY_SUFFIX)
+
+#: Suffixes of the images of a folder. Other files of arrays are masks and the like.
+IN_FOLDERS = (*IMAGES, ".npy", ".pt", *NIFTI.suffixes)
 
 
 # -- masks --------------------------------------------------------------------------
