@@ -177,7 +177,7 @@ def _from_init(args: argparse.Namespace) -> dict[str, Any]:
     if args.init is None:
         return found
     if not hasattr(args, "lr"):
-        found["lr"] = FINE_TUNING * defaults["lr"]
+        found["lr"] = FINE_TUNING * float(str(defaults["lr"]))
     if "num_filters" in defaults and not hasattr(args, "num_filters"):
         number = _filters_of(args)
         found |= {} if number is None else {"num_filters": number}
