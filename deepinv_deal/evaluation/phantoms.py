@@ -31,7 +31,7 @@ def shepp_logan_volume(depth: int, height: int, width: int) -> Tensor:
     Returns the Shepp-Logan phantom as a volume, ``(1, 1, D, H, W)``, in [0, 1].
 
     With the ellipsoids of Kak and Slaney and the contrast of Toft, as common for images
-    (:func:`skimage.data.shepp_logan_phantom`); the height of the volume is the long
+    (``skimage.data.shepp_logan_phantom``); the height of the volume is the long
     axis of the head, its depth runs from the neck to the crown.
 
     |sep|

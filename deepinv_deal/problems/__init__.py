@@ -14,7 +14,11 @@ from deepinv_deal.problems.penalties import (
 )
 from deepinv_deal.problems.preconditioning import Preconditioning
 from deepinv_deal.problems.problem import Problem
-from deepinv_deal.problems.quadratic import AttentiveEquation, AttentiveQuadratic
+from deepinv_deal.problems.quadratic import (
+    AttentiveEquation,
+    AttentiveQuadratic,
+    SlicedQuadratic,
+)
 from deepinv_deal.problems.smoothed_l1 import SmoothedL1Equation
 from deepinv_deal.problems.synthesis import SynthesisProblem
 
@@ -33,6 +37,7 @@ __all__ = [
     "NormalOperator",
     "Preconditioning",
     "Problem",
+    "SlicedQuadratic",
     "SmoothedL1Equation",
     "SolverOptions",
     "SynthesisProblem",

@@ -16,7 +16,7 @@ class Problem:
     What a model solves for given measurements, physics and hyperparameters.
 
     The unknown of the equation is real-valued and in the units of the model, about [0,
-    1]; :meth:`image` and :meth:`unknown` translate.
+    1]; :meth:`image` and :meth:`~deepinv_deal.problems.DataTerm.unknown` translate.
 
     :param object equation: the equation that the reconstruction solves.
     :param torch.Tensor init: first image in the units of the model, ``(B, C, H, W)``;

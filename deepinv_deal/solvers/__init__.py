@@ -18,6 +18,7 @@ from deepinv_deal.solvers.implicit import (
     solve_linearized_system,
 )
 from deepinv_deal.solvers.precision import full_precision
+from deepinv_deal.solvers.preconditioner import Fourier
 from deepinv_deal.solvers.proximal import (
     ADMMState,
     admm,
@@ -40,6 +41,7 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "Equation",
+    "Fourier",
     "FrozenProblem",
     "LinearProblem",
     "SolvedEquation",
