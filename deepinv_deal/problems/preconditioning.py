@@ -76,6 +76,9 @@ class Preconditioning:
             assert data.H is not None
             self.symbol, by_symbol = data.H.transfer
             self.diagonal, by_diagonal = data.H.diagonal
+            # Small eigenvalues of a model are not known better than it predicts H.
+            shift = by_symbol * self.symbol.flatten(1).mean(1)
+            self.symbol = self.symbol + expand(shift, self.symbol)
             self.use_circulant = by_symbol <= by_diagonal
             usable = ~nowhere
             if choice == "auto":

@@ -27,6 +27,10 @@ ROUNDING = 1000
 #: A preconditioner is kept if it makes convergence per iteration faster by this factor.
 LEAST_GAIN = 1.3
 
+#: Solves, counted from 0, in which a preconditioner is tried; the one before each is
+#: measured. Of some operators the first right-hand sides are easy and tell little.
+TRIALS = (2, 4)
+
 #: Preconditioners stay bounded: no eigenvalue below this fraction of the largest.
 FLOOR = 1e-6
 
@@ -207,8 +211,9 @@ class PreconditionedSolver:
     weights of a model are those of an empty image. The second is solved without
     preconditioner, and its rate of convergence is measured; the third is solved with
     it, with at most as many iterations as it would have taken without. If that was
-    faster by the factor ``LEAST_GAIN``, the preconditioner stays. So a useless one
-    costs at most one solve.
+    faster by the factor ``LEAST_GAIN``, the preconditioner stays; otherwise it gets a
+    second chance with the fourth and the fifth. So a useless one costs at most two
+    solves.
 
     :param torch.Tensor usable: samples for which a preconditioner exists, ``(B,)``.
     :param bool on_trial: try it as described; otherwise it is used from the start.
@@ -250,7 +255,7 @@ class PreconditionedSolver:
             if at_first is not None and not self.begun:
                 used = used | at_first()
             self.begun = True
-            trial = self.candidates & active & (self.solves == 2)
+            trial = self.candidates & active & ~self.kept & self._among(TRIALS)
             # As many iterations as the measured rate predicts without preconditioner.
             predicted = (-rtol.double().log() / self.rate).ceil().clamp(1, max_iter)
             limit = torch.where(trial, predicted.long(), limit)
@@ -269,6 +274,12 @@ class PreconditionedSolver:
             reduction = result.residual.double().clamp(1e-16, 1 - 1e-6)
             rate = -reduction.log() / result.n_iter.clamp_min(1)
             self.kept = self.kept | trial & (rate > LEAST_GAIN * self.rate)
-            self.rate = torch.where(active & (self.solves == 1), rate, self.rate)
+            measured = active & self._among(TRIALS, 1)
+            self.rate = torch.where(measured, rate, self.rate)
             self.solves = self.solves + active
         return result
+
+    def _among(self, trials: tuple[int, ...], ahead: int = 0) -> Tensor:
+        """Whether the solve ``ahead`` of the next one is one of these, ``(B,)``."""
+        number = self.solves + ahead
+        return torch.stack([number == trial for trial in trials]).any(0)
