@@ -28,7 +28,8 @@ class Preconditioning:
     Preconditioners for the systems :math:`H + \lambda W^{\top} m^2 W`, all samples.
 
     * ``"circulant"``: :math:`H` is replaced by the closest circular convolution and the
-      mask of every filter by its mean; one Fourier transform each way.
+      mask of every filter by its mean; one Fourier transform each way. Where that
+      convolution misfits by some fraction, it is raised by that fraction of its mean.
     * ``"diagonal"``: both terms are replaced by their diagonals, where a filter counts
       with its energy and its mask is taken to be smooth.
     * ``"auto"``: for every sample the one whose model of :math:`H` fits better, on

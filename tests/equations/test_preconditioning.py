@@ -51,6 +51,18 @@ def in_the_middle(channels, size=24):
     return x
 
 
+def test_a_symbol_that_misfits_has_no_small_eigenvalues(filters):
+    x = torch.zeros(2, 1, 24, 24, dtype=DOUBLE)
+    window = torch.linspace(0.5, 1, 24, dtype=DOUBLE)
+    data = operator_term(x, lambda v: window * blurred(window * v))
+    assert data.H is not None
+    values, misfit = data.H.transfer
+    used = preconditioning("circulant", data, torch.ones(2), filters).symbol
+    mean = values.mean((1, 2, 3))
+    assert (misfit > 0.1).all()
+    assert (used.amin((1, 2, 3)) >= misfit * mean).all()
+
+
 @pytest.mark.parametrize("channels", [1, 2])
 def test_circulant_inverts_a_convolutional_system_exactly(filters, channels):
     x = in_the_middle(channels)

@@ -6,6 +6,7 @@ from problems import DOUBLE, generator
 
 from deepinv_deal.solvers.preconditioner import (
     FLOOR,
+    TRIALS,
     Fourier,
     PreconditionedSolver,
     bounded,
@@ -106,12 +107,33 @@ def test_a_good_preconditioner_is_tried_third_and_kept():
     assert all(r.converged.all() for r in results)
 
 
-def test_a_bad_preconditioner_costs_at_most_one_solve():
+def test_a_bad_preconditioner_costs_at_most_two_solves():
     solver = PreconditionedSolver(everywhere())
-    results = run(solver, lambda r: r * SPREAD)
+    results = run(solver, lambda r: r * SPREAD, solves=6)
     assert not solver.kept.any()
     assert (results[2].n_iter <= 1.5 * results[1].n_iter).all()
-    assert not results[2].converged.any() and results[3].converged.all()
+    assert [bool(r.converged.all()) for r in results] == [
+        number not in TRIALS for number in range(6)
+    ]
+
+
+def test_a_trial_on_easy_right_hand_sides_is_repeated():
+    solver = PreconditionedSolver(everywhere())
+    easy = torch.eye(40, dtype=DOUBLE)[[7, 7]]  # one iteration, whatever is done
+    hard = torch.randn(2, 40, generator=generator(1), dtype=DOUBLE)
+    counts = []
+    for b in (easy, easy, easy, hard, hard):
+        result = solver.solve(
+            lambda x: SPREAD * x,
+            b,
+            torch.full((2,), 1e-6, dtype=DOUBLE),
+            500,
+            lambda: lambda r: r / SPREAD,
+            everywhere(),
+        )
+        counts.append(int(result.n_iter.max()))
+    assert counts[:3] == [1, 1, 1] and counts[3] > 20 and counts[4] == 1
+    assert solver.kept.all()
 
 
 def test_samples_decide_for_themselves():
