@@ -23,6 +23,10 @@ from deepinv_deal.solvers.preconditioner import (
 FLAT = 0.1
 
 
+#: A model that predicts H worse than this is tried once only.
+LARGEST_MISFIT_AGAIN = 0.4
+
+
 class Preconditioning:
     r"""
     Preconditioners for the systems :math:`H + \lambda W^{\top} m^2 W`, all samples.
@@ -60,6 +64,7 @@ class Preconditioning:
         batch = len(data.b)
         nowhere = torch.zeros(batch, dtype=torch.bool, device=data.b.device)
         self.use_circulant, usable, self.exact = nowhere, nowhere, nowhere
+        again: Tensor | None = None
         #: The normal operator, in its fastest form.
         self.H: LinearMap = data.normal
         if choice != "none":
@@ -85,12 +90,15 @@ class Preconditioning:
             if choice == "auto":
                 identity = faithful(torch.maximum(by_symbol, by_diagonal))
                 misfit = torch.minimum(by_symbol, by_diagonal)
+                again = misfit < LARGEST_MISFIT_AGAIN
                 usable = (misfit < LARGEST_MISFIT) & ~identity
                 self.exact = data.H.circulant
                 self.use_circulant = self.use_circulant | identity
             else:
                 self.use_circulant = usable if choice == "circulant" else nowhere
-        self.solver = PreconditionedSolver(usable, on_trial=choice == "auto")
+        self.solver = PreconditionedSolver(
+            usable, on_trial=choice == "auto", again=again
+        )
 
     def solve(
         self,

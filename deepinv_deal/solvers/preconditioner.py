@@ -217,10 +217,15 @@ class PreconditionedSolver:
 
     :param torch.Tensor usable: samples for which a preconditioner exists, ``(B,)``.
     :param bool on_trial: try it as described; otherwise it is used from the start.
+    :param torch.Tensor again: samples that get the second chance, ``(B,)``; ``None``:
+        all.
     """
 
-    def __init__(self, usable: Tensor, *, on_trial: bool = True):
+    def __init__(
+        self, usable: Tensor, *, on_trial: bool = True, again: Tensor | None = None
+    ):
         self.candidates = usable & on_trial
+        self.again = torch.ones_like(usable) if again is None else again
         self.kept = usable & ~self.candidates
         self.begun = False
         self.solves = torch.zeros_like(usable, dtype=torch.int64)
@@ -279,7 +284,7 @@ class PreconditionedSolver:
             self.solves = self.solves + active
         return result
 
-    def _among(self, trials: tuple[int, ...], ahead: int = 0) -> Tensor:
+    def _among(self, trials: tuple[int, int], ahead: int = 0) -> Tensor:
         """Whether the solve ``ahead`` of the next one is one of these, ``(B,)``."""
-        number = self.solves + ahead
-        return torch.stack([number == trial for trial in trials]).any(0)
+        number, (first, second) = self.solves + ahead, trials
+        return (number == first) | (number == second) & self.again
