@@ -22,7 +22,6 @@ from deepinv_deal.solvers.preconditioner import (
 #: Masks are flat if they deviate from their means by at most this fraction of them.
 FLAT = 0.1
 
-
 #: A model that predicts H worse than this is tried once only.
 LARGEST_MISFIT_AGAIN = 0.4
 
