@@ -9,7 +9,7 @@ in them. All images are scikit-image's.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -351,7 +351,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 def main() -> None:
     """Writes the figures that are asked for."""
-    names = sys.argv[1:] or list(FIGURES)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FIGURES))
+    names = parser.parse_args().names or list(FIGURES)
     FOLDER.mkdir(parents=True, exist_ok=True)
     mpl.rcParams["font.size"] = 9
     for name in names:
