@@ -164,7 +164,9 @@ def test_convolutions_of_volumes_are_solved_in_few_steps(physics):
         assert 2 * steps["auto"][1] < steps["none"][1]
 
 
-@pytest.mark.parametrize("slices", ["depth", "mean"])
+@pytest.mark.parametrize(
+    "slices", [pytest.param("depth", marks=pytest.mark.slow), "mean"]
+)
 def test_l1_models_solve_coupled_volumes(slices):
     A = dinv.physics.Blur(
         kernel()[..., 1:2, 1:2], padding="circular"
@@ -217,7 +219,9 @@ def test_the_energy_of_mmr_is_the_mean_of_the_orientations_and_falls():
     torch.testing.assert_close(energies["mean"], mean)
 
 
-@pytest.mark.parametrize("slices", ["height", "mean"])
+@pytest.mark.parametrize(
+    "slices", [pytest.param("height", marks=pytest.mark.slow), "mean"]
+)
 @pytest.mark.parametrize("name", ["CPR", "PatchSynthesis"])
 def test_dictionaries_solve_coupled_volumes(name, slices):
     A, sigma = blur(), 0.1
