@@ -563,6 +563,22 @@ def test_training_from_weights_takes_their_size_and_a_small_rate(
     assert weights_of.load(run / "best.safetensors", DEALPrior).num_filters == 32
 
 
+def test_colour_from_gray_weights_takes_three_times_their_filters(
+    folder, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    train = ["train", "deal", "--data", folder, "--out", str(run), "--device", "cpu"]
+    train += ["--steps", "1", "--val-every", "1", "--batch-size", "1", "--pool", "1"]
+    train += ["--patch-size", "10", "--val-size", "16", "--in-channels", "3"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights_of.save(DEALPrior(num_filters=2), tmp_path / "two.safetensors")
+    assert main([*train, "--init", str(tmp_path / "two.safetensors")]) == 0
+    assert "--num-filters 6" in capsys.readouterr().out
+    trained = weights_of.load(run / "best.safetensors", DEALPrior)
+    assert (trained.in_channels, trained.num_filters) == (3, 6)
+
+
 def test_a_regularizer_of_ones_own_is_trained_and_evaluated(folder, tmp_path, capsys):
     source, run = tmp_path / "own.py", tmp_path / "run"
     source.write_text(OWN)

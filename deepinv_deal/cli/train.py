@@ -33,14 +33,13 @@ NOISE_LEVELS = {
     "sigma_max": "largest noise level, gray levels (of 255 for white)",
 }
 
-
 #: By what the learning rate is multiplied where training starts from weights: that of
 #: a training from nothing would spoil them.
 FINE_TUNING = 0.1
 
 #: Settings that depend on the weights of --init if they are not given.
 FROM_INIT = {
-    "num_filters": "as many as the weights of --init",
+    "num_filters": "as many as the weights of --init, three times for colour from gray",
     "lr": f"{FINE_TUNING:g} times that with --init",
 }
 
@@ -162,12 +161,13 @@ def _train(args: argparse.Namespace) -> int:
         for f in fields(args.recipe)
         if hasattr(args, f.name)
     }
-    settings |= _from_init(args)
+    found = _from_init(args)
+    settings |= found
     trainer = getattr(training, TRAINERS[args.recipe])
     if args.prior is not None:
         trainer = _own_trainer(args.prior, trainer)
     with process_group(args.device) as settings["device"]:
-        return _run(trainer(args.recipe(**settings), resume=not args.restart))
+        return _run(trainer(args.recipe(**settings), resume=not args.restart), found)
 
 
 def _from_init(args: argparse.Namespace) -> dict[str, Any]:
@@ -181,11 +181,6 @@ def _from_init(args: argparse.Namespace) -> dict[str, Any]:
     if "num_filters" in defaults and not hasattr(args, "num_filters"):
         number = _filters_of(args)
         found |= {} if number is None else {"num_filters": number}
-    if found:
-        text = ", ".join(
-            f"--{k.replace('_', '-')} {v:g}" for k, v in sorted(found.items())
-        )
-        print(f"From the weights {args.init}: {text}.")
     return found
 
 
@@ -197,7 +192,10 @@ def _filters_of(args: argparse.Namespace) -> int | None:
         return None
     name = {"safi": "SAFIPrior", "mmr": "MMRPrior"}
     kind = getattr(priors, name.get(getattr(args, "model", ""), "DEALPrior"))
-    return int(weights.load(args.init, kind).num_filters)
+    prior = weights.load(args.init, kind)
+    # Gray weights of a colour model serve for brightness and two opponent colours.
+    opponents = (prior.in_channels, getattr(args, "in_channels", 1)) == (1, 3)
+    return int(prior.num_filters) * (3 if opponents else 1)
 
 
 def _own_trainer(
@@ -225,8 +223,12 @@ def _own_trainer(
     return OwnTrainer
 
 
-def _run(trainer: Trainer[Any, Any]) -> int:
+def _run(trainer: Trainer[Any, Any], from_init: dict[str, Any]) -> int:
     say = print if trainer.processes.first else _nothing
+    if from_init:
+        options = sorted(from_init.items())
+        text = ", ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in options)
+        say(f"From the weights {trainer.recipe.init}: {text}.")
     if trainer.step:
         say(f"Resuming at step {trainer.step} ({trainer.elapsed:.0f} s).")
     if trainer.progress() >= 1:

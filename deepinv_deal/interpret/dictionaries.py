@@ -197,13 +197,12 @@ def _checked(info: SynthesisInfo) -> SynthesisInfo:
 
 def _by_atom(info: SynthesisInfo, num_atoms: int) -> Tensor:
     """The coefficients as ``(B, C, p, H', W')``."""
-    a = _checked(info).coefficients
-    if a.shape[2:] == (1, 1):
+    if _checked(info).in_a_row:
         raise ValueError(
             "info is that of slices='mean', whose coefficients belong to slices of "
             "three orientations. Give that of another setting of slices."
         )
-    return _checked(info).coefficients.unflatten(1, (-1, num_atoms))
+    return info.coefficients.unflatten(1, (-1, num_atoms))
 
 
 def plot_atoms(

@@ -143,12 +143,14 @@ class SynthesisInfo(ReconstructionInfo):
         stacks of slices in a row, ``(B, K, 1, 1)``.
     :param torch.Tensor objective: value of the energy, data term up to
         :math:`\tfrac12 \|y\|^2`, ``(B,)``.
+    :param bool in_a_row: whether the coefficients are those of three stacks of slices.
     """
 
     beta: Tensor
     solver: str
     coefficients: Tensor = field(repr=False)
     objective: Tensor
+    in_a_row: bool = False
 
     @property
     def change(self) -> Tensor:

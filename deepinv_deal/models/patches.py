@@ -135,6 +135,7 @@ class SynthesisModel(ReconstructionModel):
             solver=equation.method,
             coefficients=coefficients,
             objective=objective,
+            in_a_row=problem.data.mean_slices is not None,
             **self._report(problem),
             **more,
         )

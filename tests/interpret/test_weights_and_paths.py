@@ -209,7 +209,7 @@ def test_complex_images_have_paths():
 # -- dictionaries ------------------------------------------------------------
 
 
-def dictionary(form, boundary="circular"):
+def dictionary(form, boundary="circular", **settings):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if form is PatchSynthesis:
@@ -219,7 +219,7 @@ def dictionary(form, boundary="circular"):
                 form, 8, 4, 3, lambda_reg=0.02, boundary=boundary
             )
     model = PatchSynthesis if form is PatchSynthesis else SmoothPlusSparse
-    return model(prior=prior.double())
+    return model(prior=prior.double(), **settings)
 
 
 @pytest.mark.parametrize("boundary", ["circular", "valid"])
@@ -336,6 +336,22 @@ def test_all_filters_are_the_model_and_none_leave_the_data_alone():
     assert bool((two.mask[:, [0, 2]] > 0).all())
     with pytest.raises(IndexError, match="between 0 and 3"):
         with_filters(model, [4])
+
+
+def test_usage_of_atoms_for_one_patch_but_not_for_three_orientations():
+    model = dictionary("group", boundary="valid")
+    n = model.prior.dictionary.patch_size
+    with torch.no_grad():
+        info = model(images(1, 1, n, n), return_info=True)[1]
+    assert info.coefficients.shape[2:] == (1, 1)
+    shares = info.coefficients.abs().flatten()
+    found = atom_usage(model, info).use
+    torch.testing.assert_close(found, shares.sort(descending=True)[0] / shares.sum())
+    mean = dictionary("group", boundary="valid", slices="mean")
+    with torch.no_grad():
+        info = mean(images(n, 1, n, n).movedim(1, 0)[None], return_info=True)[1]
+    with pytest.raises(ValueError, match="three orientations"):
+        atom_usage(mean, info)
 
 
 # -- figures ------------------------------------------------------------
