@@ -55,9 +55,8 @@ def shepp_logan_volume(depth: int, height: int, width: int) -> Tensor:
         u, v, w = (p - c for p, c in zip((x, y, z), centre, strict=True))
         across = (math.cos(angle) * u + math.sin(angle) * v) / axes[0]
         along = (math.cos(angle) * v - math.sin(angle) * u) / axes[1]
-        volume += density * (
-            across.square() + along.square() + (w / axes[2]).square() <= 1
-        )
+        radius = across.square() + along.square() + (w / axes[2]).square()
+        volume += density * (radius <= 1)
     return torch.nn.functional.avg_pool3d(volume[None, None], _POINTS).clamp(0, 1)
 
 

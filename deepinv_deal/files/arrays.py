@@ -22,6 +22,7 @@ from deepinv_deal.files.kinds import (
     needs,
     split_name,
     suffix_of,
+    without_parts,
 )
 
 HDF5 = (".h5", ".hdf5")
@@ -139,9 +140,7 @@ def _read_matlab_hdf5(file: Path, name: str | None) -> tuple[np.ndarray, ArrayHe
     with h5py.File(file) as root:
         found = [key for key in root if isinstance(root[key], h5py.Dataset)]
         name = _choose(file, name, found)
-        array = np.asarray(root[name]).T  # columns first
-    if array.dtype.names == ("real", "imag"):
-        array = array["real"] + 1j * array["imag"]
+        array = without_parts(np.asarray(root[name]).T)  # columns first
     if array.dtype.kind not in "buifc":
         raise NamedError(f"{file}:{name} is no array of numbers.")
     return array, ArrayHeader(name)

@@ -199,6 +199,17 @@ def named(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read: {reason[0]}") from error
 
 
+def without_parts(values: np.ndarray) -> np.ndarray:
+    """
+    Returns complex numbers for pairs named ``real`` and ``imag``, as MATLAB has them.
+
+    :param numpy.ndarray values: anything else stays as it is.
+    """
+    if values.dtype.names != ("real", "imag"):
+        return values
+    return values["real"] + 1j * values["imag"]
+
+
 def as_numbers(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """
     Returns numbers of a dtype: integers are rounded and clipped to their range.

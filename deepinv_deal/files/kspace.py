@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from deepinv_deal.files.arrays import HDF5, read_array
-from deepinv_deal.files.kinds import NamedError, named, needs, split_name, suffix_of
+from deepinv_deal.files.kinds import (
+    NamedError,
+    named,
+    needs,
+    split_name,
+    suffix_of,
+    without_parts,
+)
 
 #: Bits of ISMRMRD, counted from 1, of lines that are no measurements of the image.
 _NO_IMAGE = (
@@ -68,9 +75,7 @@ def read_k_space(path: str | os.PathLike[str]) -> KSpace:
                 return _read_ismrmrd(file, group, name)
             if "kspace" in root and name is None:
                 return _read_fastmri(file, root)
-    y = read_array(path)
-    if y.dtype.names == ("real", "imag"):
-        y = y["real"] + 1j * y["imag"]
+    y = without_parts(read_array(path))
     if y.dtype.kind != "c":
         raise NamedError(f"{path} must hold complex numbers, got {y.dtype}.")
     return KSpace(y)
@@ -224,7 +229,7 @@ def _recon_space(
         length[axis] = field_of_view / (size[axis] or 1)
     rows, columns = axes
     affine = np.diag([length[columns], length[rows], length["z"], 1.0])
-    known = min(length.values()) > 0
-    return (size[rows], size[columns]) if size[
-        rows
-    ] else None, affine if known else None
+    return (
+        (size[rows], size[columns]) if size[rows] else None,
+        affine if min(length.values()) > 0 else None,
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepinv_deal.operators.multi_conv import Convolution, wrapped
-from deepinv_deal.operators.slices import Slices
+from deepinv_deal.operators.slices import Slices, mean_of_planes
 
 Boundary = Literal["circular", "valid"]
 BOUNDARIES: tuple[str, ...] = ("circular", "valid")
@@ -186,13 +186,14 @@ class SlicedPatchConv:
         self.conv, self.slices, self.size = conv, slices, size
         self.kernels, self.patch_size = conv.kernels, conv.patch_size
         self.circular, self.boundary = conv.circular, conv.boundary
-        depth, height, width = size
-        #: Number and size of the slices of every orientation.
-        self.stacks = (
-            (depth, (height, width)),
-            (height, (depth, width)),
-            (width, (depth, height)),
-        )
+        self.planes = slices.planes(*size[1:])
+        #: For every orientation, slices of a part and positions of patches in them.
+        self.shapes = [
+            (number, *conv.positions(*plane))
+            for number, plane in zip(size, self.planes, strict=True)
+        ]
+        #: Patches of a part.
+        self.num_patches = sum(math.prod(shape) for shape in self.shapes)
 
     def __call__(self, x: Tensor) -> Tensor:  # (B, P D, H, W) -> (B, K, 1, 1)
         """Applies :math:`W`."""
@@ -211,32 +212,25 @@ class SlicedPatchConv:
 
     def unpack(self, z: Tensor, number: int) -> list[Tensor]:
         """Inverts :meth:`pack` for J = ``number``."""
-        shapes = [(n, number, *self.conv.positions(*plane)) for n, plane in self.stacks]
-        lengths = [math.prod(shape) for shape in shapes]
-        parts = z.shape[1] // sum(lengths)  # real and imaginary part
-        pieces = z.flatten(1).split([parts * length for length in lengths], 1)
+        each = z.shape[1] // self.num_patches  # J, for real and imaginary part
+        pieces = z.flatten(1).split([each * math.prod(s) for s in self.shapes], 1)
         return [
-            piece.reshape(-1, *shape[1:])
-            for piece, shape in zip(pieces, shapes, strict=True)
+            piece.reshape(-1, number, *shape[1:])
+            for piece, shape in zip(pieces, self.shapes, strict=True)
         ]
 
     def coverage(self, x: Tensor) -> Tensor | float:
         """Returns how many patches cover each voxel on average, ``(P D, H, W)``."""
         if self.circular:
             return self.conv.coverage(x)
-        one = x.new_ones(())
-        counts = [
-            patch_count(one.expand(plane), self.patch_size) for _, plane in self.stacks
-        ]
-        mean = (counts[0] + counts[1][:, None] + counts[2][..., None]) / 3
+        n, one = self.patch_size, x.new_ones(())
+        mean = mean_of_planes([patch_count(one.expand(p), n) for p in self.planes])
         return mean.repeat(x.shape[1] // self.size[0], 1, 1)
 
     def spectrum(self, height: int, width: int, metric: Tensor | None = None) -> Tensor:
         """See :meth:`PatchConv.spectrum`: the mean, ``(D, height, width)``."""
-        depth = self.size[0]
-        planes = ((height, width), (depth, width), (depth, height))
-        spectra = [self.conv.spectrum(*plane, metric) for plane in planes]
-        return (spectra[0] + spectra[1][:, None] + spectra[2][..., None]) / 3
+        planes = self.slices.planes(height, width)
+        return mean_of_planes([self.conv.spectrum(*p, metric) for p in planes])
 
 
 @dataclass(frozen=True)
@@ -285,8 +279,9 @@ class SlicedPatchFrame(PatchFrame):
 
     def zero_coefficients(self, x: Tensor) -> Tensor:
         """Returns a = 0 for volumes, ``(B, K, 1, 1)``."""
-        with torch.no_grad():
-            return torch.zeros_like(self.analysis(self.features(x)))
+        parts = x.shape[1] // self.features.size[0]
+        number = parts * self.features.num_patches * len(self.C)
+        return x.new_zeros(len(x), number, 1, 1)
 
 
 def channel_map(matrix: Tensor, z: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ class Slices:
         """Number of stacks: 1 or, for the mean, 3."""
         return 3 if self.mean else 1
 
+    def planes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Returns rows and columns of the slices of every stack, from H and W."""
+        planes = [(height, width), (self.depth, width), (self.depth, height)]
+        return planes[: self.number]
+
     def stacks(self, x: Tensor) -> list[Tensor]:
         """
         Returns the stacks of slices, ``(B P D, C, H, W)`` and, for the mean, ``(B P H,
@@ -83,7 +88,7 @@ class Slices:
         total = first.reshape(shape)
         for stack, order in zip(stacks[1:], _ORDERS[1:], strict=True):
             axes = stack.reshape([total.shape[i] for i in order])
-            total = total + axes.permute([order.index(i) for i in range(6)])
+            total = total + axes.permute(_inverse(order))
         return total.flatten(1, 3)
 
     def each(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -118,13 +123,10 @@ class Slices:
         :param torch.Tensor packed: features ``(B, K, H, W)``.
         :param int number: number N of features of every pixel.
         """
-        if not self.mean:
-            return [packed.reshape(-1, number, *packed.shape[2:])]
-        batch, _, height, width = packed.shape
-        planes = ((height, width), (self.depth, width), (self.depth, height))
+        parts = packed.chunk(self.number, 1)
         return [
             part.reshape(-1, number, *plane)
-            for part, plane in zip(packed.chunk(3, 1), planes, strict=True)
+            for part, plane in zip(parts, self.planes(*packed.shape[2:]), strict=True)
         ]
 
     def voxels(self, features: Sequence[Tensor], batch: int) -> Tensor:
@@ -139,10 +141,8 @@ class Slices:
         parts = len(features[0]) // (batch * self.depth)
         found = []
         for feature, order in zip(features, _ORDERS, strict=False):
-            axes = feature.unflatten(0, (batch, parts, -1))
-            axes = axes.permute(
-                [order.index(i) for i in range(6)]
-            )  # (B, P, D, N, H, W)
+            axes = feature.unflatten(0, (batch, parts, -1)).permute(_inverse(order))
+            # From (B, P, D, N, H, W) to (B, P N, D, H, W).
             found.append(axes.transpose(2, 3).flatten(1, 2))
         return torch.cat(found, 1)
 
@@ -160,20 +160,34 @@ class Slices:
             the mean ``(B, D C, H, W)``, eigenvalues for Fourier transforms over all
             three axes.
         """
+        planes = self.planes(height, width)
+        symbols = [_symbol(k, *plane) for k, plane in zip(kernels, planes, strict=True)]
         if not self.mean:
-            return _symbol(kernels[0], height, width)
-        depth = self.depth
-        planes = (
-            _symbol(kernels[0], height, width)[:, None],  # (B, 1, C, H, W)
-            _symbol(kernels[1], depth, width).transpose(1, 2)[..., None, :],
-            _symbol(kernels[2], depth, height).transpose(1, 2)[..., None],
-        )
-        return (planes[0] + planes[1] + planes[2]).flatten(1, 2) / 3
+            return symbols[0]
+        return mean_of_planes(symbols).transpose(1, 2).flatten(1, 2)
 
 
 #: Orders of the axes ``(B, P, D, C, H, W)`` in which the slices of an orientation come
 #: one after the other, the second one ``(B, P, H, C, D, W)``.
 _ORDERS = ((0, 1, 2, 3, 4, 5), (0, 1, 4, 3, 2, 5), (0, 1, 5, 3, 2, 4))
+
+
+def _inverse(order: tuple[int, ...]) -> list[int]:
+    """Returns the order of axes that undoes another one."""
+    return [order.index(i) for i in range(len(order))]
+
+
+def mean_of_planes(maps: Sequence[Tensor]) -> Tensor:
+    """
+    Returns the mean of maps that vary in the planes of the slices only.
+
+    :param list maps: for slices along depth, height and width maps ``(..., H, W)``,
+        ``(..., D, W)`` and ``(..., D, H)``.
+    :return: shape ``(..., D, H, W)``.
+    """
+    along_depth, along_height, along_width = maps
+    total = along_depth[..., None, :, :] + along_height[..., :, None, :]
+    return (total + along_width[..., None]) / 3
 
 
 def _symbol(kernels: Tensor, height: int, width: int) -> Tensor:

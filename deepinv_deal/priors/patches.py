@@ -130,14 +130,13 @@ class PatchPrior(Prior, Configurable):
             prior's own if ``None``.
         :raises ValueError: if the image is smaller than a patch.
         """
-        batch, channels, *size = data.b.shape
-        n, slices = self.dictionary.patch_size, data.slices
-        mean = slices is not None and slices.mean
-        if slices is not None and slices.mean:
-            size = [slices.depth, *size]
+        batch, channels, height, width = data.b.shape
+        n, slices = self.dictionary.patch_size, data.mean_slices
+        volume = None if slices is None else (slices.depth, height, width)
+        size = volume or (height, width)
         if min(size) < n:
             raise ValueError(
-                f"{'Volumes' if mean else 'Images'} must be at least as large as a "
+                f"{'Volumes' if volume else 'Images'} must be at least as large as a "
                 f"patch, {n} x {n}, got {' x '.join(map(str, size))}."
             )
         if beta is None:
@@ -147,19 +146,20 @@ class PatchPrior(Prior, Configurable):
         frame = self.dictionary.frame()
         frame = replace(frame, C=self.gain * frame.C)
         penalty: Penalty
-        if slices is not None and slices.mean:
-            depth, height, width = size
-            frame = SlicedPatchFrame.of(frame, slices, (depth, height, width))
-            repeats = [channels // depth * n for n in size]  # slices of a sample
-            parts = [
-                self.penalty(
-                    beta.repeat_interleave(k), lambda_reg.repeat_interleave(k), 1
-                )
-                for k in repeats
-            ]
-            penalty = SlicedPenalty(tuple(parts), frame)
-        else:
+        if slices is None or volume is None:
             penalty = self.penalty(beta, lambda_reg, channels)
+        else:
+            frame = SlicedPatchFrame.of(frame, slices, volume)
+            parts = channels // slices.depth  # real and imaginary part
+            penalties = tuple(
+                self.penalty(
+                    beta.repeat_interleave(parts * number),
+                    lambda_reg.repeat_interleave(parts * number),
+                    channels=1,
+                )
+                for number in volume
+            )
+            penalty = SlicedPenalty(penalties, frame)
         return SynthesisProblem(
             data,
             frame,

@@ -252,6 +252,12 @@ class DataTerm:
         """The slices of a volume that filters see; ``None``: channels are images."""
         return None if self.layout is None else self.layout.slices
 
+    @property
+    def mean_slices(self) -> Slices | None:
+        """These slices where they are of all three orientations, else ``None``."""
+        slices = self.slices
+        return slices if slices is not None and slices.mean else None
+
     @cached_property
     def step(self) -> Tensor:
         r"""The step :math:`t` of steepest descent from zero, ``(B,)``."""

@@ -120,15 +120,21 @@ class AttentiveL1:
         r"""Applies :math:`W^{\top} W`."""
         return self.slices.each(self.W.normal, x)
 
+    @cached_property
+    @torch.no_grad()
+    def normal_kernel(self) -> Tensor:
+        """The kernel of an image, see :meth:`MultiConvOperator.normal_kernel`."""
+        return self.W.normal_kernel()
+
     def normal_symbol(self, height: int, width: int) -> Tensor | None:
         r"""
         Returns the eigenvalues of :math:`W^{\top} W` with a circular boundary, ``(1, 1
         or D, H, W)``, for unknowns of this size; ``None`` for colour filters.
         """
-        kernel = self.W.normal_kernel()
-        if kernel.shape[0] != 1:
+        if len(self.normal_kernel) != 1:
             return None
-        return self.slices.symbol([kernel] * self.slices.number, height, width)
+        kernels = [self.normal_kernel] * self.slices.number
+        return self.slices.symbol(kernels, height, width)
 
     def mask(self, x: Tensor, Wx: Tensor) -> Tensor:
         """Returns the masks of ``x``, shape of its filter responses ``Wx``."""
@@ -239,7 +245,7 @@ class AttentiveL1Equation(IterativeEquation):
             if H is None:
                 return gain, exact
             # An image without room for a kernel of W has no spectrum to speak of.
-            if min(b.shape[-2:]) < self.regularizer.W.normal_kernel().shape[-1]:
+            if min(b.shape[-2:]) < self.regularizer.normal_kernel.shape[-1]:
                 return gain, torch.zeros_like(exact)
             if H.similar is not None:
                 return H.similar, exact
@@ -590,9 +596,9 @@ class FrozenL1:
 
     def _circulant_inverse(self) -> LinearMap | None:
         """The inverse of the linear system, were all operators circulant."""
-        equation, shape = self.equation, self.x.shape[-2:]
-        least = equation.regularizer.W.normal_kernel().shape[-1]
-        height, width = (max(n, least) for n in shape)
+        equation = self.equation
+        least = equation.regularizer.normal_kernel.shape[-1]
+        height, width = (max(n, least) for n in self.x.shape[-2:])
         symbol = equation.regularizer.normal_symbol(height, width)
         if symbol is None:
             return None

@@ -137,7 +137,7 @@ class ImageLayout:
         """
         batch = self.shape[0]
         if self.slices is None:
-            return stacks[0].reshape(batch, -1, *stacks[0].shape[2:])
+            return Slices().pack(stacks, batch)
         return self.slices.voxels(stacks, batch).movedim(2, 2 + self._axis)
 
     # -- images ------------------------------------------------------------------

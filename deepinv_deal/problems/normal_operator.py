@@ -61,14 +61,14 @@ class NormalOperator:
     @cached_property
     @torch.no_grad()
     def _best_transform(self) -> tuple[Fourier, tuple[Tensor, Tensor]]:
-        best: tuple[Fourier, tuple[Tensor, Tensor]] | None = None
-        for fourier in self.transforms:
-            found = transfer_function(self, self.like, fourier)
-            if best is None or found[1].max() < best[1][1].max():
-                best = fourier, found
-            if faithful(found[1]).all():
+        first, *others = self.transforms
+        best = first, transfer_function(self, self.like, first)
+        for fourier in others:
+            if faithful(best[1][1]).all():
                 break
-        assert best is not None
+            found = transfer_function(self, self.like, fourier)
+            if found[1].max() < best[1][1].max():
+                best = fourier, found
         return best
 
     @property

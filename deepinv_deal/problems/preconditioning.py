@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from deepinv_deal.solvers.preconditioner import (
     bounded,
     faithful,
 )
+
+if TYPE_CHECKING:
+    from deepinv_deal.problems.quadratic import AttentiveQuadratic, SlicedQuadratic
 
 #: Masks are flat if they deviate from their means by at most this fraction of them.
 FLAT = 0.1
@@ -57,7 +60,7 @@ class Preconditioning:
         choice: Preconditioner,
         data: DataTerm,
         lambda_reg: Tensor,
-        regularizer: Any,
+        regularizer: AttentiveQuadratic | SlicedQuadratic,
     ):
         self.regularizer, self.lambda_reg = regularizer, lambda_reg
         batch = len(data.b)

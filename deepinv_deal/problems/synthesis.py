@@ -85,8 +85,8 @@ def with_means(data: DataTerm, image: Tensor, n: int, weight: Tensor) -> DataTer
     :param torch.Tensor weight: w per sample, ``(B,)``.
     """
     means: Any = PatchConv(image.new_full((1, n, n), 1 / n), "valid")  # sqrt(d) M
-    slices = data.slices
-    if slices is not None and slices.mean:
+    slices = data.mean_slices
+    if slices is not None:
         means = SlicedPatchConv(means, slices, (slices.depth, *image.shape[2:]))
     tied = expand(weight, image) * means.adjoint(means(image))
     if isinstance(data, LikelihoodTerm):

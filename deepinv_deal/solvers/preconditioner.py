@@ -56,9 +56,8 @@ class Fourier:
             x = torch.complex(*x.chunk(2, 1))
         if not self.depth:
             return torch.fft.fft2(x)
-        return torch.fft.fftn(x.unflatten(1, (self.depth, -1)), dim=_VOLUME).flatten(
-            1, 2
-        )
+        volume = x.unflatten(1, (self.depth, -1))
+        return torch.fft.fftn(volume, dim=_VOLUME).flatten(1, 2)
 
     def inverse(self, spectrum: Tensor) -> Tensor:
         """Inverts :meth:`spectrum`."""
@@ -67,9 +66,9 @@ class Fourier:
             x = torch.fft.ifftn(spectrum, dim=_VOLUME).flatten(1, 2)
         else:
             x = torch.fft.ifft2(spectrum)
-        return (
-            torch.cat([x.real, x.imag], 1) if self.complex_pair else x.real.contiguous()
-        )
+        if self.complex_pair:
+            return torch.cat([x.real, x.imag], 1)
+        return x.real.contiguous()
 
     def real_spectrum(self, x: Tensor) -> Tensor:
         """Returns numbers in place of a spectrum: one half of those of a pair."""
@@ -260,7 +259,7 @@ class PreconditionedSolver:
             if at_first is not None and not self.begun:
                 used = used | at_first()
             self.begun = True
-            trial = self.candidates & active & ~self.kept & self._among(TRIALS)
+            trial = self.candidates & active & ~self.kept & self._on_trial()
             # As many iterations as the measured rate predicts without preconditioner.
             predicted = (-rtol.double().log() / self.rate).ceil().clamp(1, max_iter)
             limit = torch.where(trial, predicted.long(), limit)
@@ -279,12 +278,12 @@ class PreconditionedSolver:
             reduction = result.residual.double().clamp(1e-16, 1 - 1e-6)
             rate = -reduction.log() / result.n_iter.clamp_min(1)
             self.kept = self.kept | trial & (rate > LEAST_GAIN * self.rate)
-            measured = active & self._among(TRIALS, 1)
+            measured = active & self._on_trial(ahead=1)
             self.rate = torch.where(measured, rate, self.rate)
             self.solves = self.solves + active
         return result
 
-    def _among(self, trials: tuple[int, int], ahead: int = 0) -> Tensor:
-        """Whether the solve ``ahead`` of the next one is one of these, ``(B,)``."""
-        number, (first, second) = self.solves + ahead, trials
+    def _on_trial(self, ahead: int = 0) -> Tensor:
+        """Whether the solve ``ahead`` of the next one may be a trial, ``(B,)``."""
+        number, (first, second) = self.solves + ahead, TRIALS
         return (number == first) | (number == second) & self.again

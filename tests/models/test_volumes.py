@@ -203,6 +203,23 @@ def test_the_operator_of_l1_models_is_the_mean_of_the_orientations(name, slices)
     torch.testing.assert_close(R.value(Wx, R.mask(x, Wx)), mean)
 
 
+def test_the_quadratic_is_the_mean_of_the_orientations():
+    model, y = make("DEAL", slices="mean"), volumes()
+    equation = model.pose(y, sigma=0.1).equation
+    R, x = equation.regularizer, y.flatten(1, 2)
+    total = 0.0
+    for axis in AXES.values():
+        for i in range(y.shape[axis]):
+            z = y.select(axis, i)
+            total = total + model.prior.frozen_fn(z, z, 0.1)
+    torch.testing.assert_close(R.value(x, R.mask(x)), total / 3)
+    # Its gradient with the mask frozen is the force.
+    x = x.clone().requires_grad_()
+    mask = R.mask(x).detach()
+    (gradient,) = torch.autograd.grad(R.value(x, mask).sum(), x)
+    torch.testing.assert_close(gradient, R.normal(x, mask.square()))
+
+
 def random_like(x):
     return random(generator(9), *x.shape)
 
