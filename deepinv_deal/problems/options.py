@@ -9,8 +9,8 @@ import torch
 
 from deepinv_deal.problems.checks import check_choice
 
-Preconditioner = Literal["auto", "circulant", "diagonal", "none"]
-PRECONDITIONERS: tuple[str, ...] = ("auto", "circulant", "diagonal", "none")
+Preconditioner = Literal["auto", "grouped", "circulant", "diagonal", "none"]
+PRECONDITIONERS: tuple[str, ...] = ("auto", "grouped", "circulant", "diagonal", "none")
 
 #: Precisions of the convolutions in inner solves; ``None``: that of the weights.
 INNER_DTYPES = (None, torch.bfloat16, torch.float16, torch.float32, "tf32")
@@ -50,8 +50,9 @@ class SolverOptions:
         ``None``: 5 (DEAL without bounds), see
         :func:`deepinv_deal.solvers.fixed_point`. In inverse problems it starts when the
         imbalance of forces is below 0.02.
-    :param str preconditioner: ``"auto"``, ``"circulant"``, ``"diagonal"``, ``"none"``
-        (DEAL), see :class:`deepinv_deal.problems.Preconditioning`.
+    :param str preconditioner: ``"auto"``, ``"grouped"``, ``"circulant"``,
+        ``"diagonal"``, ``"none"`` (DEAL), see
+        :class:`deepinv_deal.problems.Preconditioning`.
     :param torch.dtype inner_dtype: precision of the convolutions in the inner solves
         (DEAL), for example ``torch.bfloat16``, or ``"tf32"``, which NVIDIA's GPUs
         compute much faster than float32; masks, residuals and everything else stay in

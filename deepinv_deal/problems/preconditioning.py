@@ -9,11 +9,14 @@ from torch import Tensor
 
 from deepinv_deal._batch import expand, select
 from deepinv_deal.problems.data_term import DataTerm, FrozenCurvature
+from deepinv_deal.problems.grouped import GROUPS
 from deepinv_deal.problems.options import Preconditioner
 from deepinv_deal.solvers import SolverResult
-from deepinv_deal.solvers.conjugate_gradient import LinearMap
+from deepinv_deal.solvers.conjugate_gradient import LARGE_UNKNOWN, LinearMap
 from deepinv_deal.solvers.preconditioner import (
     LARGEST_MISFIT,
+    InnerSolve,
+    Kind,
     PreconditionedSolver,
     bounded,
     faithful,
@@ -29,6 +32,17 @@ FLAT = 0.1
 LARGEST_MISFIT_AGAIN = 0.4
 
 
+#: Accuracy of the inner solves: where H is a formula, and where they apply a physics.
+INNER_RTOL, INNER_RTOL_PHYSICS = 0.1, 0.3
+
+#: Times of an inner iteration without the physics, and of a physics that is no formula,
+#: in filters of the regularizer. The latter is not known; this is assumed.
+INNER_COST, PHYSICS_COST = 2, 16
+
+#: Filters from which their groups are much less work.
+LEAST_FILTERS = 4 * GROUPS
+
+
 class Preconditioning:
     r"""
     Preconditioners for the systems :math:`H + \lambda W^{\top} m^2 W`, all samples.
@@ -38,15 +52,20 @@ class Preconditioning:
       convolution misfits by some fraction, it is raised by that fraction of its mean.
     * ``"diagonal"``: both terms are replaced by their diagonals, where a filter counts
       with its energy and its mask is taken to be smooth.
-    * ``"auto"``: for every sample the one whose model of :math:`H` fits better, on
-      trial (``PreconditionedSolver``); none where neither fits, and for denoising,
-      which is well conditioned. The first system, whose masks are those of an empty
-      image and flat, is solved with the circulant one where that models :math:`H`
-      exactly: for gray images only the borders are left for conjugate gradients.
+    * ``"grouped"``: :math:`H` stays, and four groups of filters share one mask each
+      (:class:`GroupedQuadratic`). The system is solved roughly, by conjugate gradients
+      within those of the model, with the better of the two above. So the filters are
+      applied a few times only, whatever makes :math:`H` difficult; the physics is
+      applied more often.
+    * ``"auto"``: ``"grouped"``. Where :math:`H` is a physics that no formula replaces,
+      the better of the first two is on trial against it (``PreconditionedSolver``) if
+      it resembles :math:`H`. For few filters, and for small images on accelerators,
+      which wait for launches, only this one is tried; nothing for denoising, which is
+      well conditioned. The first system, whose masks are those of an empty image and
+      flat, is then solved with the circulant one where that models :math:`H` exactly.
     * ``"none"``.
 
-    Borders, the shape of the mask inside an image and coupled colour channels are left
-    out: preconditioners change the speed, not the solution.
+    Preconditioners change the speed, not the solution.
 
     :param str choice: see above.
     :param DataTerm data: the data term, which knows what :math:`H` resembles.
@@ -63,23 +82,25 @@ class Preconditioning:
         regularizer: AttentiveQuadratic | SlicedQuadratic,
     ):
         self.regularizer, self.lambda_reg = regularizer, lambda_reg
-        batch = len(data.b)
-        nowhere = torch.zeros(batch, dtype=torch.bool, device=data.b.device)
-        self.use_circulant, usable, self.exact = nowhere, nowhere, nowhere
-        again: Tensor | None = None
+        nowhere = torch.zeros(len(data.b), dtype=torch.bool, device=data.b.device)
+        self.use_circulant, self.exact = nowhere, nowhere
+        #: Samples for which H is a formula, whose time does not count.
+        self.closed = nowhere
         #: The normal operator, in its fastest form.
         self.H: LinearMap = data.normal
+        #: Samples for which one of the two formulas resembles H.
+        self.fits = ~nowhere
+        # Samples for which it is worth a trial, and a second one.
+        usable, again = ~nowhere, ~nowhere
         if choice != "none":
             self.fourier, self.H = data.fourier, data.fast_normal
         if choice != "none" and data.H is None:
             self.diagonal = torch.ones_like(data.b)
             self.symbol = self.fourier.real_spectrum(self.diagonal)
-            self.use_circulant = ~nowhere if choice != "diagonal" else nowhere
-            usable = nowhere if choice == "auto" else ~nowhere
-            self.exact = ~nowhere if choice == "auto" else nowhere
-            if not data.quadratic:  # weights of measurements vary
-                usable, self.exact = ~nowhere, nowhere
-                self.use_circulant = ~nowhere if choice == "circulant" else nowhere
+            # Otherwise weights of measurements vary.
+            unweighted = torch.full_like(nowhere, data.quadratic)
+            self.use_circulant = unweighted
+            self.exact, usable, self.closed = unweighted, ~unweighted, ~nowhere
         elif choice != "none":
             assert data.H is not None
             self.symbol, by_symbol = data.H.transfer
@@ -88,19 +109,31 @@ class Preconditioning:
             shift = by_symbol * self.symbol.flatten(1).mean(1)
             self.symbol = self.symbol + expand(shift, self.symbol)
             self.use_circulant = by_symbol <= by_diagonal
-            usable = ~nowhere
-            if choice == "auto":
-                identity = faithful(torch.maximum(by_symbol, by_diagonal))
-                misfit = torch.minimum(by_symbol, by_diagonal)
-                again = misfit < LARGEST_MISFIT_AGAIN
-                usable = (misfit < LARGEST_MISFIT) & ~identity
-                self.exact = data.H.circulant
-                self.use_circulant = self.use_circulant | identity
-            else:
-                self.use_circulant = usable if choice == "circulant" else nowhere
-        self.solver = PreconditionedSolver(
-            usable, on_trial=choice == "auto", again=again
-        )
+            identity = faithful(torch.maximum(by_symbol, by_diagonal))
+            misfit = torch.minimum(by_symbol, by_diagonal)
+            if data.quadratic:
+                self.closed = faithful(misfit)
+            again = misfit < LARGEST_MISFIT_AGAIN
+            self.fits = misfit < LARGEST_MISFIT
+            usable = self.fits & ~identity
+            self.exact = data.H.circulant
+            self.use_circulant = self.use_circulant | identity
+        kinds = {"auto": Kind.NONE, "none": Kind.NONE, "grouped": Kind.INNER}
+        kept = usable.long().fill_(kinds.get(choice, Kind.DIRECT))
+        if choice == "auto":
+            if self._grouping_pays(data.b):
+                kept = torch.full_like(kept, Kind.INNER)
+                usable = usable & ~self.closed
+            self.solver = PreconditionedSolver(kept, usable, again)
+            return
+        self.solver = PreconditionedSolver(kept)
+        if choice in ("circulant", "diagonal"):
+            self.use_circulant = torch.full_like(nowhere, choice == "circulant")
+            self.exact = nowhere
+
+    def _grouping_pays(self, b: Tensor) -> bool:
+        few = self.regularizer.W.out_channels < LEAST_FILTERS
+        return not few and (b.device.type == "cpu" or b.numel() >= LARGE_UNKNOWN)
 
     def solve(
         self,
@@ -111,18 +144,19 @@ class Preconditioning:
         squared_mask: Tensor,
         active: Tensor | None = None,
         curvature: FrozenCurvature | None = None,
+        shift: Tensor | None = None,
     ) -> SolverResult:
         """
-        Solves a system with the given squared masks ``(B * parts, N, H, W)`` and
-        curvature of the data term, if it is not :math:`H`; see
-        ``PreconditionedSolver.solve``.
+        Solves a system with the given squared masks ``(B * parts, N, H, W)``, curvature
+        of the data term, if it is not :math:`H`, and multiple of the identity that is
+        added, ``(B,)``; see ``PreconditionedSolver.solve``.
         """
         return self.solver.solve(
             A,
             r,
             rtol,
             max_iter,
-            lambda: self.at(squared_mask, curvature),
+            lambda used: self.at(squared_mask, curvature, shift, used),
             active,
             lambda: self.exact & self._flat(squared_mask),
         )
@@ -137,18 +171,55 @@ class Preconditioning:
 
     @torch.no_grad()
     def at(
-        self, squared_mask: Tensor, curvature: FrozenCurvature | None = None
+        self,
+        squared_mask: Tensor,
+        curvature: FrozenCurvature | None = None,
+        shift: Tensor | None = None,
+        used: Tensor | None = None,
+    ) -> tuple[LinearMap, InnerSolve | None]:
+        """
+        Returns the preconditioner for the squared masks ``(B * parts, N, H, W)``, the
+        curvature of the data term if it is not :math:`H`, and a multiple of the
+        identity; and the iteration in it, if any.
+
+        :param torch.Tensor used: the :class:`Kind` that each sample uses, ``(B,)``;
+            ``None``: the one it has.
+        """
+        used = self.solver.kept if used is None else used
+        direct = self._direct(squared_mask, curvature, shift)
+        inner = used == Kind.INNER
+        if not inner.any():
+            return direct, None
+        regularizer = self.regularizer.grouped(squared_mask)
+        H: LinearMap = self.H if curvature is None else curvature
+
+        def A(v: Tensor) -> Tensor:
+            total = H(v) + expand(self.lambda_reg, v) * regularizer(v)
+            return total if shift is None else total + expand(shift, v) * v
+
+        rtol = torch.where(self.closed, INNER_RTOL, INNER_RTOL_PHYSICS)
+        rtol = rtol.to(self.diagonal).where(inner, torch.inf)
+        physics = torch.where(self.closed, 0.0, PHYSICS_COST)
+        cost = (physics + INNER_COST) / (physics + self.regularizer.W.out_channels)
+        solve = InnerSolve(A, rtol, cost, lambda r: select(self.fits, direct(r), r))
+        return (lambda r: select(inner, solve(r), direct(r))), solve
+
+    def _direct(
+        self,
+        squared_mask: Tensor,
+        curvature: FrozenCurvature | None,
+        shift: Tensor | None,
     ) -> LinearMap:
-        """
-        Returns the preconditioner for the squared masks ``(B * parts, N, H, W)``, and
-        the curvature of the data term if it is not :math:`H`.
-        """
+        """The better of the two formulas for every sample."""
         weight = expand(self.lambda_reg, self.diagonal)
         own, own_symbol = self.diagonal, self.symbol
         if curvature is not None:
             own = own * curvature.density
             mean = curvature.density.flatten(1).mean(1)
             own_symbol = own_symbol * expand(mean, own_symbol)
+        if shift is not None:
+            own = own + expand(shift, own)
+            own_symbol = own_symbol + expand(shift, own_symbol)
         circulant: Tensor | None = None
         if self.use_circulant.any():
             symbol = self.regularizer.symbol(squared_mask, len(self.diagonal))

@@ -19,6 +19,7 @@ from deepinv_deal.operators.row_blocks import BLOCK_BYTES, in_row_blocks
 from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent
 from deepinv_deal.problems.data_term import DataTerm
 from deepinv_deal.problems.equation import IterativeEquation
+from deepinv_deal.problems.grouped import GroupedQuadratic
 from deepinv_deal.problems.options import SolverOptions
 from deepinv_deal.problems.preconditioning import Preconditioning
 from deepinv_deal.solvers import ADMMState, SolverResult, admm
@@ -134,6 +135,11 @@ class AttentiveQuadratic:
         weighted = mean[:, None, :, None, None] * self._responses  # (B, C, N, n, n)
         own = self.W.adjoint(weighted.flatten(0, 1)).unflatten(0, weighted.shape[:2])
         return own.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)
+
+    def grouped(self, squared_mask: Tensor) -> Callable[[Tensor], Tensor]:
+        """Returns about :meth:`normal`, much faster: :class:`GroupedQuadratic`."""
+        apply = GroupedQuadratic.of(squared_mask, self._responses)
+        return lambda x: apply(self._split(x)).reshape(x.shape)
 
     @cached_property
     def blocked(self) -> BlockedNormal | None:
@@ -274,6 +280,18 @@ class SlicedQuadratic:
             for R, mask in zip(self.parts, self.masks(squared_mask), strict=True)
         ]
         return self.slices.symbol(kernels, *squared_mask.shape[2:])
+
+    def grouped(self, squared_mask: Tensor) -> Callable[[Tensor], Tensor]:
+        """See :meth:`AttentiveQuadratic.grouped`."""
+        pairs = zip(self.parts, self.masks(squared_mask), strict=True)
+        parts = [R.grouped(mask) for R, mask in pairs]
+
+        def apply(x: Tensor) -> Tensor:
+            stacks = zip(parts, self.slices.stacks(x), strict=True)
+            forces = [part(stack) for part, stack in stacks]
+            return self.slices.unknown(forces, len(x)) / len(parts)
+
+        return apply
 
 
 def sliced(
@@ -581,6 +599,7 @@ class BoundedSystem:
                 equation.options.inner_max_iter,
                 self.squared_mask,
                 curvature=system.curvature,
+                shift=rho,
             )
             return x + step.x, (x + step.x,)
 

@@ -27,6 +27,7 @@ def conjugate_gradient(
     rtol: float | Tensor = 1e-5,  # scalar or (B,)
     max_iter: int | Tensor = 100,  # scalar or (B,)
     preconditioner: LinearMap | None = None,
+    flexible: bool = False,
     check_every: int | None = None,
     verify: bool = True,
 ) -> SolverResult:
@@ -70,6 +71,10 @@ def conjugate_gradient(
         per sample ``(B,)``.
     :param Callable preconditioner: symmetric positive definite approximation of
         :math:`A^{-1}`; identity if ``None``.
+    :param bool flexible: whether the preconditioner is another one in every iteration,
+        such as a solve that stops early: with :math:`z = M r`, directions are then made
+        conjugate by :math:`\langle z_{k+1}, r_{k+1} - r_k \rangle / \langle z_k, r_k
+        \rangle` :footcite:p:`golub1999inexact`.
     :param int check_every: number of iterations between two looks at whether all
         samples have stopped. Each look waits for the device; results do not depend on
         it. ``None``: 8 for small unknowns on an accelerator, else 1. Nobody looks if
@@ -109,6 +114,7 @@ def conjugate_gradient(
     system = _System(
         A,
         preconditioner,
+        flexible,
         nonzero.to(b_norm.dtype) * rtol,
         max_iter if isinstance(max_iter, Tensor) else None,
         b_norm.new_zeros(()),
@@ -124,6 +130,7 @@ class _System(NamedTuple):
 
     :param Callable A: the operator.
     :param Callable M: the preconditioner, if any.
+    :param bool flexible: whether it varies.
     :param torch.Tensor target: norm of the residual to reach, ``(B,)``.
     :param torch.Tensor budget: largest number of iterations of every sample, ``None``
         if the host counts them.
@@ -132,6 +139,7 @@ class _System(NamedTuple):
 
     A: LinearMap
     M: LinearMap | None
+    flexible: bool
     target: Tensor
     budget: Tensor | None
     zero: Tensor
@@ -245,7 +253,7 @@ def _run(
 
 def _step(system: _System, state: _State) -> _State:
     """One iteration, in few operations: each is a launch on an accelerator."""
-    A, M, target, budget, zero = system
+    A, M, flexible, target, budget, zero = system
     x, r, p, rz, _, active, n_iter, last = state
     q = A(p)
     curvature = inner(p, q)
@@ -256,18 +264,24 @@ def _step(system: _System, state: _State) -> _State:
     # Samples that have stopped are selected, not multiplied by zero: their direction
     # and its image may be NaN.
     x = select(good, torch.addcmul(x, p, alpha), x)
-    r = select(good, torch.addcmul(r, q, alpha, value=-1), r)
+    r_old, r = r, select(good, torch.addcmul(r, q, alpha, value=-1), r)
     n_iter = n_iter + good
     if M is None:
         z, rz_new = r, inner(r, r)
         r_norm = rz_new.sqrt()
+    elif flexible:
+        r_norm = norm(r)
+        # An iteration has nothing to do for samples that have stopped.
+        z = M(select(r_norm > target, r, torch.zeros_like(r)))
+        rz_new = inner(r, z)
     else:
         z = M(r)
         rz_new, r_norm = inner(r, z), norm(r)
     active = good & (r_norm > target)
     if budget is not None:
         active = active & (n_iter < budget)
-    beta = expand((rz_new / rz).where(active, zero), z)
+    conjugate = rz_new - inner(r_old, z) if flexible else rz_new
+    beta = expand((conjugate / rz).where(active, zero), z)
     p = torch.addcmul(z, p, beta)
     return _State(x, r, p, rz_new, r_norm, active, n_iter, last)
 

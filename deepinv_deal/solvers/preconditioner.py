@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ LEAST_GAIN = 1.3
 #: Solves, counted from 0, in which a preconditioner is tried; the one before each is
 #: measured. Of some operators the first right-hand sides are easy and tell little.
 TRIALS = (2, 4)
+
+#: Iterations of a preconditioner that is an iteration, at most.
+INNER_MAX_ITER = 30
 
 #: Preconditioners stay bounded: no eigenvalue below this fraction of the largest.
 FLOOR = 1e-6
@@ -201,34 +205,84 @@ def bounded(values: Tensor) -> Tensor:
     return torch.maximum(values, expand(FLOOR * largest, values))
 
 
+class Kind(IntEnum):
+    """Which preconditioner a sample has."""
+
+    NONE = 0
+    #: A formula: its time does not count.
+    DIRECT = 1
+    #: An iteration, whose work counts.
+    INNER = 2
+
+
+class InnerSolve:
+    """
+    A preconditioner that is itself a solve by conjugate gradients, of a cheaper system.
+
+    :param Callable A: the cheaper operator.
+    :param torch.Tensor rtol: accuracy of the solves, ``(B,)``.
+    :param torch.Tensor cost: time of their iterations relative to those that they
+        precondition, ``(B,)``.
+    :param Callable preconditioner: preconditioner of the cheaper system.
+    """
+
+    def __init__(
+        self, A: LinearMap, rtol: Tensor, cost: Tensor, preconditioner: LinearMap
+    ):
+        self.A, self.rtol, self.preconditioner = A, rtol, preconditioner
+        self.cost, self.n_iter = cost, torch.zeros_like(rtol, dtype=torch.int64)
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """Returns about :math:`A^{-1} r`."""
+        result = conjugate_gradient(
+            self.A,
+            r,
+            rtol=self.rtol,
+            max_iter=INNER_MAX_ITER,
+            preconditioner=self.preconditioner,
+            verify=False,
+        )
+        self.n_iter = self.n_iter + result.n_iter
+        return result.x
+
+    @property
+    def work(self) -> Tensor:
+        """What all calls took, in iterations of the outer system, ``(B,)``."""
+        return self.cost * self.n_iter
+
+
 class PreconditionedSolver:
     r"""
-    Conjugate gradients for a sequence of similar systems, with a preconditioner that is
-    kept only where it pays.
+    Conjugate gradients for a sequence of similar systems, with a direct preconditioner
+    that is kept only where it pays.
 
     Every sample decides for itself. The first system tells nothing, since the first
-    weights of a model are those of an empty image. The second is solved without
-    preconditioner, and its rate of convergence is measured; the third is solved with
-    it, with at most as many iterations as it would have taken without. If that was
-    faster by the factor ``LEAST_GAIN``, the preconditioner stays; otherwise it gets a
-    second chance with the fourth and the fifth. So a useless one costs at most two
-    solves.
+    weights of a model are those of an empty image. The second is solved as before, and
+    its rate of convergence is measured; the third is solved with the preconditioner on
+    trial, with at most as many iterations as would have been the same work. If that was
+    faster by the factor ``LEAST_GAIN``, it stays; otherwise it gets a second chance
+    with the fourth and the fifth. So a useless one costs at most two solves.
 
-    :param torch.Tensor usable: samples for which a preconditioner exists, ``(B,)``.
-    :param bool on_trial: try it as described; otherwise it is used from the start.
+    :param torch.Tensor kept: the :class:`Kind` of each sample at first, ``(B,)``.
+    :param torch.Tensor usable: samples for which the direct one is tried, ``(B,)``;
+        ``None``: none.
     :param torch.Tensor again: samples that get the second chance, ``(B,)``; ``None``:
         all.
     """
 
     def __init__(
-        self, usable: Tensor, *, on_trial: bool = True, again: Tensor | None = None
+        self,
+        kept: Tensor,
+        usable: Tensor | None = None,
+        again: Tensor | None = None,
     ):
-        self.candidates = usable & on_trial
-        self.again = torch.ones_like(usable) if again is None else again
-        self.kept = usable & ~self.candidates
+        self.kept = kept
+        nowhere = torch.zeros_like(kept, dtype=torch.bool)
+        self.candidates = nowhere if usable is None else usable
+        self.again = ~nowhere if again is None else again
         self.begun = False
-        self.solves = torch.zeros_like(usable, dtype=torch.int64)
-        self.rate = torch.zeros_like(usable, dtype=torch.float64)
+        self.solves = torch.zeros_like(kept)
+        self.rate = torch.zeros_like(kept, dtype=torch.float64)
 
     def solve(
         self,
@@ -236,48 +290,61 @@ class PreconditionedSolver:
         b: Tensor,
         rtol: Tensor,
         max_iter: int,
-        preconditioner: Callable[[], LinearMap],
+        preconditioner: Callable[[Tensor], tuple[LinearMap, InnerSolve | None]],
         active: Tensor | None = None,
         at_first: Callable[[], Tensor] | None = None,
     ) -> SolverResult:
         """
-        Solves :math:`A x = b` by :func:`conjugate_gradient`, started at zero.
+        Solves :math:`A x = b` for the next system of the sequence.
 
-        :param Callable A: symmetric positive definite map.
-        :param torch.Tensor b: right-hand side, shape ``(B, ...)``.
-        :param torch.Tensor rtol: tolerance per sample, ``(B,)``.
+        :param Callable A: symmetric positive definite linear map on the whole batch.
+        :param torch.Tensor b: right-hand side ``(B, ...)``.
+        :param torch.Tensor rtol: relative tolerance, ``(B,)``.
         :param int max_iter: largest number of iterations.
-        :param Callable preconditioner: makes the preconditioner; called where needed.
+        :param Callable preconditioner: makes the preconditioner for the kind that each
+            sample uses, ``(B,)``, and returns the iteration in it, too; called where
+            needed.
         :param torch.Tensor active: samples that take part in trials, ``(B,)``.
             ``None``: no trials.
         :param Callable at_first: tells the samples, ``(B,)``, whose first system with
-            ``active`` is solved with the preconditioner.
+            ``active`` is solved with the direct preconditioner if with none else.
         """
         used, limit = self.kept, torch.full_like(self.solves, max_iter)
-        trial = torch.zeros_like(self.kept)
+        trial = torch.zeros_like(used, dtype=torch.bool)
         if active is not None:
             if at_first is not None and not self.begun:
-                used = used | at_first()
+                used = torch.where(at_first(), used.clamp_min(Kind.DIRECT), used)
             self.begun = True
-            trial = self.candidates & active & ~self.kept & self._on_trial()
-            # As many iterations as the measured rate predicts without preconditioner.
+            trial = self.candidates & active & self._on_trial()
+            trial = trial & (self.kept != Kind.DIRECT)
+            used = used.masked_fill(trial, Kind.DIRECT)
+            # As many iterations as the measured rate predicts for the same work.
             predicted = (-rtol.double().log() / self.rate).ceil().clamp(1, max_iter)
             limit = torch.where(trial, predicted.long(), limit)
-            used = used | trial
-        M: LinearMap | None = None
-        if used.any():
-            P = preconditioner()
+        M, inner_solve = None, None
+        if bool((used != Kind.NONE).any()):
+            P, inner_solve = preconditioner(used)
 
             def M(r: Tensor) -> Tensor:
-                return select(used, P(r), r)
+                return select(used > Kind.NONE, P(r), r)
 
         result = conjugate_gradient(
-            A, b, rtol=rtol, max_iter=limit, preconditioner=M, verify=False
+            A,
+            b,
+            rtol=rtol,
+            max_iter=limit,
+            preconditioner=M,
+            flexible=inner_solve is not None,
+            verify=False,
         )
         if active is not None:
             reduction = result.residual.double().clamp(1e-16, 1 - 1e-6)
-            rate = -reduction.log() / result.n_iter.clamp_min(1)
-            self.kept = self.kept | trial & (rate > LEAST_GAIN * self.rate)
+            work = result.n_iter.clamp_min(1).double()
+            if inner_solve is not None:
+                work = work + inner_solve.work.where(used == Kind.INNER, 0)
+            rate = -reduction.log() / work
+            pays = trial & (rate > LEAST_GAIN * self.rate)
+            self.kept = torch.where(pays, used, self.kept)
             measured = active & self._on_trial(ahead=1)
             self.rate = torch.where(measured, rate, self.rate)
             self.solves = self.solves + active

@@ -76,7 +76,7 @@ def test_circulant_inverts_a_convolutional_system_exactly(filters, channels):
         return filters.adjoint(squared * filters(parts)).view_as(v)
 
     data = operator_term(x, blurred)
-    P = preconditioning("circulant", data, weight, filters).at(squared)
+    P = preconditioning("circulant", data, weight, filters).at(squared)[0]
     image = blurred(x) + weight.view(2, 1, 1, 1) * regularizer(x)
     assert relative_error(P(image), x) < 1e-10
 
@@ -101,7 +101,7 @@ def test_diagonal_is_that_of_the_system(filters):
     weight = torch.tensor([2.0], dtype=DOUBLE)
     squared = torch.full((1, 3, 24, 24), 0.3, dtype=DOUBLE)
     data = operator_term(x, lambda v: mask * v)
-    P = preconditioning("diagonal", data, weight, filters).at(squared)
+    P = preconditioning("diagonal", data, weight, filters).at(squared)[0]
     entry = mask[..., 12, 12] + 2 * (filters.adjoint(squared * filters(x)) * x).sum()
     torch.testing.assert_close(1 / P(x)[..., 12, 12], entry)
 

@@ -529,3 +529,61 @@ def test_the_host_waits_once_per_check(rng):
     n = int(cg(batched_map(matrices), b).n_iter.max())
     counted = operations(matrices, b, check_every=8, verify=False)
     assert n > 16 and counted.waits == -(-n // 8)
+
+
+# -- preconditioners that change -----------------------------------------------
+
+
+def varying(matrices):
+    """About the inverse, by a solve that stops early."""
+    calls = []
+
+    def apply(r):
+        calls.append(r)
+        return cg(batched_map(matrices), r, rtol=0.5, verify=False).x
+
+    return apply, calls
+
+
+def test_flexible_directions_bear_a_preconditioner_that_varies():
+    matrices, b = spd_system(torch.Generator().manual_seed(0), 60, (1e3, 1e2))
+    counts = []
+    for flexible in (True, False):
+        M, _ = varying(matrices)
+        result = cg(
+            batched_map(matrices),
+            b,
+            rtol=1e-8,
+            max_iter=2000,
+            preconditioner=M,
+            flexible=flexible,
+        )
+        counts.append(result.n_iter)
+        if flexible:
+            assert result.converged.all()
+            assert relative_residual(batched_map(matrices), b, result.x).max() < 1.1e-8
+    assert (1.5 * counts[0] < counts[1]).all()
+
+
+def test_flexible_directions_are_the_same_for_a_preconditioner_that_does_not_vary():
+    matrices, b = spd_system(torch.Generator().manual_seed(1), 30, (1e3, 10))
+    inverse = 1 / matrices.diagonal(dim1=1, dim2=2)
+    results = [
+        cg(
+            batched_map(matrices),
+            b,
+            rtol=1e-9,
+            preconditioner=lambda r: inverse * r,
+            flexible=flexible,
+        )
+        for flexible in (True, False)
+    ]
+    torch.testing.assert_close(results[0].x, results[1].x, rtol=1e-7, atol=1e-9)
+
+
+def test_a_sample_that_has_stopped_gives_a_flexible_preconditioner_nothing_to_do():
+    matrices, b = spd_system(torch.Generator().manual_seed(2), 30, (1.0, 1e3))
+    M, calls = varying(matrices)
+    result = cg(batched_map(matrices), b, rtol=1e-8, preconditioner=M, flexible=True)
+    assert result.n_iter[0] < result.n_iter[1]
+    assert all(bool((r[0] == 0).all()) for r in calls[int(result.n_iter[0]) :])

@@ -8,6 +8,8 @@ from deepinv_deal.solvers.preconditioner import (
     FLOOR,
     TRIALS,
     Fourier,
+    InnerSolve,
+    Kind,
     PreconditionedSolver,
     bounded,
     convolve,
@@ -88,7 +90,7 @@ def run(solver, M, solves=4, rtol=1e-6, active=(True, True), max_iter=500):
                 b,
                 torch.full((2,), rtol, dtype=DOUBLE),
                 max_iter,
-                lambda: M,
+                lambda used: (M, None),
                 torch.tensor(active),
             )
         )
@@ -99,16 +101,20 @@ def everywhere():
     return torch.ones(2, dtype=torch.bool)
 
 
+def kinds(kind):
+    return torch.full((2,), kind, dtype=torch.int64)
+
+
 def test_a_good_preconditioner_is_tried_third_and_kept():
-    solver = PreconditionedSolver(everywhere())
+    solver = PreconditionedSolver(kinds(Kind.NONE), everywhere())
     results = run(solver, lambda r: r / SPREAD)
-    assert solver.kept.all()
+    assert (solver.kept == Kind.DIRECT).all()
     assert [bool((r.n_iter == 1).all()) for r in results] == [False, False, True, True]
     assert all(r.converged.all() for r in results)
 
 
 def test_a_bad_preconditioner_costs_at_most_two_solves():
-    solver = PreconditionedSolver(everywhere())
+    solver = PreconditionedSolver(kinds(Kind.NONE), everywhere())
     results = run(solver, lambda r: r * SPREAD, solves=6)
     assert not solver.kept.any()
     assert (results[2].n_iter <= 1.5 * results[1].n_iter).all()
@@ -118,7 +124,7 @@ def test_a_bad_preconditioner_costs_at_most_two_solves():
 
 
 def test_a_trial_on_easy_right_hand_sides_is_repeated():
-    solver = PreconditionedSolver(everywhere())
+    solver = PreconditionedSolver(kinds(Kind.NONE), everywhere())
     easy = torch.eye(40, dtype=DOUBLE)[[7, 7]]  # one iteration, whatever is done
     hard = torch.randn(2, 40, generator=generator(1), dtype=DOUBLE)
     counts = []
@@ -128,47 +134,126 @@ def test_a_trial_on_easy_right_hand_sides_is_repeated():
             b,
             torch.full((2,), 1e-6, dtype=DOUBLE),
             500,
-            lambda: lambda r: r / SPREAD,
+            lambda used: (lambda r: r / SPREAD, None),
             everywhere(),
         )
         counts.append(int(result.n_iter.max()))
     assert counts[:3] == [1, 1, 1] and counts[3] > 20 and counts[4] == 1
-    assert solver.kept.all()
+    assert (solver.kept == Kind.DIRECT).all()
 
 
 def test_samples_decide_for_themselves():
     good_for_the_first = torch.stack([1 / SPREAD[0], SPREAD[1]])
-    solver = PreconditionedSolver(everywhere())
+    solver = PreconditionedSolver(kinds(Kind.NONE), everywhere())
     run(solver, lambda r: r * good_for_the_first)
-    assert solver.kept.tolist() == [True, False]
+    assert solver.kept.tolist() == [Kind.DIRECT, Kind.NONE]
 
 
 def test_samples_that_rest_do_not_try():
-    solver = PreconditionedSolver(everywhere())
+    solver = PreconditionedSolver(kinds(Kind.NONE), everywhere())
     run(solver, lambda r: r / SPREAD, active=(True, False))
-    assert solver.kept.tolist() == [True, False]
+    assert solver.kept.tolist() == [Kind.DIRECT, Kind.NONE]
     assert solver.solves.tolist() == [4, 0]
 
 
 def test_unusable_samples_go_without():
-    solver = PreconditionedSolver(torch.tensor([True, False]))
+    solver = PreconditionedSolver(kinds(Kind.NONE), torch.tensor([True, False]))
     run(solver, lambda r: r / SPREAD)
-    assert solver.kept.tolist() == [True, False]
+    assert solver.kept.tolist() == [Kind.DIRECT, Kind.NONE]
 
 
 def test_without_trial_a_preconditioner_is_used_from_the_start():
-    solver = PreconditionedSolver(everywhere(), on_trial=False)
+    solver = PreconditionedSolver(kinds(Kind.DIRECT))
     results = run(solver, lambda r: r / SPREAD, solves=2)
     assert all((r.n_iter == 1).all() for r in results)
 
 
 def test_solves_without_activity_leave_the_trial_alone():
-    solver = PreconditionedSolver(everywhere())
+    solver = PreconditionedSolver(kinds(Kind.NONE), everywhere())
     b = torch.ones(2, 40, dtype=DOUBLE)
     rtol = torch.full((2,), 1e-6, dtype=DOUBLE)
     for _ in range(4):
-        solver.solve(lambda x: SPREAD * x, b, rtol, 500, lambda: lambda r: r / SPREAD)
+        solver.solve(
+            lambda x: SPREAD * x,
+            b,
+            rtol,
+            500,
+            lambda used: (lambda r: r / SPREAD, None),
+        )
     assert not solver.kept.any() and (solver.solves == 0).all()
+
+
+def inner_solves(cost, accuracy=0.1, model=SPREAD):
+    """Makes an inner solve with a model of the operator, as accurately as told."""
+    made = []
+
+    def preconditioner(used):
+        rtol = torch.full((2,), accuracy, dtype=DOUBLE).where(used == 2, torch.inf)
+        costs = torch.full((2,), cost, dtype=DOUBLE)
+        made.append(InnerSolve(lambda x: model * x, rtol, costs, lambda r: r))
+
+        def apply(r):
+            direct = (used == Kind.DIRECT)[:, None]
+            return torch.where(direct, r / SPREAD**0.8, made[-1](r))
+
+        return apply, made[-1]
+
+    return preconditioner, made
+
+
+def solve_once(solver, preconditioner, b=None, n=2):
+    if b is None:
+        b = torch.randn(2, 40, generator=generator(1), dtype=DOUBLE)
+    return solver.solve(
+        lambda x: SPREAD[:n] * x,
+        b[:n],
+        torch.full((n,), 1e-6, dtype=DOUBLE),
+        500,
+        preconditioner,
+        torch.ones(n, dtype=torch.bool),
+    )
+
+
+def test_an_inner_solve_replaces_iterations_of_the_outer_one():
+    counts = []
+    for kind in (Kind.NONE, Kind.INNER):
+        preconditioner, made = inner_solves(0.1)
+        result = solve_once(PreconditionedSolver(kinds(kind)), preconditioner)
+        assert result.converged.all()
+        counts.append(result.n_iter)
+    assert (8 * counts[1] < counts[0]).all()
+    torch.testing.assert_close(made[0].work, 0.1 * made[0].n_iter.double())
+
+
+@pytest.mark.parametrize(("cost", "kept"), [(0.0, Kind.INNER), (1.0, Kind.DIRECT)])
+def test_the_work_of_an_inner_solve_counts_in_a_trial(cost, kept):
+    # Exact, but the formula takes less time than forty inner iterations.
+    solver = PreconditionedSolver(kinds(Kind.INNER), everywhere())
+    preconditioner, _ = inner_solves(cost, accuracy=1e-8)
+    for _ in range(3):
+        solve_once(solver, preconditioner)
+    assert (solver.kept == kept).all()
+
+
+def test_the_work_of_a_sample_does_not_depend_on_its_batch():
+    b = torch.randn(2, 40, generator=generator(1), dtype=DOUBLE)
+    b[0, 20:] = 0  # the first sample is solved sooner
+    work = []
+    for n in (1, 2):
+        made = []
+
+        def preconditioner(used, made=made, n=n):
+            costs, rtol = torch.ones(2, n, dtype=DOUBLE)
+            model = SPREAD[:n].square()
+            made.append(InnerSolve(lambda x: model * x, 0.5 * rtol, costs, lambda r: r))
+            return made[0], made[0]
+
+        solver = PreconditionedSolver(kinds(Kind.INNER)[:n])
+        result = solve_once(solver, preconditioner, b, n)
+        work.append((int(result.n_iter[0]), float(made[0].work[0])))
+        if n == 2:
+            assert result.n_iter[1] > result.n_iter[0]
+    assert work[0] == work[1]
 
 
 def test_the_operator_gets_samples_in_memory_of_their_own():

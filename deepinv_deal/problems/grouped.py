@@ -1,0 +1,165 @@
+r"""Attentive quadratic regularizers in which groups of filters share one mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.fft import next_fast_len
+from torch import Tensor
+
+from deepinv_deal.operators.multi_conv import wrapped
+
+#: Groups of filters.
+GROUPS = 4
+
+#: Rounds of the search for groups, and pixels of a mask that it looks at, about.
+ROUNDS, LOOKED_AT = 10, 4096
+
+#: Numbers in the features of all groups from which they are computed one by one.
+TOGETHER = 2**22
+
+
+@dataclass(frozen=True)
+class GroupedQuadratic:
+    r"""
+    The closest regularizer whose filters form few groups with one mask each.
+
+    .. math::
+        W^{\top} m^2 W \approx \sum_{k=1}^{K} L_k^{\,} \, a_k \, L_k^{*}, \qquad
+        L_k^{\,} L_k^{*} = \sum_{f \in k} s_f W_f^{\top} W_f^{\,}, \qquad
+        a_k = \frac{\sum_{f \in k} e_f m_f^2}{\sum_{f \in k} e_f s_f}
+
+    Every filter counts with its energy :math:`e_f` and the mean :math:`s_f` of its
+    squared mask. The convolutions :math:`L_k` are the Cholesky factors of 3 x 3 or 1 x
+    1 matrices, one for every frequency; images are continued by zeros, as for
+    :math:`W`. It is exact for masks that do not vary over the image, up to tails of
+    :math:`L_k` at the border, and costs 2 (K + 1) Fourier transforms, much less than
+    :math:`W`.
+
+    :param torch.Tensor factors: spectra of the convolutions, ``(n, K, C, C, h, w)``;
+        real if C is 1.
+    :param torch.Tensor masks: the masks :math:`a_k`, ``(n, K, H, W)``.
+    :param tuple size: rows and columns of the Fourier transforms.
+    """
+
+    factors: Tensor
+    masks: Tensor
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, squared_mask: Tensor, responses: Tensor) -> GroupedQuadratic:
+        """
+        Groups the filters of a regularizer.
+
+        :param torch.Tensor squared_mask: squared masks, ``(n, N, H, W)``.
+        :param torch.Tensor responses: responses of the filters to a Dirac in every
+            channel, ``(C, N, l, l)``, about the middle and zero on half the way to the
+            border.
+        """
+        group = group_masks(squared_mask).to(squared_mask.dtype)  # (n, N, K)
+        energy = responses.square().sum((0, 2, 3))
+        scale = squared_mask.mean((2, 3))  # (n, N)
+        weight = group * energy[:, None]
+        total = torch.einsum("nfk,nf->nk", weight, scale)[..., None, None]
+        masks = torch.einsum("nfk,nfhw->nkhw", weight, squared_mask)
+        masks = torch.where(total > 0, masks / total, 0)
+        # Kernels of W_f^T W_f: their centre is in the middle, too.
+        length = responses.shape[-1]
+        spectra = torch.fft.rfft2(responses)
+        products = spectra[:, None].conj() * spectra[None]  # (C, C, N, l, l / 2)
+        kernels = torch.fft.irfft2(products, s=(length, length))
+        kernels = torch.einsum("nfk,nf,cdfij->nkcdij", group, scale, kernels)
+        height, width = (
+            next_fast_len(max(n + length // 2, length), real=True)
+            for n in squared_mask.shape[2:]
+        )
+        placed = wrapped(torch.fft.fftshift(kernels, (-2, -1)), height, width)
+        placed = placed.roll((-(length // 2),) * 2, (-2, -1))
+        return cls(cholesky(torch.fft.rfft2(placed)), masks, (height, width))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Applies it to images ``(n, C, H, W)``."""
+        height, width = x.shape[2:]
+        spectrum = torch.fft.rfft2(x, s=self.size)
+        together = x.numel() * self.masks.shape[1] <= TOGETHER
+        step = self.masks.shape[1] if together else 1
+        total = torch.zeros_like(spectrum)
+        for factors, masks in zip(
+            self.factors.split(step, 1), self.masks.split(step, 1), strict=True
+        ):
+            if x.shape[1] == 1:
+                factors = factors[:, :, 0, 0]  # (n, k, h, w), real
+                u = torch.fft.irfft2(spectrum * factors, s=self.size)
+                u = u[..., :height, :width] * masks
+                pushed = torch.fft.rfft2(u, s=self.size) * factors
+                total += pushed.sum(1, keepdim=True)
+                continue
+            v = (factors.conj() * spectrum[:, None, :, None]).sum(2)  # (n, k, C, h, w)
+            u = torch.fft.irfft2(v, s=self.size)
+            u = u[..., :height, :width] * masks[:, :, None]
+            pushed = torch.fft.rfft2(u, s=self.size)[:, :, None] * factors
+            total += pushed.sum((1, 3))
+        return torch.fft.irfft2(total, s=self.size)[..., :height, :width]
+
+
+def group_masks(squared_mask: Tensor) -> Tensor:
+    """
+    Groups filters whose squared masks look alike, up to a factor, by k-means.
+
+    The first centres are masks that are far from each other, so that the result is no
+    matter of chance.
+
+    :param torch.Tensor squared_mask: shape ``(n, N, H, W)``.
+    :return: whether a filter is in a group, boolean, ``(n, N, K)``; groups may be
+        empty.
+    """
+    height, width = squared_mask.shape[2:]
+    step = max(1, round((height * width / LOOKED_AT) ** 0.5))
+    masks = squared_mask[..., ::step, ::step].flatten(2).double()
+    size = masks.norm(dim=2, keepdim=True)
+    masks = masks / size.where(size > 0, 1)
+    number = min(GROUPS, masks.shape[1])
+    centres = masks[:, :1]
+    for _ in range(number - 1):
+        farthest = distances(masks, centres).amin(2).argmax(1)
+        index = farthest[:, None, None].expand(-1, 1, masks.shape[2])
+        centres = torch.cat([centres, masks.gather(1, index)], 1)
+    names = torch.arange(number, device=masks.device)
+    for _ in range(ROUNDS):
+        nearest = distances(masks, centres).argmin(2)
+        group = nearest[..., None] == names
+        members = group.to(masks).mT  # (n, K, N)
+        count = members.sum(2, keepdim=True)
+        centres = torch.where(count > 0, members @ masks / count.clamp_min(1), centres)
+    return group
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Returns squared distances of vectors ``(n, N, d)``, ``(n, K, d)``: (n, N, K)."""
+    squares = a.square().sum(2)[..., None] + b.square().sum(2)[:, None]
+    return (squares - 2 * a @ b.mT).clamp_min(0)
+
+
+def cholesky(M: Tensor) -> Tensor:
+    r"""
+    Returns the factors :math:`L` of :math:`M = L L^{*}`, entry by entry.
+
+    :param torch.Tensor M: Hermitian positive semi-definite matrices, ``(n, K, C, C,
+        ...)``, of few rows: much faster than one after the other.
+    :return: lower triangular matrices, shape of ``M``; real if C is 1.
+    """
+    if M.shape[2] == 1:
+        return M.real.clamp_min(0).sqrt()
+    L, least = torch.zeros_like(M), torch.finfo(M.dtype).eps
+    for j in range(M.shape[2]):
+        for i in range(j, M.shape[2]):
+            done = (L[:, :, i, :j] * L[:, :, j, :j].conj()).sum(2)
+            rest = M[:, :, i, j] - done
+            if i == j:
+                # Not below rounding, by which the rest of the column is divided.
+                root = torch.maximum(rest.real, least * M[:, :, j, j].real).sqrt()
+                L[:, :, j, j] = root
+            else:
+                L[:, :, i, j] = torch.where(root > 0, rest / root, 0)
+    return L
