@@ -2,10 +2,10 @@
 DEAL on every kind of linear physics: work, accuracy, batches, preconditioners.
 
 For crops of scikit-image's photographs and the bundled weights, one line per operator:
-outer and conjugate gradient iterations without and with the automatic preconditioner,
-imbalance of forces at the end, distance of a batch of three to its samples solved
-alone, and PSNR of the scaled adjoint and of the reconstruction. An asterisk marks what
-did not converge.
+outer and conjugate gradient iterations, applications of the physics (of all three
+together) and seconds, without and with the automatic preconditioner, balance of forces
+at the end, distance of a batch of three to its samples solved alone, and PSNR of the
+scaled adjoint and of the reconstruction. An asterisk marks what did not converge.
 
     python benchmarks/operators.py [--size 64] [--max-iter 60] [--only MRI]
 """
@@ -110,6 +110,26 @@ def row(y, i: int):
     return y[i : i + 1]
 
 
+class Counter:
+    """Counts applications of a physics: pairs of A and its adjoint, or trials of it."""
+
+    def __init__(self, physics):
+        self.number, self.depth = 0, 0
+        for name in ("A", "A_adjoint_A"):  # which may call A
+            object.__setattr__(physics, name, self.counted(getattr(physics, name)))
+
+    def counted(self, function):
+        def call(*args, **kwargs):
+            self.number += self.depth == 0
+            self.depth += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.depth -= 1
+
+        return call
+
+
 def psnr(x_hat: torch.Tensor, x: torch.Tensor) -> float:
     error = (x_hat - x).square().flatten(1).mean(1)
     return float(-10 * error.log10().mean())
@@ -124,8 +144,8 @@ def main() -> None:
     args = parser.parse_args()
     photos = photographs(args.size)
     print(
-        f"{'operator':26s}{'none':>12s}{'auto':>12s}{'imbalance':>11s}"
-        f"{'batch':>9s}{'adjoint':>9s}{'DEAL':>7s}{'s':>6s}   outer/CG, mean of 3"
+        f"{'operator':26s}{'none':>22s}{'auto':>22s}{'imbalance':>11s}"
+        f"{'batch':>9s}{'adjoint':>9s}{'DEAL':>7s}   outer/CG (mean of 3), physics, s"
     )
     for name, physics, level, weight in problems(args.size):
         if args.only not in name:
@@ -135,7 +155,7 @@ def main() -> None:
             x = torch.cat([photos, 0.3 * photos.flip(-1)], 1)
         y = noisy(physics.A(x), level)
         settings = {} if weight is not None else {"sigma": level / 255}
-        work = []
+        work, counter = [], Counter(physics)
         for preconditioner in ("none", "auto"):
             model = DEAL(
                 pretrained=args.pretrained,
@@ -144,23 +164,23 @@ def main() -> None:
                 solver=SolverOptions(preconditioner=preconditioner),
                 warn=False,
             )
-            start = time.perf_counter()
+            start, counter.number = time.perf_counter(), 0
             with torch.no_grad():
                 x_hat, info = model(y, physics, return_info=True, **settings)
             seconds = time.perf_counter() - start
             counts = (info.n_iter, info.inner_iter)
             n_iter, cg_iter = (count.double().mean() for count in counts)
             mark = "" if info.converged.all() else "*"
-            work.append(f"{n_iter:.0f}/{cg_iter:.0f}{mark}")
+            steps = f"{n_iter:.0f}/{cg_iter:.0f}{mark}"
+            work.append(f"{steps:>9s}{counter.number:6d}{seconds:7.1f}")
         with torch.no_grad():
             alone = model(row(y, 0), physics, **settings)
             b = physics.A_adjoint(y)
             gain = (b * x).sum() / (b * b).sum()  # the adjoint, at its best scale
         difference = float((alone - x_hat[:1]).norm() / alone.norm())
         print(
-            f"{name:26s}{work[0]:>12s}{work[1]:>12s}{float(info.imbalance.max()):11.1e}"
-            f"{difference:9.0e}{psnr(gain * b, x):9.2f}{psnr(x_hat, x):7.2f}"
-            f"{seconds:6.1f}",
+            f"{name:26s}{work[0]:>22s}{work[1]:>22s}{float(info.imbalance.max()):11.1e}"
+            f"{difference:9.0e}{psnr(gain * b, x):9.2f}{psnr(x_hat, x):7.2f}",
             flush=True,
         )
 

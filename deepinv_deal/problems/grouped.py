@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
+from torch.nn import functional as F
 
 from deepinv_deal.operators.multi_conv import wrapped
 
@@ -32,20 +33,22 @@ class GroupedQuadratic:
 
     Every filter counts with its energy :math:`e_f` and the mean :math:`s_f` of its
     squared mask. The convolutions :math:`L_k` are the Cholesky factors of 3 x 3 or 1 x
-    1 matrices, one for every frequency; images are continued by zeros, as for
-    :math:`W`. It is exact for masks that do not vary over the image, up to tails of
-    :math:`L_k` at the border, and costs 2 (K + 1) Fourier transforms, much less than
-    :math:`W`.
+    1 matrices, one for every frequency. Images are continued by their borders: trained
+    filters hardly respond to a constant, up to the border, whatever their padding. In
+    the middle it is exact for masks that do not vary over the image, up to tails of
+    :math:`L_k`; and it costs 2 (K + 1) Fourier transforms, much less than :math:`W`.
 
     :param torch.Tensor factors: spectra of the convolutions, ``(n, K, C, C, h, w)``;
         real if C is 1.
     :param torch.Tensor masks: the masks :math:`a_k`, ``(n, K, H, W)``.
     :param tuple size: rows and columns of the Fourier transforms.
+    :param int reach: rows by which images are continued on each side.
     """
 
     factors: Tensor
     masks: Tensor
     size: tuple[int, int]
+    reach: int
 
     @classmethod
     def of(cls, squared_mask: Tensor, responses: Tensor) -> GroupedQuadratic:
@@ -66,41 +69,56 @@ class GroupedQuadratic:
         masks = torch.where(total > 0, masks / total, 0)
         # Kernels of W_f^T W_f: their centre is in the middle, too.
         length = responses.shape[-1]
+        reach = length // 4
         spectra = torch.fft.rfft2(responses)
         products = spectra[:, None].conj() * spectra[None]  # (C, C, N, l, l / 2)
         kernels = torch.fft.irfft2(products, s=(length, length))
         kernels = torch.einsum("nfk,nf,cdfij->nkcdij", group, scale, kernels)
         height, width = (
-            next_fast_len(max(n + length // 2, length), real=True)
+            next_fast_len(max(n + 2 * reach, length), real=True)
             for n in squared_mask.shape[2:]
         )
         placed = wrapped(torch.fft.fftshift(kernels, (-2, -1)), height, width)
         placed = placed.roll((-(length // 2),) * 2, (-2, -1))
-        return cls(cholesky(torch.fft.rfft2(placed)), masks, (height, width))
+        return cls(cholesky(torch.fft.rfft2(placed)), masks, (height, width), reach)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Applies it to images ``(n, C, H, W)``."""
-        height, width = x.shape[2:]
-        spectrum = torch.fft.rfft2(x, s=self.size)
+        r = self.reach
+        rows, columns = (slice(r, r + n) for n in x.shape[2:])
+        extended = F.pad(x, (r, r, r, r), mode="replicate")
+        spectrum = torch.fft.rfft2(extended, s=self.size)
         together = x.numel() * self.masks.shape[1] <= TOGETHER
         step = self.masks.shape[1] if together else 1
         total = torch.zeros_like(spectrum)
         for factors, masks in zip(
             self.factors.split(step, 1), self.masks.split(step, 1), strict=True
         ):
-            if x.shape[1] == 1:
-                factors = factors[:, :, 0, 0]  # (n, k, h, w), real
-                u = torch.fft.irfft2(spectrum * factors, s=self.size)
-                u = u[..., :height, :width] * masks
-                pushed = torch.fft.rfft2(u, s=self.size) * factors
-                total += pushed.sum(1, keepdim=True)
-                continue
-            v = (factors.conj() * spectrum[:, None, :, None]).sum(2)  # (n, k, C, h, w)
+            v = product(factors.conj(), spectrum[:, None, :, None], 2)
             u = torch.fft.irfft2(v, s=self.size)
-            u = u[..., :height, :width] * masks[:, :, None]
-            pushed = torch.fft.rfft2(u, s=self.size)[:, :, None] * factors
-            total += pushed.sum((1, 3))
-        return torch.fft.irfft2(total, s=self.size)[..., :height, :width]
+            inside = u[..., rows, columns] * masks[:, :, None]
+            u = torch.zeros_like(u)
+            u[..., rows, columns] = inside
+            total += product(torch.fft.rfft2(u)[:, :, None], factors, 3).sum(1)
+        back = torch.fft.irfft2(total, s=self.size)
+        return folded(back[..., : rows.stop + r, : columns.stop + r], r)
+
+
+def product(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Returns the sum of products over a dimension, which has one entry for gray."""
+    c = a * b
+    return c.squeeze(dim) if c.shape[dim] == 1 else c.sum(dim)
+
+
+def folded(x: Tensor, r: int) -> Tensor:
+    """Adds r rows and columns on every side to those next to them: adjoint of pad."""
+    for dim in (-2, -1):
+        before, middle, after = x.split([r, x.shape[dim] - 2 * r, r], dim)
+        middle = middle.clone()
+        middle.select(dim, 0).add_(before.sum(dim))
+        middle.select(dim, -1).add_(after.sum(dim))
+        x = middle
+    return x
 
 
 def group_masks(squared_mask: Tensor) -> Tensor:
@@ -157,8 +175,10 @@ def cholesky(M: Tensor) -> Tensor:
             done = (L[:, :, i, :j] * L[:, :, j, :j].conj()).sum(2)
             rest = M[:, :, i, j] - done
             if i == j:
-                # Not below rounding, by which the rest of the column is divided.
-                root = torch.maximum(rest.real, least * M[:, :, j, j].real).sqrt()
+                # Not below the rounding of the Fourier transform, which would be large
+                # against what is left at frequencies that the filters do not pass.
+                floor = least * M[:, :, j, j].real.amax((-2, -1), keepdim=True)
+                root = torch.maximum(rest.real, floor).sqrt()
                 L[:, :, j, j] = root
             else:
                 L[:, :, i, j] = torch.where(root > 0, rest / root, 0)

@@ -81,6 +81,11 @@ class ImageLayout:
         """Whether the two halves of the channels are one complex image."""
         return self.is_complex and not self.real
 
+    @property
+    def is_image(self) -> bool:
+        """Whether what is solved for is the image itself: real and flat."""
+        return len(self.shape) == 4 and not self.is_complex and not self.complex_dtype
+
     # -- volumes -----------------------------------------------------------------
 
     @cached_property

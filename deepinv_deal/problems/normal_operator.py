@@ -13,6 +13,7 @@ from torch import Tensor
 from deepinv_deal._batch import expand, inner, norm, select
 from deepinv_deal.problems.checks import describe, is_out_of_memory
 from deepinv_deal.problems.layout import ImageLayout
+from deepinv_deal.problems.sampled_convolution import SampledConvolution
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.preconditioner import (
     PLANE,
@@ -131,6 +132,11 @@ class NormalOperator:
         return partial(convolve, self.transfer[0], fourier=self.fourier)
 
     @cached_property
+    def is_formula(self) -> Tensor:
+        """Samples for which the fastest form is a formula, no physics, ``(B,)``."""
+        return faithful(torch.minimum(self.transfer[1], self.diagonal[1]))
+
+    @cached_property
     @torch.no_grad()
     def principal(self) -> Tensor:
         """
@@ -216,6 +222,8 @@ class KnownPhysics(NormalOperator):
         #: Remarks on what the trials told.
         self.notes: list[str] = []
         super().__init__(self._product, like, layout.transforms)
+        #: What replaces it if it is a convolution of which some pixels are measured.
+        self.sampled: SampledConvolution | None = None
         self.composed = not hasattr(physics, "A_adjoint_A")
         if trial:
             self._try_out()
@@ -225,6 +233,16 @@ class KnownPhysics(NormalOperator):
         if self.composed:
             return self.layout.extract(physics.A_adjoint(physics.A(image)))
         return self.layout.extract(physics.A_adjoint_A(image))
+
+    @cached_property
+    def fast(self) -> LinearMap:
+        """See :attr:`NormalOperator.fast`; also where a convolution is sampled."""
+        return super().fast if self.sampled is None else self.sampled
+
+    @cached_property
+    def is_formula(self) -> Tensor:
+        """See :attr:`NormalOperator.is_formula`."""
+        return super().is_formula | (self.sampled is not None)
 
     @torch.no_grad()
     def _try_out(self) -> None:
@@ -251,6 +269,8 @@ class KnownPhysics(NormalOperator):
                 f"A_adjoint is only approximately the adjoint of A (relative error "
                 f"{worst:.1e}), so the solution is approximate too."
             )
+        if self.layout.is_image:
+            self.sampled = SampledConvolution.of(self.physics, u, Au)
         if self.composed:
             return
         try:

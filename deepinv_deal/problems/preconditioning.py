@@ -112,7 +112,7 @@ class Preconditioning:
             identity = faithful(torch.maximum(by_symbol, by_diagonal))
             misfit = torch.minimum(by_symbol, by_diagonal)
             if data.quadratic:
-                self.closed = faithful(misfit)
+                self.closed = data.H.is_formula
             again = misfit < LARGEST_MISFIT_AGAIN
             self.fits = misfit < LARGEST_MISFIT
             usable = self.fits & ~identity

@@ -173,6 +173,20 @@ def test_volumes_and_bounds(settings):
     assert relative_error(results[1], results[0]) < 1e-6
 
 
+def test_trained_colour_filters_are_factored_in_single_precision():
+    # They pass no mean, and rounding makes matrices of low frequencies indefinite.
+    W = DEAL(in_channels=3).prior.W.operator()
+    number, size = W.out_channels, (40, 41)
+    R = AttentiveQuadratic(W, torch.ones_like)
+    x = 1 + 0.1 * torch.randn(1, 3, *size, generator=generator())
+    squared = levels(1, number, *size).float()
+    with torch.no_grad():
+        grouped = GroupedQuadratic.of(squared, W.impulse_responses())
+        assert grouped.factors.isfinite().all()
+        energy, exact = (grouped(x) * x).sum(), (R.normal(x, squared) * x).sum()
+    assert 0.5 * exact < energy < 2 * exact
+
+
 def test_colour():
     y = images(1, 3, 14, 15)
     physics = dinv.physics.Inpainting((3, 14, 15), mask=mask_of(3, 14, 15))
