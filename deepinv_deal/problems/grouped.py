@@ -134,7 +134,7 @@ def group_masks(squared_mask: Tensor) -> Tensor:
     """
     height, width = squared_mask.shape[2:]
     step = max(1, round((height * width / LOOKED_AT) ** 0.5))
-    masks = squared_mask[..., ::step, ::step].flatten(2).double()
+    masks = squared_mask[..., ::step, ::step].flatten(2)
     size = masks.norm(dim=2, keepdim=True)
     masks = masks / size.where(size > 0, 1)
     number = min(GROUPS, masks.shape[1])

@@ -12,7 +12,7 @@ from deepinv_deal.problems.data_term import DataTerm, FrozenCurvature
 from deepinv_deal.problems.grouped import GROUPS
 from deepinv_deal.problems.options import Preconditioner
 from deepinv_deal.solvers import SolverResult
-from deepinv_deal.solvers.conjugate_gradient import LARGE_UNKNOWN, LinearMap
+from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.preconditioner import (
     LARGEST_MISFIT,
     InnerSolve,
@@ -41,6 +41,10 @@ INNER_COST, PHYSICS_COST = 2, 16
 
 #: Filters from which their groups are much less work.
 LEAST_FILTERS = 4 * GROUPS
+
+#: Numbers in an unknown from which that also holds on accelerators, where the many
+#: small operations of an inner iteration wait for the host: an estimate, not measured.
+LARGE_ON_ACCELERATORS = 2**20
 
 
 class Preconditioning:
@@ -133,7 +137,9 @@ class Preconditioning:
 
     def _grouping_pays(self, b: Tensor) -> bool:
         few = self.regularizer.W.out_channels < LEAST_FILTERS
-        return not few and (b.device.type == "cpu" or b.numel() >= LARGE_UNKNOWN)
+        return not few and (
+            b.device.type == "cpu" or b.numel() >= LARGE_ON_ACCELERATORS
+        )
 
     def solve(
         self,
