@@ -13,6 +13,7 @@ scaled adjoint and of the reconstruction. An asterisk marks what did not converg
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 
 import numpy as np
@@ -26,6 +27,8 @@ from deepinv.physics import (
     Downsampling,
     Inpainting,
     MultiCoilMRI,
+    NonCartesianMRI,
+    SpaceVaryingBlur,
     StackedLinearPhysics,
     Tomography,
 )
@@ -33,6 +36,7 @@ from deepinv.physics.functional import gaussian_blur
 from deepinv.utils import TensorList
 from skimage.data import brick, camera, coffee
 from skimage.transform import resize
+from torch.nn import functional as F
 
 from deepinv_deal import DEAL, SolverOptions
 from deepinv_deal.evaluation.tasks import birdcage_maps, line_mask, make_kernel
@@ -73,6 +77,17 @@ def problems(size: int):
         2.55,
         0.5,
     )
+    blurs = [gaussian_blur(sigma=(s, s)) for s in (0.8, 1.6)]
+    side = max(blur.shape[-1] for blur in blurs)
+    pads = [(side - blur.shape[-1]) // 2 for blur in blurs]
+    filters = [F.pad(b, (p, p, p, p)) for b, p in zip(blurs, pads, strict=True)]
+    ramp = torch.linspace(0, 1, size).expand(1, 1, size, size)
+    varying = SpaceVaryingBlur(
+        filters=torch.stack(filters, 2),
+        multipliers=torch.stack([ramp, 1 - ramp], 2),
+        padding="valid",
+    )
+    yield "blur, space-varying", varying, 2.55, 0.5
     yield "motion, Fourier", BlurFFT(shape, filter=motion), 2.55, 0.5
     yield (
         "super-resolution x2",
@@ -84,6 +99,14 @@ def problems(size: int):
     )
     yield "MRI 4x", MRI(mask=lines, img_size=(size, size)), 0.51, 0.05
     yield "MRI 4x, 8 coils", coils, 0.51, 0.05
+    if importlib.util.find_spec("mrinufft") and importlib.util.find_spec("finufft"):
+        radial = NonCartesianMRI(
+            (size, size),
+            num_shots=size // 2,
+            num_samples_per_shot=2 * size,
+            backend="finufft",
+        )
+        yield "MRI, radial", radial, 0.51, 0.05
     yield "tomography", Tomography(30, img_width=size, normalize=True), 2.55, 0.05
     yield (
         "compressed sensing",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from deepinv.physics import DynamicMRI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -944,6 +945,40 @@ def test_a_volume_of_k_space_is_that_of_its_slices(tmp_path, maps_of, capsys):
             options = ["--coil-maps", tmp_path / "maps.npy"]
         assert reconstruct(tmp_path / "y.npy", target, *options) == 0
         np.testing.assert_allclose(np.load(target), volume[i], atol=2e-3)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_slices_of_k_space_are_one_volume(tmp_path, number, capsys):
+    x = np.stack([np.roll(smooth(1)[0], k, 0) for k in range(3)])  # equally bright
+    maps = coils(number, (16, 18), 3)
+    y = lines(18, 1) * k_space(x[:, None] * maps if number > 1 else x)
+    np.save(tmp_path / "y.npy", y)
+    np.save(tmp_path / "maps.npy", maps)
+    rtol = 1e-2 if number == 1 else 1e-4
+    options = ["--rtol", rtol]
+    options += ["--coil-maps", tmp_path / "maps.npy"] if number > 1 else []
+    found = {}
+    for slices in (None, "depth", "mean"):
+        target = tmp_path / f"{slices}.npy"
+        more = [] if slices is None else ["--slices", slices]
+        assert reconstruct(tmp_path / "y.npy", target, *options, *more) == 0
+        found[slices] = np.load(target)
+    assert "3 slices" in capsys.readouterr().out.split("\n")[0]
+    assert np.abs(found["mean"] - found[None]).max() > 3e-4
+    if number > 1:  # slices of the depth know nothing of each other, here
+        np.testing.assert_allclose(found["depth"], found[None], atol=1e-3)
+    else:  # with deepinv's physics
+        mask = torch.from_numpy(lines(18, 1)).float().expand(1, 1, 3, 16, 18)
+        physics = DynamicMRI(mask=mask, img_size=(3, 16, 18))
+        measured = torch.view_as_real(torch.from_numpy(y)).movedim(-1, 0)[None]
+        for slices in ("depth", "mean"):
+            model = DEAL(slices=slices, rtol=rtol, max_iter=100)
+            with torch.no_grad():
+                expected = model(measured, physics, lambda_reg=0.01)[0]
+            expected = torch.complex(*expected).numpy()
+            np.testing.assert_allclose(found[slices], expected, atol=1e-3)
+    with pytest.raises(SystemExit):
+        reconstruct(tmp_path / "y.npy", target, "--slices", "time")
 
 
 def test_all_slices_have_one_intensity(tmp_path):

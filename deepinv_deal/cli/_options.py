@@ -241,6 +241,17 @@ def photograph(size: int, channels: int = 1) -> Tensor:
     return torch.from_numpy(pixels).movedim(-1, 0).float()
 
 
+def add_slices_option(parser: argparse.ArgumentParser, pages: str, solved: str) -> None:
+    """Adds ``--slices``, for files that hold several images."""
+    parser.add_argument(
+        "--slices",
+        choices=("depth", "height", "width", "mean"),
+        help=f"the {pages} are the depth of one volume, of which the model sees the "
+        f"slices across this axis, or those across all three; if unset, {pages} are "
+        f"{solved} one by one",
+    )
+
+
 def add_outcome_options(parser: argparse.ArgumentParser) -> None:
     """Adds what to do with a result beside writing it."""
     parser.add_argument(

@@ -18,6 +18,7 @@ from deepinv_deal.cli._options import (
     Commands,
     add_model_options,
     add_outcome_options,
+    add_slices_option,
     add_white_option,
     channels_of,
     iterations_shown,
@@ -58,13 +59,7 @@ def add_denoise(commands: Commands[argparse.ArgumentParser]) -> None:
         default=0.0,
         help="value in the file that is black, as -1000 for air in Hounsfield units",
     )
-    denoise.add_argument(
-        "--slices",
-        choices=("depth", "height", "width", "mean"),
-        help="the pages are the depth of one volume, of which the model sees the "
-        "slices across this axis, or those across all three; if unset, pages are "
-        "denoised one by one",
-    )
+    add_slices_option(denoise, "pages", "denoised")
     add_likelihood_option(denoise)
     add_model_options(denoise, default="deal_gray, deal_color for colour")
     add_outcome_options(denoise)

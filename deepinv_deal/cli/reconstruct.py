@@ -13,6 +13,7 @@ from deepinv_deal.cli._options import (
     Commands,
     add_model_options,
     add_outcome_options,
+    add_slices_option,
     add_white_option,
     channels_of,
     make_model,
@@ -96,6 +97,7 @@ def add_reconstruct(commands: Commands[argparse.ArgumentParser]) -> None:
         default="real_imag",
         help="whether the image has an imaginary part",
     )
+    add_slices_option(mri, "slices or frames", "reconstructed")
 
 
 def _size(text: str) -> tuple[int, int] | str:
@@ -149,7 +151,7 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
     if likelihood.has_unit:
         # The image is in counts or the like, but the level is that of the model.
         level, settings["sigma"] = None, level
-    problems: Sequence[tuple[Tensor, Any]]
+    problems: Any  # a sequence of measurements and their physics
     if is_mri:
         if likelihood.has_unit:
             raise ValueError(
@@ -157,6 +159,9 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
                 "none. Give gaussian, l1 or weights."
             )
         problems, like = _mri(args)
+        if args.slices is not None:
+            problems = [problems.volume()]
+            settings["slices"] = args.slices
         model = make_model(args, complex_mode=args.complex_mode, **settings)
     else:
         like = _picture(args)
@@ -168,15 +173,17 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
         problems = [load(args, like.x.transpose(0, 1) if split else like.x)]
     result = like if is_mri else replace(like, x=_first(problems[0], split))
     check_target(args.output, result)
-    if args.figure and len(problems) > 1:
+    if args.figure and len(like.x) > 1:
         raise ValueError(
-            f"--figure draws one image; {args.input} has {len(problems)} slices."
+            f"--figure draws one image; {args.input} has {len(like.x)} slices."
         )
     start = time.perf_counter()
     x_hat, infos = _solve(model, problems, level, args)
     seconds = time.perf_counter() - start
     if split:
         x_hat = x_hat.transpose(0, 1)
+    if x_hat.ndim == 5:  # one volume
+        x_hat = x_hat[0].movedim(1, 0)
     size = like.x.shape[-2:]
     if is_mri:
         x_hat = _middle(x_hat, size)
@@ -407,6 +414,28 @@ class _Slices(Sequence["tuple[Tensor, Any]"]):
             return y, MRI(mask=mask.float(), img_size=size)
         maps = self.maps[min(i, len(self.maps) - 1)]
         return y, MultiCoilMRI(mask=mask.float(), coil_maps=maps, img_size=size)
+
+    def volume(self) -> tuple[Tensor, Any]:
+        """Measurements and physics of all slices as one volume ``(1, 2, D, H, W)``."""
+        import torch
+        from deepinv.physics import LinearPhysics
+
+        ys, slices = zip(*(self[i] for i in range(len(self))), strict=True)
+        first = slices[0]
+        stacked = {"mask": torch.cat([physics.mask for physics in slices])}
+        if self.maps is not None:
+            stacked["coil_maps"] = torch.cat([physics.coil_maps for physics in slices])
+        batch = type(first)(img_size=self.y.shape[-2:], **stacked)
+
+        def forward(x: Tensor, **_: Any) -> Tensor:
+            measured: Tensor = batch.A(x[0].movedim(1, 0))
+            return measured[None]
+
+        def adjoint(y: Tensor, **_: Any) -> Tensor:
+            images: Tensor = batch.A_adjoint(y[0])
+            return images.movedim(0, 1)[None]
+
+        return torch.cat(ys)[None], LinearPhysics(A=forward, A_adjoint=adjoint)
 
 
 def _mri(args: argparse.Namespace) -> tuple[_Slices, Picture]:

@@ -135,7 +135,12 @@ def test_every_linear_physics_is_solved_for_every_batch(name, channels):
     # Conjugate gradients and the acceleration amplify rounding, more so where the
     # system is bad or deepinv computes in single precision: there, both are
     # solutions to the tolerance, and which ones depends on the processor.
-    exact = name not in ("compressed sensing", "blur, valid", "tomography")
+    exact = name not in (
+        "compressed sensing",
+        "blur, valid",
+        "downsampling",
+        "tomography",
+    )
     assert relative_error(x_hat[1:], alone) < (1e-7 if exact else 1e-3)
     if exact:
         assert (own.n_iter, own.inner_iter) == (info.n_iter[1], info.inner_iter[1])
