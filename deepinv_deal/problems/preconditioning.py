@@ -87,53 +87,56 @@ class Preconditioning:
     ):
         self.regularizer, self.lambda_reg = regularizer, lambda_reg
         nowhere = torch.zeros(len(data.b), dtype=torch.bool, device=data.b.device)
-        self.use_circulant, self.exact = nowhere, nowhere
-        #: Samples for which H is a formula, whose time does not count.
-        self.closed = nowhere
+        none = nowhere.long()
+        #: Samples of which the circulant model is exact, which helps the first system.
+        self.exact = nowhere
         #: The normal operator, in its fastest form.
         self.H: LinearMap = data.normal
-        #: Samples for which one of the two formulas resembles H.
-        self.fits = ~nowhere
-        # Samples for which it is worth a trial, and a second one.
-        usable, again = ~nowhere, ~nowhere
-        if choice != "none":
-            self.fourier, self.H = data.fourier, data.fast_normal
-        if choice != "none" and data.H is None:
-            self.diagonal = torch.ones_like(data.b)
-            self.symbol = self.fourier.real_spectrum(self.diagonal)
-            # Otherwise weights of measurements vary.
-            unweighted = torch.full_like(nowhere, data.quadratic)
-            self.use_circulant = unweighted
-            self.exact, usable, self.closed = unweighted, ~unweighted, ~nowhere
-        elif choice != "none":
-            assert data.H is not None
-            self.symbol, by_symbol = data.H.transfer
-            self.diagonal, by_diagonal = data.H.diagonal
-            # Small eigenvalues of a model are not known better than it predicts H.
-            shift = by_symbol * self.symbol.flatten(1).mean(1)
-            self.symbol = self.symbol + expand(shift, self.symbol)
-            self.use_circulant = by_symbol <= by_diagonal
-            identity = faithful(torch.maximum(by_symbol, by_diagonal))
-            misfit = torch.minimum(by_symbol, by_diagonal)
-            if data.quadratic:
-                self.closed = data.H.is_formula
-            again = misfit < LARGEST_MISFIT_AGAIN
-            self.fits = misfit < LARGEST_MISFIT
-            usable = self.fits & ~identity
-            self.exact = data.H.circulant
-            self.use_circulant = self.use_circulant | identity
-        kinds = {"auto": Kind.NONE, "none": Kind.NONE, "grouped": Kind.INNER}
-        kept = usable.long().fill_(kinds.get(choice, Kind.DIRECT))
-        if choice == "auto":
-            if self._grouping_pays(data.b):
-                kept = torch.full_like(kept, Kind.INNER)
-                usable = usable & ~self.closed
-            self.solver = PreconditionedSolver(kept, usable, again)
+        if choice == "none":
+            self.solver = PreconditionedSolver(none)
             return
-        self.solver = PreconditionedSolver(kept)
+        self.H = data.fast_normal
+        usable, again = self._find_formulas(data)
         if choice in ("circulant", "diagonal"):
             self.use_circulant = torch.full_like(nowhere, choice == "circulant")
             self.exact = nowhere
+            self.solver = PreconditionedSolver(none + Kind.DIRECT)
+        elif choice == "grouped":
+            self.solver = PreconditionedSolver(none + Kind.INNER)
+        elif self._grouping_pays(data.b):
+            kept, usable = none + Kind.INNER, usable & ~self.closed
+            self.solver = PreconditionedSolver(kept, usable, again)
+        else:
+            self.solver = PreconditionedSolver(none, usable, again)
+
+    def _find_formulas(self, data: DataTerm) -> tuple[Tensor, Tensor]:
+        """
+        Looks for formulas that resemble H, and returns for which samples the better of
+        them is worth a trial, and for which a second one, ``(B,)``.
+        """
+        self.fourier = data.fourier
+        everywhere = torch.ones_like(self.exact)
+        if data.H is None:
+            self.diagonal = torch.ones_like(data.b)
+            self.symbol = self.fourier.real_spectrum(self.diagonal)
+            # Weights of measurements, if there are any, vary over the image.
+            self.use_circulant = self.exact = everywhere & data.quadratic
+            self.closed = self.fits = everywhere
+            return ~self.exact, everywhere
+        self.symbol, by_symbol = data.H.transfer
+        self.diagonal, by_diagonal = data.H.diagonal
+        # Small eigenvalues of a model are not known better than it predicts H.
+        shift = by_symbol * self.symbol.flatten(1).mean(1)
+        self.symbol = self.symbol + expand(shift, self.symbol)
+        identity = faithful(torch.maximum(by_symbol, by_diagonal))
+        misfit = torch.minimum(by_symbol, by_diagonal)
+        self.use_circulant = (by_symbol <= by_diagonal) | identity
+        self.exact = data.H.circulant
+        #: Samples for which H is a formula, whose time does not count.
+        self.closed = data.H.is_formula & data.quadratic
+        #: Samples for which one of the two resembles H.
+        self.fits = misfit < LARGEST_MISFIT
+        return self.fits & ~identity, misfit < LARGEST_MISFIT_AGAIN
 
     def _grouping_pays(self, b: Tensor) -> bool:
         few = self.regularizer.W.out_channels < LEAST_FILTERS
