@@ -19,6 +19,7 @@ from deepinv_deal.solvers.preconditioner import (
     Kind,
     PreconditionedSolver,
     bounded,
+    convolve,
     faithful,
 )
 
@@ -229,20 +230,20 @@ class Preconditioning:
         if shift is not None:
             own = own + expand(shift, own)
             own_symbol = own_symbol + expand(shift, own_symbol)
-        circulant: Tensor | None = None
+        inverse: Tensor | None = None
         if self.use_circulant.any():
             symbol = self.regularizer.symbol(squared_mask, len(self.diagonal))
             if 1 < symbol.shape[1] < own_symbol.shape[1]:  # one image stands for all
                 slices = own_symbol.shape[1] // symbol.shape[1]
                 symbol = symbol.repeat(1, slices, 1, 1)
-            circulant = bounded(own_symbol + weight * symbol)
+            inverse = 1 / bounded(own_symbol + weight * symbol)
         filters = self.regularizer.diagonal(squared_mask, len(self.diagonal))
         divisor = bounded(own + weight * filters)
 
         def apply(r: Tensor) -> Tensor:
-            if circulant is None:
+            if inverse is None:
                 return r / divisor
-            image = self.fourier.inverse(self.fourier.spectrum(r) / circulant)
+            image = convolve(inverse, r, self.fourier)
             return select(self.use_circulant, image, r / divisor)
 
         return apply

@@ -163,11 +163,22 @@ def convolve(values: Tensor, x: Tensor, fourier: Fourier = PLANE) -> Tensor:
     Applies the circular convolution with given eigenvalues to images.
 
     :param torch.Tensor values: eigenvalues, ``(B, C, H, W)`` or a shape that expands to
-        it, with one channel for a complex pair.
+        it, with one channel for a complex pair. Otherwise they are those of a real
+        kernel: the same at a frequency and its negative.
     :param torch.Tensor x: images ``(B, C, H, W)``.
     :param Fourier fourier: the transform.
     """
-    return fourier.inverse(values * fourier.spectrum(x))
+    if fourier.complex_pair:
+        return fourier.inverse(values * fourier.spectrum(x))
+    # Kernels are real, so half of the spectrum tells all.
+    half = values[..., : x.shape[-1] // 2 + 1]
+    if not fourier.depth:
+        return torch.fft.irfft2(half * torch.fft.rfft2(x), s=x.shape[-2:])
+    volume = x.unflatten(1, (fourier.depth, -1))
+    spectrum = torch.fft.rfftn(volume, dim=_VOLUME).flatten(1, 2)
+    product = (half * spectrum).unflatten(1, (fourier.depth, -1))
+    size = [volume.shape[i] for i in _VOLUME]
+    return torch.fft.irfftn(product, s=size, dim=_VOLUME).flatten(1, 2)
 
 
 def diagonal(H: LinearMap, like: Tensor) -> tuple[Tensor, Tensor]:
