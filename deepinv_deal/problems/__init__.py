@@ -3,6 +3,7 @@
 from deepinv_deal.problems.bounds import Bounds
 from deepinv_deal.problems.data_term import DataTerm, operator_term
 from deepinv_deal.problems.dictionary import DictionaryEquation
+from deepinv_deal.problems.grouped import GroupedQuadratic
 from deepinv_deal.problems.l1 import AttentiveL1, AttentiveL1Equation
 from deepinv_deal.problems.layout import ImageLayout
 from deepinv_deal.problems.normal_operator import KnownPhysics, NormalOperator
@@ -19,6 +20,7 @@ from deepinv_deal.problems.quadratic import (
     AttentiveQuadratic,
     SlicedQuadratic,
 )
+from deepinv_deal.problems.sampled_convolution import SampledConvolution
 from deepinv_deal.problems.smoothed_l1 import SmoothedL1Equation
 from deepinv_deal.problems.synthesis import SynthesisProblem
 
@@ -31,12 +33,14 @@ __all__ = [
     "DataTerm",
     "DictionaryEquation",
     "GroupPenalty",
+    "GroupedQuadratic",
     "ImageLayout",
     "KnownPhysics",
     "L1Penalty",
     "NormalOperator",
     "Preconditioning",
     "Problem",
+    "SampledConvolution",
     "SlicedQuadratic",
     "SmoothedL1Equation",
     "SolverOptions",

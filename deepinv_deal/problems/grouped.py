@@ -38,6 +38,22 @@ class GroupedQuadratic:
     the middle it is exact for masks that do not vary over the image, up to tails of
     :math:`L_k`; and it costs 2 (K + 1) Fourier transforms, much less than :math:`W`.
 
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv_deal import DEALPrior
+    >>> from deepinv_deal.problems import GroupedQuadratic
+    >>> W = DEALPrior(num_filters=16).W.operator()
+    >>> squared_mask = torch.full((1, 16, 64, 64), 0.3)
+    >>> R = GroupedQuadratic.of(squared_mask, W.impulse_responses().detach())
+    >>> x = torch.zeros(1, 1, 64, 64)
+    >>> x[..., 30:34, 30:34] = torch.rand(4, 4)
+    >>> exact = W.adjoint(squared_mask * W(x)).detach()
+    >>> bool((R(x) - exact).norm() < 0.01 * exact.norm())
+    True
+
     :param torch.Tensor factors: spectra of the convolutions, ``(n, K, C, C, h, w)``;
         real if C is 1.
     :param torch.Tensor masks: the masks :math:`a_k`, ``(n, K, H, W)``.

@@ -123,7 +123,7 @@ class AttentiveL1:
     @cached_property
     @torch.no_grad()
     def normal_kernel(self) -> Tensor:
-        """The kernel of an image, see :meth:`MultiConvOperator.normal_kernel`."""
+        """The kernel of an image, that of ``MultiConvOperator.normal_kernel``."""
         return self.W.normal_kernel()
 
     def normal_symbol(self, height: int, width: int) -> Tensor | None:

@@ -236,12 +236,12 @@ class KnownPhysics(NormalOperator):
 
     @cached_property
     def fast(self) -> LinearMap:
-        """See :attr:`NormalOperator.fast`; also where a convolution is sampled."""
+        """That of any operator, or of a convolution that is sampled."""
         return super().fast if self.sampled is None else self.sampled
 
     @cached_property
     def is_formula(self) -> Tensor:
-        """See :attr:`NormalOperator.is_formula`."""
+        """Samples for which this is a formula, no physics, ``(B,)``."""
         return super().is_formula | (self.sampled is not None)
 
     @torch.no_grad()

@@ -58,10 +58,10 @@ class Preconditioning:
     * ``"diagonal"``: both terms are replaced by their diagonals, where a filter counts
       with its energy and its mask is taken to be smooth.
     * ``"grouped"``: :math:`H` stays, and four groups of filters share one mask each
-      (:class:`GroupedQuadratic`). The system is solved roughly, by conjugate gradients
-      within those of the model, with the better of the two above. So the filters are
-      applied a few times only, whatever makes :math:`H` difficult; the physics is
-      applied more often.
+      (:class:`~deepinv_deal.problems.GroupedQuadratic`). This system is solved
+      roughly, by conjugate gradients within those of the model, with the better of the
+      two above. So the filters are applied a few times only, whatever makes :math:`H`
+      difficult; the physics may be applied more often.
     * ``"auto"``: ``"grouped"``. Where :math:`H` is a physics that no formula replaces,
       the better of the first two is on trial against it (``PreconditionedSolver``) if
       it resembles :math:`H`. For few filters, and for small images on accelerators,
@@ -188,11 +188,12 @@ class Preconditioning:
         used: Tensor | None = None,
     ) -> tuple[LinearMap, InnerSolve | None]:
         """
-        Returns the preconditioner for the squared masks ``(B * parts, N, H, W)``, the
-        curvature of the data term if it is not :math:`H`, and a multiple of the
-        identity; and the iteration in it, if any.
+        Returns the preconditioner, and the iteration in it, if any.
 
-        :param torch.Tensor used: the :class:`Kind` that each sample uses, ``(B,)``;
+        :param torch.Tensor squared_mask: squared masks, ``(B * parts, N, H, W)``.
+        :param FrozenCurvature curvature: that of the data term, if it is not H.
+        :param torch.Tensor shift: multiple of the identity in the system, ``(B,)``.
+        :param torch.Tensor used: the ``Kind`` that each sample uses, ``(B,)``;
             ``None``: the one it has.
         """
         used = self.solver.kept if used is None else used

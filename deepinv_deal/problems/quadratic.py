@@ -137,7 +137,7 @@ class AttentiveQuadratic:
         return own.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)
 
     def grouped(self, squared_mask: Tensor) -> Callable[[Tensor], Tensor]:
-        """Returns about :meth:`normal`, much faster: :class:`GroupedQuadratic`."""
+        """Returns about :meth:`normal`, much faster: a ``GroupedQuadratic``."""
         apply = GroupedQuadratic.of(squared_mask, self._responses)
         return lambda x: apply(self._split(x)).reshape(x.shape)
 

@@ -21,6 +21,19 @@ class SampledConvolution:
     So are blurs whose border is not measured (``padding="valid"``) and downsampling:
     sums over large kernels, pixel by pixel, become four Fourier transforms.
 
+    |sep|
+
+    :Example:
+
+    >>> import torch
+    >>> from deepinv.physics import Blur
+    >>> from deepinv_deal.problems import SampledConvolution
+    >>> physics = Blur(torch.ones(1, 1, 3, 3) / 9, padding="valid")
+    >>> x = torch.rand(1, 1, 16, 17)
+    >>> H = SampledConvolution.of(physics, x, physics.A(x))
+    >>> torch.allclose(H(x), physics.A_adjoint_A(x), atol=1e-6)
+    True
+
     :param torch.Tensor symbol: :math:`C`, spectrum as of ``torch.fft.rfft2``.
     :param torch.Tensor sampled: :math:`S`, ``(H, W)``: 1 for pixels that are measured,
         else 0.
