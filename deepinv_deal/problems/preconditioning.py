@@ -191,7 +191,7 @@ class Preconditioning:
         Returns the preconditioner, and the iteration in it, if any.
 
         :param torch.Tensor squared_mask: squared masks, ``(B * parts, N, H, W)``.
-        :param FrozenCurvature curvature: that of the data term, if it is not H.
+        :param Callable curvature: that of the data term, if it is not :math:`H`.
         :param torch.Tensor shift: multiple of the identity in the system, ``(B,)``.
         :param torch.Tensor used: the ``Kind`` that each sample uses, ``(B,)``;
             ``None``: the one it has.
