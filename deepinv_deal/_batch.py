@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
+
+#: Numbers that a core computes at a time: what comes between stays in its cache.
+PART = 2**17
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -99,3 +102,44 @@ def central(x: Tensor, side: int) -> Tensor:
     height, width = x.shape[-2:]
     top, left = max(0, height - side) // 2, max(0, width - side) // 2
     return x[..., top : top + side, left : left + side]
+
+
+def in_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """
+    Evaluates an element-wise function of large tensors part by part.
+
+    What comes between is not written to memory, where it would take longer than the
+    arithmetic. With gradients, on accelerators, and for tensors in different layouts,
+    all is evaluated at once.
+
+    :param Callable function: maps tensors ``(B, ...)`` of one shape, any, to one of it.
+    :param torch.Tensor tensors: its arguments, of equal shape.
+    """
+    size = PART * torch.get_num_threads()
+    small = tensors[0].numel() <= size or tensors[0].device.type != "cpu"
+    order = None if small or torch.is_grad_enabled() else _memory_order(tensors)
+    if order is None:
+        return function(*tensors)
+    size = max(1, size // len(tensors[0]))
+    parts = [t.permute(order).flatten(1).split(size, 1) for t in tensors]
+    out: Tensor | None = None
+    for i, part in enumerate(zip(*parts, strict=True)):
+        result = function(*part)
+        if out is None:
+            out = torch.empty_like(tensors[0], dtype=result.dtype)
+            targets = out.permute(order).flatten(1).split(size, 1)
+        targets[i].copy_(result)
+    assert out is not None
+    return out
+
+
+def _memory_order(tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
+    """Returns dimensions in an order in which all are contiguous, ``None`` if none."""
+    ndim = tensors[0].ndim
+    orders = [tuple(range(ndim))]
+    if ndim == 4:
+        orders.append((0, 2, 3, 1))  # channels last
+    for order in orders:
+        if all(t.permute(order).is_contiguous() for t in tensors):
+            return order
+    return None

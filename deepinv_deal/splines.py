@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from deepinv_deal._batch import PART
+
 __all__ = ["BoundSpline", "LinearSpline", "linear_spline"]
 
 
@@ -46,9 +48,6 @@ def linear_spline(x: Tensor, coefficients: Tensor, x_min: float, step: float) ->
 #: Columns of bins, into which the entries of an accelerator's tensor are added in turn.
 _BIN_COLUMNS = 4096
 
-#: Values that a core evaluates at a time: what comes between stays in its cache.
-_PART = 2**17
-
 
 def _in_parts(x: Tensor, coefficients: Tensor, x_min: float, step: float) -> Tensor:
     """Evaluates without gradients, and without temporary tensors of the size of x."""
@@ -59,7 +58,7 @@ def _in_parts(x: Tensor, coefficients: Tensor, x_min: float, step: float) -> Ten
         return _evaluate(x, coefficients, x_min, step)[0]
     flat = rows.reshape(-1, channels)
     out = torch.empty_like(flat, dtype=coefficients.dtype)
-    size = max(1, _PART * torch.get_num_threads() // channels)
+    size = max(1, PART * torch.get_num_threads() // channels)
     for part, target in zip(flat.split(size), out.split(size), strict=True):
         target.copy_(_evaluate(part, coefficients, x_min, step)[0])
     out = out.view(rows.shape)

@@ -102,7 +102,7 @@ def test_without_gradients_large_arguments_are_evaluated_in_parts(
         return evaluate(x, *args)
 
     monkeypatch.setattr(splines, "_evaluate", count)
-    monkeypatch.setattr(splines, "_PART", 16)
+    monkeypatch.setattr(splines, "PART", 16)
     c = random(rng, n_splines, 7).requires_grad_()
     x = layouts(2 * random(rng, 2, 3, 4, 5))[layout]
     expected = linear_spline(x, c, X_MIN, STEP).detach()

@@ -56,7 +56,7 @@ class GroupedQuadratic:
 
     :param torch.Tensor factors: spectra of the convolutions, ``(n, K, C, C, h, w)``;
         real if C is 1.
-    :param torch.Tensor masks: the masks :math:`a_k`, ``(n, K, H, W)``.
+    :param torch.Tensor masks: the masks :math:`a_k` amid zeros, ``(n, K, *size)``.
     :param tuple size: rows and columns of the Fourier transforms.
     :param int reach: rows by which images are continued on each side.
     """
@@ -96,12 +96,15 @@ class GroupedQuadratic:
         )
         placed = wrapped(torch.fft.fftshift(kernels, (-2, -1)), height, width)
         placed = placed.roll((-(length // 2),) * 2, (-2, -1))
+        low, (rows, columns) = reach, masks.shape[2:]
+        after = width - columns - low, height - rows - low
+        masks = F.pad(masks, (low, after[0], low, after[1]))
         return cls(cholesky(torch.fft.rfft2(placed)), masks, (height, width), reach)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Applies it to images ``(n, C, H, W)``."""
         r = self.reach
-        rows, columns = (slice(r, r + n) for n in x.shape[2:])
+        rows, columns = (n + 2 * r for n in x.shape[2:])
         extended = F.pad(x, (r, r, r, r), mode="replicate")
         spectrum = torch.fft.rfft2(extended, s=self.size)
         together = x.numel() * self.masks.shape[1] <= TOGETHER
@@ -112,12 +115,10 @@ class GroupedQuadratic:
         ):
             v = product(factors.conj(), spectrum[:, None, :, None], 2)
             u = torch.fft.irfft2(v, s=self.size)
-            inside = u[..., rows, columns] * masks[:, :, None]
-            u = torch.zeros_like(u)
-            u[..., rows, columns] = inside
+            u = u * masks[:, :, None]
             total += product(torch.fft.rfft2(u)[:, :, None], factors, 3).sum(1)
         back = torch.fft.irfft2(total, s=self.size)
-        return folded(back[..., : rows.stop + r, : columns.stop + r], r)
+        return folded(back[..., :rows, :columns], r)
 
 
 def product(a: Tensor, b: Tensor, dim: int) -> Tensor:

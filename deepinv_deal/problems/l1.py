@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepinv_deal._batch import expand, inner, joint_norm, select
+from deepinv_deal._batch import expand, in_parts, inner, joint_norm, norm, select
 from deepinv_deal.operators import MultiConvOperator, Slices
 from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent
 from deepinv_deal.problems.data_term import DataTerm
@@ -268,10 +268,13 @@ class AttentiveL1Equation(IterativeEquation):
         Returns both components of F for a given bound of the dual, from
         :math:`W x` and the force :math:`W^{\top} w`.
         """
-        t = expand(self.data.step, x)
-        descent = self.data.force(x) - force
-        first = projected_descent(x, descent, self.data.step, self.bounds)
-        return first, project_linf(w + Wx / t, bound) - w
+        t = self.data.step
+
+        def ascent(w: Tensor, Wx: Tensor, bound: Tensor) -> Tensor:
+            return project_linf(w + Wx / expand(t, w), bound) - w
+
+        first = projected_descent(x, self.data.force(x) - force, t, self.bounds)
+        return first, in_parts(ascent, w, Wx, bound)
 
     def relative(self, *parts: Tensor) -> Tensor:
         """Returns the joint norm of some tensors relative to that of b, ``(B,)``."""
@@ -494,7 +497,8 @@ class FrozenL1:
         limit = bound / rho
 
         def prox(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return soft_threshold(v[0], limit), *map(equation.clamp, v[1:])
+            z = in_parts(soft_threshold, v[0], limit)
+            return z, *map(equation.clamp, v[1:])
 
         # The dual tells the multipliers of both splits: at a solution, d = z + u and
         # the proximal map of d is z.
@@ -561,9 +565,12 @@ class FrozenL1:
             assert precondition is not None
             p = precondition(r)
             Wp = W.analyse(p)
-            gain = inner(p, equation.data.normal(p) + rho_s * p) + inner(Wp, rho * Wp)
+            gain = inner(p, equation.data.normal(p) + rho_s * p)
+            gain = gain + self.rho[0] * norm(Wp).square()
             length = expand(inner(r, p) / gain.where(gain > 0, 1), x)
-            return x + length * p, Wx + length * Wp
+            # New memory for features takes longer than the arithmetic.
+            Wx = Wp.mul_(length).add_(Wx)
+            return x + length * p, Wx
 
         def solve_x(
             targets: tuple[Tensor, ...], x: Tensor, Kx: tuple[Tensor, ...]

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import expand, norm, select
+from deepinv_deal._batch import expand, norm, read_any, select
 from deepinv_deal.solvers.conjugate_gradient import LinearMap, conjugate_gradient
-from deepinv_deal.solvers.result import SolverResult
+from deepinv_deal.solvers.result import SolverResult, Status
 
 #: Number of random images by which an operator is probed, at most.
 PROBES = 4
@@ -31,6 +32,10 @@ LEAST_GAIN = 1.3
 #: Solves, counted from 0, in which a preconditioner is tried; the one before each is
 #: measured. Of some operators the first right-hand sides are easy and tell little.
 TRIALS = (2, 4)
+
+#: One step of a preconditioner is taken without applying the operator where the last
+#: solve reduced the residual, in every iteration, by this much more than is asked.
+TRUST = 1.2
 
 #: Iterations of a preconditioner that is an iteration, at most.
 INNER_MAX_ITER = 30
@@ -262,6 +267,24 @@ class InnerSolve:
         return self.cost * self.n_iter
 
 
+class _Plan(NamedTuple):
+    """
+    How the next system of a sequence is solved; all tensors ``(B,)``.
+
+    :param torch.Tensor used: the :class:`Kind` of preconditioner.
+    :param torch.Tensor limit: largest number of iterations.
+    :param torch.Tensor trial: samples whose preconditioner is on trial.
+    :param torch.Tensor measured: samples of which the rate is measured for a trial.
+    :param torch.Tensor trusted: samples that take one step of the preconditioner.
+    """
+
+    used: Tensor
+    limit: Tensor
+    trial: Tensor
+    measured: Tensor
+    trusted: Tensor
+
+
 class PreconditionedSolver:
     r"""
     Conjugate gradients for a sequence of similar systems, with a direct preconditioner
@@ -273,6 +296,11 @@ class PreconditionedSolver:
     trial, with at most as many iterations as would have been the same work. If that was
     faster by the factor ``LEAST_GAIN``, it stays; otherwise it gets a second chance
     with the fourth and the fifth. So a useless one costs at most two solves.
+
+    Where a preconditioner has been better than a solve has to be, the next solve is one
+    step with it, and :math:`A` is not applied at all: the outer iteration evaluates its
+    residual anyway. If that has not fallen since, conjugate gradients follow, and the
+    preconditioner is judged anew.
 
     :param torch.Tensor kept: the :class:`Kind` of each sample at first, ``(B,)``.
     :param torch.Tensor usable: samples for which the direct one is tried, ``(B,)``;
@@ -293,7 +321,11 @@ class PreconditionedSolver:
         self.again = ~nowhere if again is None else again
         self.begun = False
         self.solves = torch.zeros_like(kept)
-        self.rate = torch.zeros_like(kept, dtype=torch.float64)
+        self.rate = torch.zeros_like(kept, dtype=torch.float32)
+        #: By how much an iteration reduced the residual when that was last seen, and
+        #: the norm of the last right-hand side.
+        self.reduction = torch.full_like(self.rate, torch.inf)
+        self.size = torch.zeros_like(self.rate)
 
     def solve(
         self,
@@ -320,46 +352,96 @@ class PreconditionedSolver:
         :param Callable at_first: tells the samples, ``(B,)``, whose first system with
             ``active`` is solved with the direct preconditioner if with none else.
         """
-        used, limit = self.kept, torch.full_like(self.solves, max_iter)
-        trial = torch.zeros_like(used, dtype=torch.bool)
-        if active is not None:
-            if at_first is not None and not self.begun:
-                used = torch.where(at_first(), used.clamp_min(Kind.DIRECT), used)
-            self.begun = True
-            trial = self.candidates & active & self._on_trial()
-            trial = trial & (self.kept != Kind.DIRECT)
-            used = used.masked_fill(trial, Kind.DIRECT)
-            # As many iterations as the measured rate predicts for the same work.
-            predicted = (-rtol.double().log() / self.rate).ceil().clamp(1, max_iter)
-            limit = torch.where(trial, predicted.long(), limit)
+        plan = self._plan(norm(b), rtol, max_iter, active, at_first)
+        used, trusted = plan.used, plan.trusted
+        others = ~trusted if active is None else active & ~trusted
+        # Asked together: every answer makes the host wait for the device.
+        any_used, any_trusted, any_others = read_any([used > 0, trusted, others])
         M, inner_solve = None, None
-        if bool((used != Kind.NONE).any()):
+        if any_used:
             P, inner_solve = preconditioner(used)
 
             def M(r: Tensor) -> Tensor:
                 return select(used > Kind.NONE, P(r), r)
 
-        result = conjugate_gradient(
-            A,
-            b,
-            rtol=rtol,
-            max_iter=limit,
-            preconditioner=M,
-            flexible=inner_solve is not None,
-            verify=False,
-        )
+        nothing = torch.zeros_like(b)
+        step = nothing
+        if any_trusted:
+            assert M is not None
+            step = M(select(trusted, b, nothing))
+            b = select(trusted, nothing, b)
+        if any_others or not any_trusted:
+            result = conjugate_gradient(
+                A,
+                b,
+                rtol=rtol,
+                max_iter=plan.limit,
+                preconditioner=M,
+                flexible=inner_solve is not None,
+                verify=False,
+            )
+        else:
+            solved = torch.full_like(used, Status.CONVERGED, dtype=torch.int8)
+            none = torch.zeros_like(used)
+            result = SolverResult(nothing, solved, none, torch.zeros_like(rtol))
         if active is not None:
-            reduction = result.residual.double().clamp(1e-16, 1 - 1e-6)
-            work = result.n_iter.clamp_min(1).double()
-            if inner_solve is not None:
-                work = work + inner_solve.work.where(used == Kind.INNER, 0)
-            rate = -reduction.log() / work
-            pays = trial & (rate > LEAST_GAIN * self.rate)
-            self.kept = torch.where(pays, used, self.kept)
-            measured = active & self._on_trial(ahead=1)
-            self.rate = torch.where(measured, rate, self.rate)
-            self.solves = self.solves + active
+            self._learn(result, plan, inner_solve, active)
+        if any_trusted:
+            left = self.reduction.to(result.residual)
+            result.x = select(trusted, step, result.x)
+            result.residual = left.where(trusted, result.residual)
         return result
+
+    def _plan(
+        self,
+        size: Tensor,
+        rtol: Tensor,
+        max_iter: int,
+        active: Tensor | None,
+        at_first: Callable[[], Tensor] | None,
+    ) -> _Plan:
+        """Decides how a right-hand side of the given norm, ``(B,)``, is solved for."""
+        used, limit = self.kept, torch.full_like(self.solves, max_iter)
+        no = torch.zeros_like(used, dtype=torch.bool)
+        if active is None:
+            return _Plan(used, limit, no, no, no)
+        if at_first is not None and not self.begun:
+            used = torch.where(at_first(), used.clamp_min(Kind.DIRECT), used)
+        self.begun = True
+        trial = self.candidates & active & self._on_trial()
+        trial = trial & (self.kept != Kind.DIRECT)
+        used = used.masked_fill(trial, Kind.DIRECT)
+        # As many iterations as the measured rate predicts for the same work.
+        predicted = (-rtol.float().log() / self.rate).ceil().clamp(1, max_iter)
+        limit = torch.where(trial, predicted.long(), limit)
+        measured = active & self._on_trial(ahead=1)
+        trusted = active & (used > Kind.NONE) & (size <= self.size)
+        trusted = trusted & (TRUST * self.reduction <= rtol)
+        trusted = trusted & ~trial & ~(measured & self.candidates)
+        self.size = size
+        return _Plan(used, limit, trial, measured, trusted)
+
+    def _learn(
+        self,
+        result: SolverResult,
+        plan: _Plan,
+        inner_solve: InnerSolve | None,
+        active: Tensor,
+    ) -> None:
+        """Judges preconditioners by what a solve has shown."""
+        progress = -result.residual.float().clamp(1e-16, 1 - 1e-6).log()
+        iterations = result.n_iter.clamp_min(1).float()
+        seen = active & ~plan.trusted & (result.n_iter > 0)
+        reduction = (-progress / iterations).exp()
+        self.reduction = torch.where(seen, reduction, self.reduction)
+        work = iterations
+        if inner_solve is not None:
+            work = work + inner_solve.work.where(plan.used == Kind.INNER, 0)
+        rate = progress / work
+        pays = plan.trial & (rate > LEAST_GAIN * self.rate)
+        self.kept = torch.where(pays, plan.used, self.kept)
+        self.rate = torch.where(plan.measured, rate, self.rate)
+        self.solves = self.solves + active
 
     def _on_trial(self, ahead: int = 0) -> Tensor:
         """Whether the solve ``ahead`` of the next one may be a trial, ``(B,)``."""

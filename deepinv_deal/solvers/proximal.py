@@ -13,7 +13,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import expand, inner, joint_norm, norm, read_counts, select
+from deepinv_deal._batch import (
+    expand,
+    in_parts,
+    inner,
+    joint_norm,
+    norm,
+    read_counts,
+    select,
+)
 from deepinv_deal.solvers.result import SolverResult, Status
 
 #: Several unknowns of one batch, each ``(B, ...)``.
@@ -427,8 +435,8 @@ def admm(
         first line for the targets :math:`z_i - u_i`, which it may overwrite, and the
         tuple of its :math:`K_i x`. An iterative solver may start at the last ``x``,
         where ``Kx`` is known, and often has the new one at hand.
-    :param Callable prox: maps a tuple of arguments to the tuple of all
-        :math:`\mathrm{prox}_{g_i / \rho_i}`.
+    :param Callable prox: maps a tuple of arguments, which it must not modify, to the
+        tuple of all :math:`\mathrm{prox}_{g_i / \rho_i}`.
     :param ADMMState init: where to start; the ``state`` of an earlier result continues
         it. Not modified.
     :param list rho: penalty of every split, numbers or ``(B,)``. They must agree with
@@ -459,21 +467,28 @@ def admm(
     if not 0 < relaxation < 2:
         raise ValueError(f"relaxation must lie in (0, 2), got {relaxation}.")
 
+    # The state of the loop has d = z + u instead of u, whose update is the shortest.
+    def blocks(state: Blocks) -> tuple[Blocks, Blocks, Blocks]:
+        z, d, Kx = (state[i * m + 1 : (i + 1) * m + 1] for i in range(3))
+        return z, d, Kx
+
     def unpack(state: Blocks) -> ADMMState:
-        z, u, Kx = (state[i * m + 1 : (i + 1) * m + 1] for i in range(3))
+        z, d, Kx = blocks(state)
+        u = tuple(in_parts(torch.sub, *pair) for pair in zip(d, z, strict=True))
         return ADMMState(state[0], z, u, Kx)
 
+    def target(z: Tensor, d: Tensor) -> Tensor:
+        return torch.sub(z, d).add_(z)  # z - u
+
+    def advance(d: Tensor, z: Tensor, Kx: Tensor) -> Tensor:
+        return torch.add(d, Kx - z, alpha=relaxation)  # h + u
+
     def iteration(state: Blocks) -> Blocks:
-        x, z, u, Kx = unpack(state)
-        targets = tuple(zi - ui for zi, ui in zip(z, u, strict=True))
-        x, Kx = solve_x(targets, x, Kx)
-        # In place where the tensor is new: fresh memory costs more than the sum.
-        v = tuple(
-            torch.lerp(zi, ki, relaxation).add_(ui)
-            for zi, ki, ui in zip(z, Kx, u, strict=True)
-        )
-        z = prox(v)
-        return x, *z, *(vi - zi for vi, zi in zip(v, z, strict=True)), *Kx
+        z, d, Kx = blocks(state)
+        targets = tuple(in_parts(target, *pair) for pair in zip(z, d, strict=True))
+        x, Kx = solve_x(targets, state[0], Kx)
+        d = tuple(in_parts(advance, *parts) for parts in zip(d, z, Kx, strict=True))
+        return x, *prox(d), *d, *Kx
 
     def residuals(new: ADMMState, old: ADMMState) -> Tensor:
         size = torch.maximum(joint_norm(new.Kx, rho), joint_norm(new.z, rho))
@@ -495,7 +510,7 @@ def admm(
     state, status, n_iter, residual = _iterate(
         iteration,
         lambda new, old: stop(unpack(new), unpack(old)),
-        (init.x, *init.z, *init.u, *init.Kx),
+        (init.x, *init.z, *map(torch.add, init.z, init.u), *init.Kx),
         rtol=rtol,
         max_iter=max_iter,
         check_every=check_every,

@@ -7,6 +7,7 @@ from problems import DOUBLE, generator
 from deepinv_deal.solvers.preconditioner import (
     FLOOR,
     TRIALS,
+    TRUST,
     Fourier,
     InnerSolve,
     Kind,
@@ -263,3 +264,57 @@ def test_the_operator_gets_samples_in_memory_of_their_own():
 
     values, error = diagonal(H, torch.zeros(3, 1, 4, 5))
     assert (values == 2).all() and not error.any()
+
+
+def trusting(model, sizes, n=2, rtol=0.5):
+    """Solves a sequence; returns the results and how often the operator was applied."""
+    solver = PreconditionedSolver(torch.full((n,), Kind.DIRECT))
+    b = torch.randn(2, 40, generator=generator(1), dtype=DOUBLE)[:n]
+    calls, results = [], []
+
+    def A(x):
+        calls[-1] += 1
+        return SPREAD[:n] * x
+
+    for size in sizes:
+        calls.append(0)
+        results.append(
+            solver.solve(
+                A,
+                torch.as_tensor(size, dtype=DOUBLE).expand(n)[:, None] * b,
+                torch.full((n,), rtol, dtype=DOUBLE),
+                500,
+                lambda used: (lambda r: r / model[:n], None),
+                torch.ones(n, dtype=torch.bool),
+            )
+        )
+    return results, calls
+
+
+def test_a_good_preconditioner_is_trusted_once_seen():
+    results, calls = trusting(1.1 * SPREAD, [1.0, 0.5, 0.25])
+    assert calls == [1, 0, 0]
+    for result, size in zip(results[1:], (0.5, 0.25), strict=True):
+        assert result.converged.all() and (result.n_iter == 0).all()
+        assert (result.residual < 0.5 / TRUST).all()
+        torch.testing.assert_close(result.x, size * results[0].x / 1.1)
+
+
+def test_a_poor_preconditioner_is_not_trusted():
+    results, calls = trusting(torch.ones_like(SPREAD), [1.0, 0.5, 0.25])
+    assert min(calls) > 0
+    assert all((r.n_iter > 0).all() for r in results)
+
+
+def test_trust_is_lost_where_the_right_hand_side_grew():
+    _, calls = trusting(1.1 * SPREAD, [1.0, 0.5, 0.6, 0.5])
+    assert calls == [1, 0, 1, 0]
+
+
+def test_trust_is_a_matter_of_samples():
+    model = torch.stack([1.1 * SPREAD[0], torch.ones(40, dtype=DOUBLE)])
+    both, _ = trusting(model, [1.0, 0.5])
+    one, _ = trusting(model, [1.0, 0.5], n=1)
+    assert both[1].n_iter[0] == 0 and both[1].n_iter[1] > 0
+    torch.testing.assert_close(both[1].x[:1], one[1].x, rtol=1e-14, atol=0)
+    torch.testing.assert_close(both[1].residual[:1], one[1].residual)
