@@ -122,6 +122,19 @@ def counting() -> Iterator[Counts]:
         _counts.remove(counts)
 
 
+@contextlib.contextmanager
+def without_float64() -> Iterator[None]:
+    """In the block, the device computes no double precision, like that of Apple."""
+    _missing.add(torch.float64)
+    try:
+        yield
+    finally:
+        _missing.clear()
+
+
+_missing: set[torch.dtype] = set()
+
+
 def _count(what: str, kind: str = "") -> None:
     for counts in _counts:
         setattr(counts, what, getattr(counts, what) + 1)
@@ -229,6 +242,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     def wrapped(result: Any) -> Any:
         if not stays or not isinstance(result, Tensor):
             return result
+        if result.dtype in _missing:
+            raise TypeError(f"{NAME} has no {result.dtype}: {name}")
         # What works in place returns its argument.
         same = outer.get(id(result)) if func._schema.is_mutable else None
         return PretendTensor(result) if same is None else same
@@ -246,6 +261,8 @@ def _copy(func: Any, x: Tensor, kwargs: Any, stays: bool) -> Tensor:
         _count("transfers", "to the device")
     source = x.inner if was_there else x
     out = func(source, **{k: v for k, v in kwargs.items() if k != "device"})
+    if stays and out.dtype in _missing:
+        raise TypeError(f"{NAME} has no {out.dtype}: copy")
     return PretendTensor(out) if stays else out
 
 

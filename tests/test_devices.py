@@ -33,6 +33,7 @@ from deepinv_deal import (
     PatchSynthesis,
     SmoothPlusSparse,
     SolverOptions,
+    tune,
 )
 from deepinv_deal.solvers import conjugate_gradient
 from deepinv_deal.solvers.precision import (
@@ -140,7 +141,7 @@ def problem(task: str, dtype=DOUBLE):
 def answer(name: str, task: str, device, dtype):
     """The image and the gradient in the weights, on the CPU."""
     y, physics = problem(task, dtype)
-    model = MODELS[name](**SETTINGS[name]).to(device).to(dtype)
+    model = MODELS[name](**SETTINGS[name]).to(dtype).to(device)
     physics = None if physics is None else physics.to(device)
     settings = {} if physics is None else {"lambda_reg": 0.05}
     if isinstance(model, DEAL):
@@ -185,6 +186,52 @@ def test_images_and_gradients_are_those_of_the_cpu(device, name, task, dtype):
     # The gradients of these have jumps, which rounding in 32 bits finds.
     if dtype == DOUBLE or name not in ("SAFI", "MMR"):
         assert relative_error(gradient, expected_gradient) < GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        *((name, "denoising") for name in ("DEAL", "SAFI", "CPR")),
+        ("DEAL", "inpainting"),
+        ("DEAL", "MRI"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::deepinv_deal.ConvergenceWarning")
+def test_double_precision_is_not_needed(device, name, task):
+    if REAL:
+        pytest.skip("only the device that pretends can do without")
+    with pretend_accelerator.without_float64():
+        x, gradient = answer(name, task, device, torch.float32)
+        with pytest.raises(TypeError, match="no torch.float64"):
+            torch.ones(2).to(device).double()
+    assert x.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("counts", ["Poisson", "transmission"])
+def test_counts_need_no_double_precision(device, counts):
+    if REAL:
+        pytest.skip("only the device that pretends can do without")
+    x, physics = images(1, 1, *SIZE).float(), blur(torch.float32, "circular")
+    if counts == "Poisson":
+        y = (physics.A(x) * 40).round() / 40
+        fit = dinv.optim.PoissonLikelihood(gain=1 / 40)
+    else:
+        y, fit = physics.A(x), dinv.optim.LogPoissonLikelihood(N0=1e3, mu=1.0)
+    with pretend_accelerator.without_float64():
+        model = DEAL(data_fidelity=fit, max_iter=3, warn=False).to(device)
+        x_hat = model(y.to(device), physics.to(device))
+    assert x_hat.isfinite().all()
+
+
+def test_tuning_needs_no_double_precision(device):
+    if REAL:
+        pytest.skip("only the device that pretends can do without")
+    x = images(1, 1, *SIZE).float()
+    y = x + 0.05 * torch.randn(x.shape, generator=generator(1))
+    model = MODELS["DEAL"](max_iter=9, rtol=0.5).float().to(device)
+    with pretend_accelerator.without_float64():
+        result = tune(model, None, [(x.to(device), y.to(device))], sigma=0.05)
+    assert result.lambda_reg > 0
 
 
 @pytest.mark.parametrize("form", [DEAL, SAFI, MMR, SmoothPlusSparse, PatchSynthesis])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from deepinv_deal.solvers import SolverResult, Status
 Info = TypeVar("Info", bound="ReconstructionInfo")
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class ReconstructionInfo:
     r"""
     How a reconstruction went, one entry per sample.
@@ -25,7 +25,8 @@ class ReconstructionInfo:
         A method that runs a fixed number of passes ends with ``FINISHED``, which is not
         convergence.
     :param torch.Tensor n_iter: outer iterations, ``(B,)``.
-    :param torch.Tensor inner_iter: iterations of the inner solver in total, ``(B,)``.
+    :param torch.Tensor inner_iter: iterations of the inner solver in total, ``(B,)``. A
+        solve that the preconditioner does alone has none.
     :param torch.Tensor criterion: what was compared with ``rtol``, ``(B,)``: for models
         with weights that follow the image their ``imbalance``, the nonlinear residual
         relative to the force of the regularizer; for dictionaries the relative change
@@ -101,6 +102,16 @@ class ReconstructionInfo:
         with torch.no_grad():
             return self.compute_mask()
 
+    def __repr__(self) -> str:
+        """One line for each field, ``status`` in words; long ones are cut."""
+        images = len(self.status)
+        lines = [f"{type(self).__name__} of {images} image{'s' * (images != 1)}"]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.repr and value is not None:
+                lines.append(f"  {f.name}: {_shown(f.name, value)}")
+        return "\n".join(lines)
+
     def __getstate__(self) -> dict[str, Any]:
         # A file cannot hold the function, but what it would have returned.
         if self.compute_mask is not None:
@@ -108,7 +119,24 @@ class ReconstructionInfo:
         return {**self.__dict__, "compute_mask": None}
 
 
-@dataclass(kw_only=True)
+#: Largest number of entries of a field that its report shows.
+SHOWN = 8
+
+
+def _shown(name: str, value: Any) -> str:
+    """Returns a field of a report in words."""
+    if not isinstance(value, Tensor):
+        return str(value)
+    if value.ndim > 1:
+        return f"{len(value)} iterates"
+    entries = value.tolist()
+    if name == "status":
+        entries = [Status(entry).name for entry in entries]
+    words = [f"{e:.4g}" if isinstance(e, float) else str(e) for e in entries[:SHOWN]]
+    return ", ".join(words) + ", ..." * (len(entries) > SHOWN)
+
+
+@dataclass(kw_only=True, repr=False)
 class AttentiveL1Info(ReconstructionInfo):
     r"""
     As :class:`ReconstructionInfo`, with ``n_iter`` refreshes of the mask and
@@ -125,7 +153,7 @@ class AttentiveL1Info(ReconstructionInfo):
     gap: Tensor | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class SynthesisInfo(ReconstructionInfo):
     r"""
     As :class:`ReconstructionInfo`, for a reconstruction with a dictionary.

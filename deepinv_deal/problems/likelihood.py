@@ -418,7 +418,7 @@ class LogPoisson(Likelihood):
 
         :param torch.Tensor y: real measurements.
         """
-        y = y.detach().double()
+        y = y.detach()
         counts = self._counts(y)
         few = counts.flatten(1).median(1).values < LEAST_TRANSMITTED
         if not bool(few.any()) and not bool(counts.isposinf().any()):
@@ -637,7 +637,7 @@ class Correlated(Likelihood):
 
 def _check_parameter(owner: str, name: str, value: Any, *, positive: bool) -> None:
     try:
-        values = torch.as_tensor(value).detach().double()
+        values = torch.as_tensor(value).detach().cpu().double()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"data_fidelity: {name} of {owner} is missing: {value!r} is no number."

@@ -30,6 +30,7 @@ from deepinv_deal.training.data import (
     DenoisingSampler,
     Prefetched,
     Problems,
+    fingerprint,
     noisy_crops,
 )
 from deepinv_deal.training.processes import Processes
@@ -60,8 +61,8 @@ class Trainer(ABC, Generic[R, P]):
     :param Recipe recipe: settings.
     :param bool resume: go on from ``state.pt`` if there is one.
     :raises FileNotFoundError: for a missing data folder.
-    :raises ValueError: if ``state.pt`` belongs to other settings, or the batches cannot
-        be divided among the processes.
+    :raises ValueError: if ``state.pt`` belongs to other settings or other images, or
+        the batches cannot be divided among the processes.
     """
 
     def __init__(self, recipe: R, *, resume: bool = True):
@@ -85,6 +86,8 @@ class Trainer(ABC, Generic[R, P]):
             images, validation = images[:-held_out], images[-held_out:]
         else:
             validation = load_images(recipe.val, recipe.channels)
+        #: What training and validation images are, so that a change is noticed.
+        self.seen = {"data": fingerprint(images), "val": fingerprint(validation)}
         sigma_max, skew = recipe.noise
         self.sampler = DenoisingSampler(
             images, recipe.patch_size, sigma_max, recipe.seed, skew
@@ -357,8 +360,8 @@ class Trainer(ABC, Generic[R, P]):
                     )
                 mse = (x_hat.cpu().clamp(0, 1) - x).square().mean()
                 scores.append(-10 * math.log10(float(mse)))
-                n_iter.append(float(info.n_iter.double().mean()))
-                converged.append(float(info.succeeded.double().mean()))
+                n_iter.append(float(info.n_iter.float().mean()))
+                converged.append(float(info.succeeded.float().mean()))
             psnr[f"{255 * sigma:g}"] = sum(scores) / len(scores)
         mean = sum(psnr.values()) / len(psnr)
         entry = {
@@ -412,11 +415,20 @@ class Trainer(ABC, Generic[R, P]):
                 "best": self.best,
                 "best_step": self.best_step,
                 "pools": pools,  # one for each process
+                "seen": self.seen,
             }
             write_checkpoint(self.state_path, self.recipe, state)
 
     def _load(self) -> None:
         state = read_checkpoint(self.state_path, self.recipe, self.processes.number)
+        for name, before in state.get("seen", {}).items():
+            if before != self.seen[name]:
+                raise ValueError(
+                    f"{name} has changed: {self.state_path} belongs to {before}, now "
+                    f"there are {self.seen[name]}. Restore the folder, or begin "
+                    "another training from the weights of this one, with init and "
+                    "another out."
+                )
         self.prior.load_state_dict(state["prior"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.elapsed = state["step"], state["elapsed"]

@@ -221,7 +221,7 @@ def _evaluate(
                         "compared."
                     )
                 # A metric that averages itself counts once per image all the same.
-                scores[i] += score.double().expand(size).tolist()
+                scores[i] += score.expand(size).tolist()
                 if info is not None:
                     converged[i] += info.succeeded[own].tolist()
                     n_iter[i] += info.n_iter[own].tolist()

@@ -150,7 +150,7 @@ def own_values(model: Any) -> tuple[Any, Any, Any]:
 def _positive(start: dict[str, Any]) -> np.ndarray:
     values = []
     for name, first in start.items():
-        value = torch.as_tensor(first, dtype=torch.float64).detach()
+        value = torch.as_tensor(first).detach().cpu().double()
         values.append(float(value.log().mean().exp()))
         if not 0 < values[-1] < math.inf:
             raise ValueError(

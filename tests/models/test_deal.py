@@ -257,6 +257,18 @@ def test_info_tells_how_it_went(model, y):
     assert info.mask.shape == (2, 4, 9, 8) and not info.mask.requires_grad
 
 
+def test_the_report_says_in_words_how_it_went(model, y):
+    _, info = model(y, inpainting(), return_info=True)
+    lines = repr(info).splitlines()
+    assert lines[0] == "ReconstructionInfo of 2 images"
+    assert "  status: CONVERGED, CONVERGED" in lines
+    assert f"  history: {len(info.history)} iterates" in lines
+    assert "  n_iter: " + ", ".join(map(str, info.n_iter.tolist())) in lines
+    _, many = model(y[:1].expand(9, -1, -1, -1), inpainting(), return_info=True)
+    (status,) = (line for line in repr(many).splitlines() if "status" in line)
+    assert status == "  status: " + "CONVERGED, " * 8 + "..."
+
+
 def test_convergence_means_that_the_forces_balance(y):
     model = random_model(rtol=1e-3)
     x_hat, info = model(y, inpainting(), return_info=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from problems import OwnPrior
 from trainers import KINDS, SMALL, options, take, weights_after
 
@@ -40,6 +43,19 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run_bit_for_bit(
     resumed.train()
     for key, value in whole.prior.state_dict().items():
         assert torch.equal(value, resumed.prior.state_dict()[key]), key
+
+
+def test_other_images_refuse_to_resume(folder, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(folder, images)
+    KINDS["deal"].start(images, tmp_path / "run").save()
+    assert KINDS["deal"].start(images, tmp_path / "run", resume=True).step == 0
+    shutil.move(images, tmp_path / "moved")  # the same images elsewhere are no others
+    KINDS["deal"].start(tmp_path / "moved", tmp_path / "run", resume=True)
+    image = Image.fromarray(np.full((40, 40), 99, dtype=np.uint8))
+    image.save(tmp_path / "moved" / "one_more.png")
+    with pytest.raises(ValueError, match=r"has changed.*\d+ images, checksum"):
+        KINDS["deal"].start(tmp_path / "moved", tmp_path / "run", resume=True)
 
 
 def test_a_few_steps_lower_the_loss_on_the_same_patches(folder, tmp_path, name):
