@@ -22,7 +22,7 @@ from deepinv_deal.problems.equation import IterativeEquation
 from deepinv_deal.problems.grouped import GroupedQuadratic
 from deepinv_deal.problems.options import SolverOptions
 from deepinv_deal.problems.preconditioning import Preconditioning
-from deepinv_deal.solvers import ADMMState, SolverResult, admm
+from deepinv_deal.solvers import ADMMState, SolverResult, admm, conjugate_gradient
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE, LinearProblem
 from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.solvers.precision import tf32_convolutions
@@ -30,6 +30,11 @@ from deepinv_deal.solvers.precision import tf32_convolutions
 #: Imbalance of forces below which iterations are accelerated. Farther from the solution
 #: that helps some problems and hurts others: valid blur would take twice the work.
 NEAR = 0.02
+
+#: The first image in denoising is the solution for this squared mask, the same for all
+#: filters and pixels, to this accuracy or with so many iterations. From an image that
+#: is too smooth the way is shorter than from a noisy one, whose noise has structure.
+FIRST_SQUARED_MASK, FIRST_RTOL, FIRST_MAX_ITER = 0.35, 0.1, 30
 
 #: Penalty of the split by which ADMM imposes bounds, relative to the data term, and
 #: how much each of its linear solves reduces the residual.
@@ -140,6 +145,14 @@ class AttentiveQuadratic:
         """Returns about :meth:`normal`, much faster: a ``GroupedQuadratic``."""
         apply = GroupedQuadratic.of(squared_mask, self._responses)
         return lambda x: apply(self._split(x)).reshape(x.shape)
+
+    def uniform(self, square: float, like: Tensor) -> Callable[[Tensor], Tensor]:
+        r"""
+        Returns about :math:`x \mapsto m^2 W^{\top} W x` for one number :math:`m^2`, by
+        Fourier transforms; for images of the size of ``like``.
+        """
+        size = (1, self.W.out_channels, *like.shape[2:])
+        return self.grouped(like.new_full((), square).expand(size))
 
     @cached_property
     def blocked(self) -> BlockedNormal | None:
@@ -284,7 +297,16 @@ class SlicedQuadratic:
     def grouped(self, squared_mask: Tensor) -> Callable[[Tensor], Tensor]:
         """See :meth:`AttentiveQuadratic.grouped`."""
         pairs = zip(self.parts, self.masks(squared_mask), strict=True)
-        parts = [R.grouped(mask) for R, mask in pairs]
+        return self._mean([R.grouped(mask) for R, mask in pairs])
+
+    def uniform(self, square: float, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """See :meth:`AttentiveQuadratic.uniform`."""
+        return self._mean([R.uniform(square, s) for R, s in self._each(like)])
+
+    def _mean(
+        self, parts: list[Callable[[Tensor], Tensor]]
+    ) -> Callable[[Tensor], Tensor]:
+        """Returns the mean of maps of the slices of each orientation."""
 
         def apply(x: Tensor) -> Tensor:
             stacks = zip(parts, self.slices.stacks(x), strict=True)
@@ -377,8 +399,25 @@ class AttentiveEquation(IterativeEquation):
         return self.regularizer.mask(x)
 
     def start(self, x: Tensor | None) -> Tensor:
-        """Returns the first iterate: the given image, or that of the data term."""
-        return clamp(self.data.start() if x is None else x, self.bounds)
+        """
+        Returns the first iterate: the given image, else zero; in denoising about the
+        solution for masks that are the same everywhere.
+        """
+        return clamp(self._first_image() if x is None else x, self.bounds)
+
+    @torch.no_grad()
+    def _first_image(self) -> Tensor:
+        data = self.data
+        if not (data.identity and data.quadratic):
+            return data.start()
+        regularizer = self.regularizer.uniform(FIRST_SQUARED_MASK, data.b)
+
+        def A(v: Tensor) -> Tensor:
+            return data.normal(v) + expand(self.lambda_reg, v) * regularizer(v)
+
+        return conjugate_gradient(
+            A, data.b, rtol=FIRST_RTOL, max_iter=FIRST_MAX_ITER, verify=False
+        ).x
 
     def image(self, x: Tensor) -> Tensor:
         """Returns the image of an iterate: itself."""

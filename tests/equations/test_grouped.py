@@ -6,8 +6,10 @@ import deepinv as dinv
 import pytest
 import torch
 from problems import DOUBLE, generator, images, relative_error
+from skimage.data import camera
 
 from deepinv_deal import DEAL, DEALPrior, SolverOptions
+from deepinv_deal._batch import norm
 from deepinv_deal.operators import MultiConv
 from deepinv_deal.problems import AttentiveQuadratic
 from deepinv_deal.problems.grouped import (
@@ -17,6 +19,7 @@ from deepinv_deal.problems.grouped import (
     group_masks,
 )
 from deepinv_deal.problems.preconditioning import LEAST_FILTERS
+from deepinv_deal.problems.quadratic import FIRST_RTOL, FIRST_SQUARED_MASK
 
 
 def filters(channels=1, number=12):
@@ -230,3 +233,38 @@ def test_few_filters_are_not_grouped_by_themselves():
             info = model(y, physics, sigma=0.1, return_info=True)[1]
         counts.append(info.inner_iter)
     assert (counts[0] < counts[1]).all()
+
+
+# -- the first image in denoising ------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["gray", "complex", "colour", "volume"])
+def test_the_first_image_is_about_the_solution_for_equal_masks(form):
+    channels = {"complex": 2, "colour": 3}.get(form, 1)
+    # Not zero at the border, which the Fourier transforms continue otherwise.
+    y = in_the_middle(2, channels)
+    settings = {"slices": "mean"} if form == "volume" else {}
+    if form == "volume":
+        y = y[:, :, 6:20, None].expand(-1, -1, -1, 14, -1)
+    model = make("auto", 3 if form == "colour" else 1, **settings)
+    problem = model.pose(y, sigma=0.1, lambda_reg=torch.tensor([0.5, 20.0]))
+    equation = problem.equation
+    x = problem.start()
+    square = torch.full_like(equation.regularizer.squared_mask(x), FIRST_SQUARED_MASK)
+    residual = equation.data.b - x - equation.force(x, square)
+    assert (norm(residual) < 3 * FIRST_RTOL * norm(equation.data.b)).all()
+    assert problem.init is None and not x.requires_grad
+
+
+def test_from_it_fewer_iterations_lead_to_the_same_image():
+    x = torch.from_numpy(camera()[62:110, 190:238] / 255).float()[None, None]
+    y = x + 25 / 255 * torch.randn(x.shape, generator=generator())
+    model = DEAL(rtol=1e-3)
+    results = []
+    for init in (None, "zero"):
+        with torch.no_grad():
+            results.append(model(y, sigma=25 / 255, init=init, return_info=True))
+    (near, info), (far, other) = results
+    assert info.history[0] < 0.5 and other.history[0] == 1
+    assert info.n_iter < other.n_iter
+    assert relative_error(near, far) < 1e-3
