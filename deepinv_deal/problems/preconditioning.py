@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import expand, select
+from deepinv_deal._batch import expand, read_counts, select
 from deepinv_deal.problems.data_term import DataTerm, FrozenCurvature
 from deepinv_deal.problems.grouped import GROUPS
 from deepinv_deal.problems.options import Preconditioner
@@ -222,29 +223,52 @@ class Preconditioning:
         shift: Tensor | None,
     ) -> LinearMap:
         """The better of the two formulas for every sample."""
-        weight = expand(self.lambda_reg, self.diagonal)
-        own, own_symbol = self.diagonal, self.symbol
+        some, all_of_them = self._circulant_ones
+        ways: list[LinearMap] = []
+        if some:
+            inverse = self._inverse_symbol(squared_mask, curvature, shift)
+            ways.append(lambda r: convolve(inverse, r, self.fourier))
+        if not all_of_them:
+            divisor = self._divisor(squared_mask, curvature, shift)
+            ways.append(lambda r: r / divisor)
+        if len(ways) == 1:
+            return ways[0]
+        return lambda r: select(self.use_circulant, *(way(r) for way in ways))
+
+    @cached_property
+    def _circulant_ones(self) -> tuple[bool, bool]:
+        """Whether any sample uses the circulant formula, and whether all do."""
+        (number,) = read_counts([self.use_circulant])
+        return number > 0, number == len(self.use_circulant)
+
+    def _inverse_symbol(
+        self,
+        squared_mask: Tensor,
+        curvature: FrozenCurvature | None,
+        shift: Tensor | None,
+    ) -> Tensor:
+        """The eigenvalues of the circulant formula's inverse."""
+        own = self.symbol
         if curvature is not None:
-            own = own * curvature.density
-            mean = curvature.density.flatten(1).mean(1)
-            own_symbol = own_symbol * expand(mean, own_symbol)
+            own = own * expand(curvature.density.flatten(1).mean(1), own)
         if shift is not None:
             own = own + expand(shift, own)
-            own_symbol = own_symbol + expand(shift, own_symbol)
-        inverse: Tensor | None = None
-        if self.use_circulant.any():
-            symbol = self.regularizer.symbol(squared_mask, len(self.diagonal))
-            if 1 < symbol.shape[1] < own_symbol.shape[1]:  # one image stands for all
-                slices = own_symbol.shape[1] // symbol.shape[1]
-                symbol = symbol.repeat(1, slices, 1, 1)
-            inverse = 1 / bounded(own_symbol + weight * symbol)
-        filters = self.regularizer.diagonal(squared_mask, len(self.diagonal))
-        divisor = bounded(own + weight * filters)
+        symbol = self.regularizer.symbol(squared_mask, len(own))
+        if 1 < symbol.shape[1] < own.shape[1]:  # one image stands for all
+            symbol = symbol.repeat(1, own.shape[1] // symbol.shape[1], 1, 1)
+        return 1 / bounded(own + expand(self.lambda_reg, own) * symbol)
 
-        def apply(r: Tensor) -> Tensor:
-            if inverse is None:
-                return r / divisor
-            image = convolve(inverse, r, self.fourier)
-            return select(self.use_circulant, image, r / divisor)
-
-        return apply
+    def _divisor(
+        self,
+        squared_mask: Tensor,
+        curvature: FrozenCurvature | None,
+        shift: Tensor | None,
+    ) -> Tensor:
+        """The diagonal of the system."""
+        own = self.diagonal
+        if curvature is not None:
+            own = own * curvature.density
+        if shift is not None:
+            own = own + expand(shift, own)
+        filters = self.regularizer.diagonal(squared_mask, len(own))
+        return bounded(own + expand(self.lambda_reg, own) * filters)

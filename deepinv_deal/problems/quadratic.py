@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from deepinv_deal._batch import expand, inner, norm, select
 from deepinv_deal.operators import MultiConvOperator, Slices
@@ -122,8 +121,9 @@ class AttentiveQuadratic:
         Returns about the diagonal of :math:`W^{\top} m^2 W`, ``(B, C, H, W)``: a filter
         counts with its energy, and its mask is taken to be smooth.
         """
-        energy = self._responses.square().sum((-2, -1))[:, :, None, None]
-        diagonal = F.conv2d(squared_mask, energy)  # (B * parts, C, H, W)
+        energy = self._responses.square().sum((-2, -1))
+        # Not by a convolution, which would copy the masks of a large image.
+        diagonal = torch.einsum("cn,bnhw->bchw", energy, squared_mask)
         return diagonal.reshape(batch, -1, *diagonal.shape[2:])
 
     def symbol(self, squared_mask: Tensor, batch: int) -> Tensor:

@@ -21,7 +21,7 @@ class State(NamedTuple):
     The iteration at an image; tensors have one entry per sample.
 
     :param torch.Tensor x: the image, ``(B, ...)``.
-    :param FrozenProblem problem: the problem frozen at it.
+    :param FrozenProblem problem: the problem frozen at it; ``None`` until it is.
     :param torch.Tensor residual: nonlinear residual.
     :param torch.Tensor weighted: that residual as it is compared with the tolerance.
     :param torch.Tensor active: samples that go on.
@@ -40,7 +40,7 @@ class State(NamedTuple):
     """
 
     x: Tensor
-    problem: FrozenProblem
+    problem: FrozenProblem | None
     residual: Tensor
     weighted: Tensor
     active: Tensor
@@ -121,6 +121,7 @@ class Picard:
         moved = start + expand(state.omega, x) * (solution.x - start)
         return state._replace(
             x=select(working, moved, x),
+            problem=None,  # what it holds may be large, and the next one is to follow
             active=active,
             status=state.status.where(~broken, solution.status.to(state.status.dtype)),
             n_iter=state.n_iter + active,
@@ -136,7 +137,8 @@ class Picard:
         """Returns where the step starts, the new memory and the inner solution."""
         if memory is None:
             factor = self.forcing.factor(state.eta, state.weighted)
-            return x, None, state.problem.solve(factor, working)
+            problem = cast(FrozenProblem, state.problem)
+            return x, None, problem.solve(factor, working)
         system = cast(LinearProblem, state.problem)
         start, r = x, system.r
         if state.any_usable:
