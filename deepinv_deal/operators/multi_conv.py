@@ -145,6 +145,21 @@ class MultiConvOperator:
         dirac[:, :, centre, centre].fill_diagonal_(1.0)
         return self(dirac)
 
+    def correlations(self) -> Tensor:
+        r"""
+        Returns the kernels of :math:`W_f^{\top} W_f` of every filter f, away from any
+        border.
+
+        :return: shape ``(C, C, C_out, n, n)``, n as in :meth:`normal_kernel`; entry
+            ``[i, j]`` maps channel j to channel i.
+        """
+        responses = self.impulse_responses()
+        n = responses.shape[-1]
+        spectra = torch.fft.rfft2(responses)
+        products = spectra[:, None].conj() * spectra[None]
+        kernels = torch.fft.irfft2(products, s=(n, n))
+        return torch.fft.fftshift(kernels, (-2, -1))
+
 
 #: Side, in pixels, of the blocks whose pixels become channels.
 BLOCK = 4

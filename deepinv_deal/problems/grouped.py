@@ -47,7 +47,7 @@ class GroupedQuadratic:
     >>> from deepinv_deal.problems import GroupedQuadratic
     >>> W = DEALPrior(num_filters=16).W.operator()
     >>> squared_mask = torch.full((1, 16, 64, 64), 0.3)
-    >>> R = GroupedQuadratic.of(squared_mask, W.impulse_responses().detach())
+    >>> R = GroupedQuadratic.of(squared_mask, W.correlations().detach())
     >>> x = torch.zeros(1, 1, 64, 64)
     >>> x[..., 30:34, 30:34] = torch.rand(4, 4)
     >>> exact = W.adjoint(squared_mask * W(x)).detach()
@@ -67,34 +67,30 @@ class GroupedQuadratic:
     reach: int
 
     @classmethod
-    def of(cls, squared_mask: Tensor, responses: Tensor) -> GroupedQuadratic:
-        """
+    def of(cls, squared_mask: Tensor, correlations: Tensor) -> GroupedQuadratic:
+        r"""
         Groups the filters of a regularizer.
 
         :param torch.Tensor squared_mask: squared masks, ``(n, N, H, W)``.
-        :param torch.Tensor responses: responses of the filters to a Dirac in every
-            channel, ``(C, N, l, l)``, about the middle and zero on half the way to the
-            border.
+        :param torch.Tensor correlations: kernels of :math:`W_f^{\top} W_f`, ``(C, C, N,
+            l, l)``, from ``MultiConvOperator.correlations``.
         """
         group = group_masks(squared_mask).to(squared_mask.dtype)  # (n, N, K)
-        energy = responses.square().sum((0, 2, 3))
+        length = correlations.shape[-1]
+        reach = length // 4
+        own = correlations.diagonal(dim1=0, dim2=1)[:, length // 2, length // 2]
+        energy = own.sum(1)
         scale = squared_mask.mean((2, 3))  # (n, N)
         weight = group * energy[:, None]
         total = torch.einsum("nfk,nf->nk", weight, scale)[..., None, None]
         masks = torch.einsum("nfk,nfhw->nkhw", weight, squared_mask)
         masks = torch.where(total > 0, masks / total, 0)
-        # Kernels of W_f^T W_f: their centre is in the middle, too.
-        length = responses.shape[-1]
-        reach = length // 4
-        spectra = torch.fft.rfft2(responses)
-        products = spectra[:, None].conj() * spectra[None]  # (C, C, N, l, l / 2)
-        kernels = torch.fft.irfft2(products, s=(length, length))
-        kernels = torch.einsum("nfk,nf,cdfij->nkcdij", group, scale, kernels)
+        kernels = torch.einsum("nfk,nf,cdfij->nkcdij", group, scale, correlations)
         height, width = (
             next_fast_len(max(n + 2 * reach, length), real=True)
             for n in squared_mask.shape[2:]
         )
-        placed = wrapped(torch.fft.fftshift(kernels, (-2, -1)), height, width)
+        placed = wrapped(kernels, height, width)
         placed = placed.roll((-(length // 2),) * 2, (-2, -1))
         low, (rows, columns) = reach, masks.shape[2:]
         after = width - columns - low, height - rows - low

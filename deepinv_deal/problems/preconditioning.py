@@ -155,19 +155,18 @@ class Preconditioning:
         squared_mask: Tensor,
         active: Tensor | None = None,
         curvature: FrozenCurvature | None = None,
-        shift: Tensor | None = None,
     ) -> SolverResult:
         """
-        Solves a system with the given squared masks ``(B * parts, N, H, W)``, curvature
-        of the data term, if it is not :math:`H`, and multiple of the identity that is
-        added, ``(B,)``; see ``PreconditionedSolver.solve``.
+        Solves a system with the given squared masks ``(B * parts, N, H, W)``, and
+        curvature of the data term, if it is not :math:`H`; see
+        ``PreconditionedSolver.solve``.
         """
         return self.solver.solve(
             A,
             r,
             rtol,
             max_iter,
-            lambda used: self.at(squared_mask, curvature, shift, used),
+            lambda used: self.at(squared_mask, curvature, used),
             active,
             lambda: self.exact & self._flat(squared_mask),
         )
@@ -185,7 +184,6 @@ class Preconditioning:
         self,
         squared_mask: Tensor,
         curvature: FrozenCurvature | None = None,
-        shift: Tensor | None = None,
         used: Tensor | None = None,
     ) -> tuple[LinearMap, InnerSolve | None]:
         """
@@ -193,12 +191,11 @@ class Preconditioning:
 
         :param torch.Tensor squared_mask: squared masks, ``(B * parts, N, H, W)``.
         :param Callable curvature: that of the data term, if it is not :math:`H`.
-        :param torch.Tensor shift: multiple of the identity in the system, ``(B,)``.
         :param torch.Tensor used: the ``Kind`` that each sample uses, ``(B,)``;
             ``None``: the one it has.
         """
         used = self.solver.kept if used is None else used
-        direct = self._direct(squared_mask, curvature, shift)
+        direct = self._direct(squared_mask, curvature)
         inner = used == Kind.INNER
         if not inner.any():
             return direct, None
@@ -206,8 +203,7 @@ class Preconditioning:
         H: LinearMap = self.H if curvature is None else curvature
 
         def A(v: Tensor) -> Tensor:
-            total = H(v) + expand(self.lambda_reg, v) * regularizer(v)
-            return total if shift is None else total + expand(shift, v) * v
+            return H(v) + expand(self.lambda_reg, v) * regularizer(v)
 
         rtol = torch.where(self.closed, INNER_RTOL, INNER_RTOL_PHYSICS)
         rtol = rtol.to(self.diagonal).where(inner, torch.inf)
@@ -220,16 +216,15 @@ class Preconditioning:
         self,
         squared_mask: Tensor,
         curvature: FrozenCurvature | None,
-        shift: Tensor | None,
     ) -> LinearMap:
         """The better of the two formulas for every sample."""
         some, all_of_them = self._circulant_ones
         ways: list[LinearMap] = []
         if some:
-            inverse = self._inverse_symbol(squared_mask, curvature, shift)
+            inverse = self._inverse_symbol(squared_mask, curvature)
             ways.append(lambda r: convolve(inverse, r, self.fourier))
         if not all_of_them:
-            divisor = self._divisor(squared_mask, curvature, shift)
+            divisor = self._divisor(squared_mask, curvature)
             ways.append(lambda r: r / divisor)
         if len(ways) == 1:
             return ways[0]
@@ -245,14 +240,11 @@ class Preconditioning:
         self,
         squared_mask: Tensor,
         curvature: FrozenCurvature | None,
-        shift: Tensor | None,
     ) -> Tensor:
         """The eigenvalues of the circulant formula's inverse."""
         own = self.symbol
         if curvature is not None:
             own = own * expand(curvature.density.flatten(1).mean(1), own)
-        if shift is not None:
-            own = own + expand(shift, own)
         symbol = self.regularizer.symbol(squared_mask, len(own))
         if 1 < symbol.shape[1] < own.shape[1]:  # one image stands for all
             symbol = symbol.repeat(1, own.shape[1] // symbol.shape[1], 1, 1)
@@ -262,13 +254,10 @@ class Preconditioning:
         self,
         squared_mask: Tensor,
         curvature: FrozenCurvature | None,
-        shift: Tensor | None,
     ) -> Tensor:
         """The diagonal of the system."""
         own = self.diagonal
         if curvature is not None:
             own = own * curvature.density
-        if shift is not None:
-            own = own + expand(shift, own)
         filters = self.regularizer.diagonal(squared_mask, len(own))
         return bounded(own + expand(self.lambda_reg, own) * filters)

@@ -113,15 +113,16 @@ class AttentiveQuadratic:
 
     @cached_property
     @torch.no_grad()
-    def _responses(self) -> Tensor:
-        return self.W.impulse_responses()
+    def _correlations(self) -> Tensor:
+        return self.W.correlations()
 
     def diagonal(self, squared_mask: Tensor, batch: int) -> Tensor:
         r"""
         Returns about the diagonal of :math:`W^{\top} m^2 W`, ``(B, C, H, W)``: a filter
         counts with its energy, and its mask is taken to be smooth.
         """
-        energy = self._responses.square().sum((-2, -1))
+        own = self._correlations.diagonal(dim1=0, dim2=1)
+        energy = own[:, own.shape[1] // 2, own.shape[2] // 2].mT
         # Not by a convolution, which would copy the masks of a large image.
         diagonal = torch.einsum("cn,bnhw->bchw", energy, squared_mask)
         return diagonal.reshape(batch, -1, *diagonal.shape[2:])
@@ -137,13 +138,12 @@ class AttentiveQuadratic:
     def mean_kernels(self, squared_mask: Tensor, batch: int) -> Tensor:
         """Returns the kernels of these convolutions, ``(B, C, n, n)``."""
         mean = squared_mask.mean((2, 3)).view(batch, -1, squared_mask.shape[1]).mean(1)
-        weighted = mean[:, None, :, None, None] * self._responses  # (B, C, N, n, n)
-        own = self.W.adjoint(weighted.flatten(0, 1)).unflatten(0, weighted.shape[:2])
-        return own.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)
+        own = self._correlations.diagonal(dim1=0, dim2=1)  # (N, n, n, C)
+        return torch.einsum("bf,fijc->bcij", mean, own)
 
     def grouped(self, squared_mask: Tensor) -> Callable[[Tensor], Tensor]:
         """Returns about :meth:`normal`, much faster: a ``GroupedQuadratic``."""
-        apply = GroupedQuadratic.of(squared_mask, self._responses)
+        apply = GroupedQuadratic.of(squared_mask, self._correlations)
         return lambda x: apply(self._split(x)).reshape(x.shape)
 
     def uniform(self, square: float, like: Tensor) -> Callable[[Tensor], Tensor]:
@@ -631,14 +631,14 @@ class BoundedSystem:
             # In full precision, whatever that of the inner operator.
             force = equation.force(x, self.squared_mask)
             r = system.data_force_at(x) - force + shift * (targets[0] - x)
-            step = equation.preconditioning.solve(
+            # The penalty makes the system so well conditioned that no preconditioner
+            # is worth its time.
+            step = conjugate_gradient(
                 A,
                 r,
-                torch.full_like(rho, LINEAR_FORCING),
-                equation.options.inner_max_iter,
-                self.squared_mask,
-                curvature=system.curvature,
-                shift=rho,
+                rtol=LINEAR_FORCING,
+                max_iter=equation.options.inner_max_iter,
+                verify=False,
             )
             return x + step.x, (x + step.x,)
 

@@ -24,7 +24,7 @@ LARGEST_MISFIT = 0.7
 
 #: A model whose error is below so many units of rounding is the operator itself: the
 #: one test of whether a physics is a circular convolution, or diagonal.
-ROUNDING = 1000
+ROUNDING = 100
 
 #: A preconditioner is kept if it makes convergence per iteration faster by this factor.
 LEAST_GAIN = 1.3
@@ -36,6 +36,10 @@ TRIALS = (2, 4)
 #: One step of a preconditioner is taken without applying the operator where the last
 #: solve reduced the residual, in every iteration, by this much more than is asked.
 TRUST = 1.2
+
+#: A preconditioner that is an iteration is given up where iterations with it reduce the
+#: residual by no more than this: its own system is as badly conditioned as the other.
+FAILING = 0.9
 
 #: Iterations of a preconditioner that is an iteration, at most.
 INNER_MAX_ITER = 30
@@ -322,9 +326,10 @@ class PreconditionedSolver:
         self.begun = False
         self.solves = torch.zeros_like(kept)
         self.rate = torch.zeros_like(kept, dtype=torch.float32)
-        #: By how much an iteration reduced the residual when that was last seen, and
-        #: the norm of the last right-hand side.
+        #: By how much an iteration reduced the residual when that was last seen, with
+        #: which preconditioner, and the norm of the last right-hand side.
         self.reduction = torch.full_like(self.rate, torch.inf)
+        self.proved = torch.zeros_like(kept)
         self.size = torch.zeros_like(self.rate)
 
     def solve(
@@ -415,7 +420,8 @@ class PreconditionedSolver:
         predicted = (-rtol.float().log() / self.rate).ceil().clamp(1, max_iter)
         limit = torch.where(trial, predicted.long(), limit)
         measured = active & self._on_trial(ahead=1)
-        trusted = active & (used > Kind.NONE) & (size <= self.size)
+        trusted = active & (used > Kind.NONE) & (used == self.proved)
+        trusted = trusted & (size <= self.size)
         trusted = trusted & (TRUST * self.reduction <= rtol)
         trusted = trusted & ~trial & ~(measured & self.candidates)
         self.size = size
@@ -434,6 +440,9 @@ class PreconditionedSolver:
         seen = active & ~plan.trusted & (result.n_iter > 0)
         reduction = (-progress / iterations).exp()
         self.reduction = torch.where(seen, reduction, self.reduction)
+        self.proved = torch.where(seen, plan.used, self.proved)
+        failing = seen & (plan.used == Kind.INNER) & (reduction > FAILING)
+        self.kept = self.kept.masked_fill(failing, Kind.NONE)
         work = iterations
         if inner_solve is not None:
             work = work + inner_solve.work.where(plan.used == Kind.INNER, 0)

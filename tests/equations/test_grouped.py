@@ -87,7 +87,7 @@ def test_masks_of_few_patterns_are_found_whatever_their_strength():
 
 def test_masks_that_are_zero_do_no_harm():
     W, x = filters(), in_the_middle(1, 1)
-    found = GroupedQuadratic.of(x.new_zeros(1, 12, 25, 26), W.impulse_responses())(x)
+    found = GroupedQuadratic.of(x.new_zeros(1, 12, 25, 26), W.correlations())(x)
     assert torch.equal(found, torch.zeros_like(x))
 
 
@@ -184,7 +184,7 @@ def test_trained_colour_filters_are_factored_in_single_precision():
     x = 1 + 0.1 * torch.randn(1, 3, *size, generator=generator())
     squared = levels(1, number, *size).float()
     with torch.no_grad():
-        grouped = GroupedQuadratic.of(squared, W.impulse_responses())
+        grouped = GroupedQuadratic.of(squared, W.correlations())
         assert grouped.factors.isfinite().all()
         energy, exact = (grouped(x) * x).sum(), (R.normal(x, squared) * x).sum()
     assert 0.5 * exact < energy < 2 * exact

@@ -163,7 +163,9 @@ def test_mask_curves_are_the_last_layer_of_the_mask():
 def test_a_path_applies_the_map_again_and_again():
     model = random_model()
     y = images(2, 1, 12, 13)
-    path = solution_path(model, y, sigma=0.05, num_iter=3, inner_rtol=1e-10)
+    path = solution_path(
+        model, y, sigma=0.05, num_iter=3, inner_rtol=1e-10, init="zero"
+    )
     assert path.x.shape == (4, 2, 1, 12, 13)
     assert path.mask.shape == (4, 2, 1, 12, 13)
     assert path.residual.shape == (4, 2)
@@ -182,7 +184,7 @@ def test_paths_from_all_starts_meet():
     noise = torch.rand(y.shape, generator=generator(4), dtype=DOUBLE)
     zero, data, random = (
         solution_path(model, y, sigma=0.05, init=init, num_iter=25, inner_rtol=1e-6)
-        for init in (None, "adjoint", noise)
+        for init in ("zero", "adjoint", noise)
     )
     assert relative_error(random.x[0], noise) == 0
     for path in (data, random):

@@ -383,6 +383,18 @@ def test_normal_kernel_holds_the_responses_to_diracs(channels, rng):
     torch.testing.assert_close(kernel[-1], response, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_correlations_are_the_normal_kernels_of_single_filters(channels, rng):
+    W = multi_conv(rng, channels, 3, normalization="none").operator()
+    with torch.no_grad():
+        found = W.correlations()
+        torch.testing.assert_close(found.sum(2).transpose(0, 1), W.normal_kernel())
+        responses = W.impulse_responses()
+        alone = torch.zeros_like(responses)
+        alone[:, 1] = responses[:, 1]
+        torch.testing.assert_close(found[:, :, 1].transpose(0, 1), W.adjoint(alone))
+
+
 @pytest.mark.parametrize(
     "channels, normalization",
     [

@@ -5,6 +5,7 @@ import torch
 from problems import DOUBLE, generator
 
 from deepinv_deal.solvers.preconditioner import (
+    FAILING,
     FLOOR,
     TRIALS,
     TRUST,
@@ -304,6 +305,42 @@ def test_a_poor_preconditioner_is_not_trusted():
     results, calls = trusting(torch.ones_like(SPREAD), [1.0, 0.5, 0.25])
     assert min(calls) > 0
     assert all((r.n_iter > 0).all() for r in results)
+
+
+def test_trust_in_one_preconditioner_is_not_trust_in_another():
+    solver = PreconditionedSolver(torch.tensor([Kind.INNER]))
+    b = torch.randn(1, 40, generator=generator(1), dtype=DOUBLE)
+    calls = []
+
+    def A(x):
+        calls[-1] += 1
+        return SPREAD[:1] * x
+
+    for at_first in (lambda: torch.tensor([True]), None, None):
+        calls.append(0)
+        solver.kept.fill_(Kind.NONE if at_first else Kind.INNER)
+        solver.solve(
+            A,
+            0.5 ** len(calls) * b,
+            torch.full((1,), 0.5, dtype=DOUBLE),
+            500,
+            lambda used: (lambda r: r / SPREAD[:1], None),
+            torch.ones(1, dtype=torch.bool),
+            at_first,
+        )
+    assert calls == [1, 1, 0]
+
+
+def test_an_inner_solve_that_is_as_hard_as_the_outer_one_is_given_up():
+    # It stops after 30 iterations and has reached little.
+    preconditioner, _ = inner_solves(0.01, accuracy=1e-9, model=SPREAD**2)
+    solver = PreconditionedSolver(kinds(Kind.INNER))
+    result = solve_once(solver, preconditioner)
+    assert (result.residual ** (1 / result.n_iter) > FAILING).any()
+    assert (solver.kept == Kind.NONE).any()
+    good = PreconditionedSolver(kinds(Kind.INNER))
+    solve_once(good, inner_solves(0.01)[0])
+    assert (good.kept == Kind.INNER).all()
 
 
 def test_trust_is_lost_where_the_right_hand_side_grew():
