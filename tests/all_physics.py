@@ -493,8 +493,8 @@ def page() -> str:
         "   :header-rows: 1",
         "",
         "   * - Physics",
-        "     - Images",
         "     - DEAL",
+        "     - Images",
         "     - Needs",
     ]
     for case in sorted(CASES, key=lambda case: case.id.lower()):
@@ -502,8 +502,8 @@ def page() -> str:
         needs = f"``{case.package}``" if case.package else ""
         lines += [
             f"   * - ``{case.name}``{setting}",
-            f"     - {shape(case)}",
             f"     - {result(case)}",
+            f"     - {shape(case)}",
             f"     - {needs}".rstrip(),
         ]
     lines += [
@@ -525,8 +525,8 @@ def page() -> str:
         "    mended = LinearPhysics(A=physics.A, A_adjoint=transpose)",
         "    x_hat = DEAL()(physics(x), mended, lambda_reg=0.1)",
         "",
-        "Physics of other numbers of channels than 1, 2 (real and imaginary part) and",
-        "3 ask for weights of such images.",
+        "The bundled weights are for images of 1, 2 (real and imaginary part) or 3",
+        "channels. For other numbers you need weights of your own.",
     ]
     return "\n".join(lines) + "\n"
 
