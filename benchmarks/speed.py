@@ -278,7 +278,7 @@ def _run_published(case: _Case, watch: _Watch) -> None:
     """
     The published iteration with its tolerances, on the operators of this package.
 
-    Conjugate gradients on the system divided by 1 + lambda run until the squared norm
+    From zero. Conjugate gradients on the system divided by 1 + lambda run until the squared norm
     of the residual is below an absolute tolerance, outer steps until the relative
     change is below 1e-5.
     """
@@ -286,7 +286,7 @@ def _run_published(case: _Case, watch: _Watch) -> None:
     equation = _counting(case.pose().equation, watch)
     eps_in = 1e-6 if case.task.sigma is None else 1e-8
     total = 1 + float(equation.lambda_reg)
-    x = equation.start(None)
+    x = torch.zeros_like(equation.data.b)
     b = equation.data.b / total
     for _ in range(60):
         squared_mask = equation.regularizer.squared_mask(x)
