@@ -278,9 +278,9 @@ def _run_published(case: _Case, watch: _Watch) -> None:
     """
     The published iteration with its tolerances, on the operators of this package.
 
-    From zero. Conjugate gradients on the system divided by 1 + lambda run until the squared norm
-    of the residual is below an absolute tolerance, outer steps until the relative
-    change is below 1e-5.
+    It starts at zero. Conjugate gradients on the system divided by 1 + lambda run until
+    the squared norm of the residual is below an absolute tolerance, outer steps until
+    the relative change is below 1e-5.
     """
     watch.start()
     equation = _counting(case.pose().equation, watch)
