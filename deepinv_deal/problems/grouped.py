@@ -76,25 +76,44 @@ class GroupedQuadratic:
             l, l)``, from ``MultiConvOperator.correlations``.
         """
         group = group_masks(squared_mask).to(squared_mask.dtype)  # (n, N, K)
-        length = correlations.shape[-1]
-        reach = length // 4
-        own = correlations.diagonal(dim1=0, dim2=1)[:, length // 2, length // 2]
-        energy = own.sum(1)
+        energy = energies(correlations).sum(0)
         scale = squared_mask.mean((2, 3))  # (n, N)
         weight = group * energy[:, None]
         total = torch.einsum("nfk,nf->nk", weight, scale)[..., None, None]
         masks = torch.einsum("nfk,nfhw->nkhw", weight, squared_mask)
         masks = torch.where(total > 0, masks / total, 0)
         kernels = torch.einsum("nfk,nf,cdfij->nkcdij", group, scale, correlations)
+        return cls._of_kernels(kernels, masks)
+
+    @classmethod
+    def uniform(
+        cls, square: float, correlations: Tensor, height: int, width: int
+    ) -> GroupedQuadratic:
+        """
+        Makes the regularizer in which all filters have one mask, the same everywhere.
+
+        :param float square: the squared mask.
+        :param torch.Tensor correlations: as for :meth:`of`.
+        :param int height: rows of the images.
+        :param int width: columns of the images.
+        """
+        kernels = square * correlations.sum(2)[None, None]
+        return cls._of_kernels(kernels, kernels.new_ones(1, 1, height, width))
+
+    @classmethod
+    def _of_kernels(cls, kernels: Tensor, masks: Tensor) -> GroupedQuadratic:
+        """Makes it from the ``(n, K, C, C, l, l)`` of groups and ``(n, K, H, W)``."""
+        length = kernels.shape[-1]
+        reach = length // 4
+        rows, columns = masks.shape[2:]
         height, width = (
             next_fast_len(max(n + 2 * reach, length), real=True)
-            for n in squared_mask.shape[2:]
+            for n in (rows, columns)
         )
         placed = wrapped(kernels, height, width)
         placed = placed.roll((-(length // 2),) * 2, (-2, -1))
-        low, (rows, columns) = reach, masks.shape[2:]
-        after = width - columns - low, height - rows - low
-        masks = F.pad(masks, (low, after[0], low, after[1]))
+        after = width - columns - reach, height - rows - reach
+        masks = F.pad(masks, (reach, after[0], reach, after[1]))
         return cls(cholesky(torch.fft.rfft2(placed)), masks, (height, width), reach)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -115,6 +134,13 @@ class GroupedQuadratic:
             total += product(torch.fft.rfft2(u)[:, :, None], factors, 3).sum(1)
         back = torch.fft.irfft2(total, s=self.size)
         return folded(back[..., :rows, :columns], r)
+
+
+def energies(correlations: Tensor) -> Tensor:
+    """Returns the energies of filters in each channel, ``(C, N)``."""
+    own = correlations.diagonal(dim1=0, dim2=1)  # (N, l, l, C)
+    middle = correlations.shape[-1] // 2
+    return own[:, middle, middle].mT
 
 
 def product(a: Tensor, b: Tensor, dim: int) -> Tensor:

@@ -18,7 +18,7 @@ from deepinv_deal.operators.row_blocks import BLOCK_BYTES, in_row_blocks
 from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent
 from deepinv_deal.problems.data_term import DataTerm
 from deepinv_deal.problems.equation import IterativeEquation
-from deepinv_deal.problems.grouped import GroupedQuadratic
+from deepinv_deal.problems.grouped import GroupedQuadratic, energies
 from deepinv_deal.problems.options import SolverOptions
 from deepinv_deal.problems.preconditioning import Preconditioning
 from deepinv_deal.solvers import ADMMState, SolverResult, admm, conjugate_gradient
@@ -121,8 +121,7 @@ class AttentiveQuadratic:
         Returns about the diagonal of :math:`W^{\top} m^2 W`, ``(B, C, H, W)``: a filter
         counts with its energy, and its mask is taken to be smooth.
         """
-        own = self._correlations.diagonal(dim1=0, dim2=1)
-        energy = own[:, own.shape[1] // 2, own.shape[2] // 2].mT
+        energy = energies(self._correlations)
         # Not by a convolution, which would copy the masks of a large image.
         diagonal = torch.einsum("cn,bnhw->bchw", energy, squared_mask)
         return diagonal.reshape(batch, -1, *diagonal.shape[2:])
@@ -143,16 +142,21 @@ class AttentiveQuadratic:
 
     def grouped(self, squared_mask: Tensor) -> Callable[[Tensor], Tensor]:
         """Returns about :meth:`normal`, much faster: a ``GroupedQuadratic``."""
-        apply = GroupedQuadratic.of(squared_mask, self._correlations)
-        return lambda x: apply(self._split(x)).reshape(x.shape)
+        return self._of_images(GroupedQuadratic.of(squared_mask, self._correlations))
 
     def uniform(self, square: float, like: Tensor) -> Callable[[Tensor], Tensor]:
         r"""
         Returns about :math:`x \mapsto m^2 W^{\top} W x` for one number :math:`m^2`, by
         Fourier transforms; for images of the size of ``like``.
         """
-        size = (1, self.W.out_channels, *like.shape[2:])
-        return self.grouped(like.new_full((), square).expand(size))
+        size = like.shape[2:]
+        return self._of_images(
+            GroupedQuadratic.uniform(square, self._correlations, *size)
+        )
+
+    def _of_images(self, R: GroupedQuadratic) -> Callable[[Tensor], Tensor]:
+        """Returns a map of the images that the filters see as one of the unknown."""
+        return lambda x: R(self._split(x)).reshape(x.shape)
 
     @cached_property
     def blocked(self) -> BlockedNormal | None:

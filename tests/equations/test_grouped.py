@@ -50,6 +50,17 @@ def test_it_is_exact_for_masks_that_do_not_vary(channels):
     assert relative_error(R.grouped(squared)(x), R.normal(x, squared)) < 3e-3
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_mask_for_all_is_the_same_without_groups(channels):
+    W = filters(channels)
+    with torch.no_grad():
+        correlations = W.correlations()
+        x = torch.randn(2, channels, 25, 26, generator=generator(), dtype=DOUBLE)
+        one = GroupedQuadratic.uniform(0.4, correlations, 25, 26)(x)
+        squared = torch.full((1, 12, 25, 26), 0.4, dtype=DOUBLE)
+        assert relative_error(GroupedQuadratic.of(squared, correlations)(x), one) < 1e-6
+
+
 def test_real_and_imaginary_parts_have_masks_of_their_own():
     squared = levels(4, 12, 1, 1).expand(4, 12, 25, 26)
     x = in_the_middle(2, 2)
