@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
+
+#: What a function of tensors returns.
+Output = TypeVar("Output", Tensor, tuple[Tensor, Tensor])
 
 #: Numbers that a core computes at a time: what comes between stays in its cache.
 PART = 2**17
@@ -104,7 +108,7 @@ def central(x: Tensor, side: int) -> Tensor:
     return x[..., top : top + side, left : left + side]
 
 
-def in_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def in_parts(function: Callable[..., Output], *tensors: Tensor) -> Output:
     """
     Evaluates an element-wise function of large tensors part by part.
 
@@ -112,29 +116,52 @@ def in_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     arithmetic. With gradients, on accelerators, and for tensors in different layouts,
     all is evaluated at once.
 
-    :param Callable function: maps tensors ``(B, ...)`` of one shape, any, to one of it.
+    :param Callable function: maps tensors ``(B, ...)`` of one shape, any, to one of it,
+        or to a tuple of them.
     :param torch.Tensor tensors: its arguments, of equal shape.
     """
-    size = PART * torch.get_num_threads()
-    small = tensors[0].numel() <= size or tensors[0].device.type != "cpu"
-    order = None if small or torch.is_grad_enabled() else _memory_order(tensors)
+    order = _memory_order(tensors)
     if order is None:
         return function(*tensors)
-    size = max(1, size // len(tensors[0]))
-    parts = [t.permute(order).flatten(1).split(size, 1) for t in tensors]
-    out: Tensor | None = None
-    for i, part in enumerate(zip(*parts, strict=True)):
+    outputs: list[Tensor] = []
+    targets: list[tuple[Tensor, ...]] = []
+    for i, part in enumerate(_parts(tensors, order)):
         result = function(*part)
-        if out is None:
-            out = torch.empty_like(tensors[0], dtype=result.dtype)
-            targets = out.permute(order).flatten(1).split(size, 1)
-        targets[i].copy_(result)
-    assert out is not None
-    return out
+        results = (result,) if isinstance(result, Tensor) else result
+        if not outputs:
+            outputs = [torch.empty_like(tensors[0], dtype=r.dtype) for r in results]
+            targets = list(_parts(outputs, order))
+        for target, r in zip(targets[i], results, strict=True):
+            target.copy_(r)
+    return outputs[0] if isinstance(result, Tensor) else cast(Output, tuple(outputs))
 
 
-def _memory_order(tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
-    """Returns dimensions in an order in which all are contiguous, ``None`` if none."""
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the norm of the difference of every sample, ``(B,)``, likewise."""
+    order = _memory_order((a, b))
+    if order is None:
+        return norm(a - b)
+    squares = [norm(v - w).square() for v, w in _parts((a, b), order)]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def _parts(
+    tensors: Sequence[Tensor], order: tuple[int, ...]
+) -> Iterable[tuple[Tensor, ...]]:
+    """Views tensors part by part, ``(B, n)``."""
+    size = max(1, PART * torch.get_num_threads() // len(tensors[0]))
+    views = [t.permute(order).flatten(1).split(size, 1) for t in tensors]
+    return zip(*views, strict=True)
+
+
+def _memory_order(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """
+    Returns dimensions in an order in which all tensors are contiguous; ``None`` if
+    there is none, or if they are not to be taken apart.
+    """
+    small = tensors[0].numel() <= PART * torch.get_num_threads()
+    if small or tensors[0].device.type != "cpu" or torch.is_grad_enabled():
+        return None
     ndim = tensors[0].ndim
     orders = [tuple(range(ndim))]
     if ndim == 4:

@@ -49,15 +49,22 @@ def linear_spline(x: Tensor, coefficients: Tensor, x_min: float, step: float) ->
 _BIN_COLUMNS = 4096
 
 
-def _in_parts(x: Tensor, coefficients: Tensor, x_min: float, step: float) -> Tensor:
-    """Evaluates without gradients, and without temporary tensors of the size of x."""
+def _in_parts(
+    x: Tensor, coefficients: Tensor, x_min: float, step: float, overwrite: bool = False
+) -> Tensor:
+    """
+    Evaluates without gradients, and without temporary tensors of the size of x.
+
+    With ``overwrite``, the values take the place of ``x`` where they can.
+    """
     rows, n_splines = _rows(x), len(coefficients)
     channels = x.shape[1] if n_splines > 1 else 1
     whole = x.device.type != "cpu" or not rows.is_contiguous()
     if whole or (n_splines > 1 and rows is x and x.ndim > 2):  # channels are not last
         return _evaluate(x, coefficients, x_min, step)[0]
     flat = rows.reshape(-1, channels)
-    out = torch.empty_like(flat, dtype=coefficients.dtype)
+    keep = not overwrite or x.dtype != coefficients.dtype
+    out = torch.empty_like(flat, dtype=coefficients.dtype) if keep else flat
     size = max(1, PART * torch.get_num_threads() // channels)
     for part, target in zip(flat.split(size), out.split(size), strict=True):
         target.copy_(_evaluate(part, coefficients, x_min, step)[0])
@@ -274,6 +281,16 @@ class BoundSpline:
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluates the spline, see :func:`linear_spline`."""
         return linear_spline(x, self.coefficients, self.x_min, self.step)
+
+    def in_place(self, x: Tensor) -> Tensor:
+        """
+        Evaluates it; where gradients are disabled, the values may overwrite ``x``.
+
+        New memory for large features takes longer than the arithmetic.
+        """
+        if torch.is_grad_enabled():
+            return self(x)
+        return _in_parts(x, self.coefficients, self.x_min, self.step, overwrite=True)
 
     def clipped_integral(self, x: Tensor) -> Tensor:
         r"""

@@ -5,7 +5,7 @@ import torch
 from problems import generator
 
 from deepinv_deal import _batch
-from deepinv_deal._batch import expand, in_parts
+from deepinv_deal._batch import distance, expand, in_parts
 
 SHAPE = (2, 3, 5, 7)
 
@@ -61,3 +61,22 @@ def test_gradients_pass_through():
     x = numbers(*SHAPE).requires_grad_()
     in_parts(torch.square, x).sum().backward()
     torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+def test_functions_may_return_several_tensors():
+    a, b = numbers(*SHAPE), numbers(*SHAPE, seed=1)
+    with torch.no_grad():
+        total, product = in_parts(lambda a, b: (a + b, a * b), a, b)
+    assert torch.equal(total, a + b) and torch.equal(product, a * b)
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [(torch.channels_last,) * 2, (torch.channels_last, torch.contiguous_format)],
+    ids=["in parts", "at once"],
+)
+def test_distances_are_those_of_samples(layouts):
+    a, b = (numbers(*SHAPE, seed=i, layout=m) for i, m in enumerate(layouts))
+    with torch.no_grad():
+        found = distance(a, b)
+    torch.testing.assert_close(found, (a - b).flatten(1).norm(dim=1))

@@ -139,6 +139,30 @@ def test_the_argument_is_not_modified(rng):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("n_splines", [1, 4])
+def test_in_place_gives_the_same_values_and_spares_the_argument_of_gradients(
+    n_splines, rng
+):
+    bound = spline(rng, n_splines).bind()
+    for x in layouts(random(rng, 2, 4, 9, 7)).values():
+        kept = x.clone()
+        expected = bound(x)
+        with torch.enable_grad():
+            assert torch.equal(bound.in_place(x), expected)
+            assert torch.equal(x, kept)
+        with torch.no_grad():
+            assert torch.equal(bound.in_place(x), expected.detach())
+
+
+def test_in_place_takes_no_new_memory_where_the_type_stays(rng):
+    bound = spline(rng, 4).bind()
+    x = random(rng, 1, 4, 8, 8).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        single = bound.in_place(x.float())
+        assert bound.in_place(x).data_ptr() == x.data_ptr()
+    assert single.dtype == bound.coefficients.dtype == torch.float64
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("x", [1e12, -1e12, 3e9, -3e9])
 def test_huge_arguments_are_extended_correctly(x, dtype):

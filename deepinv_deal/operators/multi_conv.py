@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deepinv_deal.operators.tiles import TiledConvolution
+
 Normalization = Literal["published", "exact", "none"]
 NORMALIZATIONS: tuple[str, ...] = ("published", "exact", "none")
 
@@ -27,8 +29,10 @@ class Convolution:
     wastes most of the machine. There, 2 x 2 neighbouring output pixels are computed as
     four times as many channels, by a kernel enlarged by one pixel and a stride of 2:
     the same sums, 1.5 to 8 times faster. A large kernel from many channels to one is
-    applied row by row, its rows as output channels, which are shifted and added. On an
-    accelerator large kernels are applied in blocks, see :class:`BlockConvolution`.
+    applied row by row, its rows as output channels, which are shifted and added. Large
+    kernels of many channels are applied by Fourier transforms where no gradients are
+    needed, see :class:`TiledConvolution`. On an accelerator large kernels are applied
+    in blocks, see :class:`BlockConvolution`.
 
     :param torch.Tensor kernel: shape ``(C_out, C_in, k, k)``.
     :param int pad: rows and columns of zeros on each side; ``k // 2`` if ``None``,
@@ -43,8 +47,11 @@ class Convolution:
         self.by_rows = on_cpu and c_out == 1 and c_in >= 16 and k >= 9
         self.polyphase = on_cpu and c_out <= 8 and not self.by_rows
         self.blocks: BlockConvolution | None = None
+        self.tiles: TiledConvolution | None = None
         if self.pad == k // 2 and BlockConvolution.pays(kernel):
             self.blocks = BlockConvolution(kernel)
+        elif self.pad == k // 2 and TiledConvolution.pays(kernel):
+            self.tiles = TiledConvolution(kernel)
         if self.by_rows:
             kernel = kernel.transpose(0, 2)  # (k, C_in, 1, k)
         if self.polyphase:
@@ -58,6 +65,8 @@ class Convolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Convolves ``x (B, C_in, H, W)``; with the usual ``pad`` the size stays."""
+        if self.tiles is not None and self.tiles.suits(x):
+            return self.tiles(x)
         height, width = (n - self.shrink for n in x.shape[-2:])
         if self.by_rows:
             rows = F.conv2d(x, self.kernel, padding=self.pad)  # (B, k, H + 2 pad, W')

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from deepinv_deal._batch import Output
+
 #: Largest size in bytes of the features of one block, all channels of one layer.
-BLOCK_BYTES = 2**28
+BLOCK_BYTES = 2**26
 
 #: The same for chains of element-wise maps, each of which is to find the last one's
 #: result in the cache of the CPU.
@@ -39,13 +42,13 @@ def row_blocks(
 
 
 def in_row_blocks(
-    function: Callable[..., Tensor],
+    function: Callable[..., Output],
     *inputs: Tensor,
     reach: int,
     channels: int,
     block_bytes: int | None = None,
     multiple: int = 1,
-) -> Tensor:
+) -> Output:
     """
     Evaluates ``function(*inputs)`` block by block where its features would be large.
 
@@ -53,9 +56,9 @@ def in_row_blocks(
     off: the result is the same. It is not done where gradients are enabled, since the
     features may have to be kept for them.
 
-    :param Callable function: maps ``(B, C, H, W)`` to ``(B, C', H, W)``; an output
-        pixel sees no further than ``reach`` rows, and rows beyond the inputs are zero
-        in every layer.
+    :param Callable function: maps ``(B, C, H, W)`` to ``(B, C', H, W)``, or to a tuple
+        of them; an output pixel sees no further than ``reach`` rows, and rows beyond
+        the inputs are zero in every layer.
     :param torch.Tensor inputs: tensors ``(B, C, H, W)`` of equal B, H and W.
     :param int reach: rows that an output pixel sees on each side.
     :param int channels: largest number of channels of the features.
@@ -65,16 +68,17 @@ def in_row_blocks(
     batch, _, height, width = inputs[0].shape
     row_bytes = batch * width * channels * inputs[0].element_size()
     size = BLOCK_BYTES if block_bytes is None else block_bytes
-    # Blocks of a few rows would compute mostly what is cut off.
-    blocks = row_blocks(height, row_bytes, size, max(multiple, 4 * reach), multiple)
+    # Of blocks of a few rows, most is computed to be cut off.
+    blocks = row_blocks(height, row_bytes, size, max(multiple, 8 * reach), multiple)
     if len(blocks) < 2 or torch.is_grad_enabled():
         return function(*inputs)
-    out: Tensor | None = None
+    outputs: list[Tensor] = []
     for block in blocks:
         low = max(0, block.start - reach)
-        part = function(*(t[..., low : block.stop + reach, :] for t in inputs))
-        if out is None:
-            out = part.new_empty(batch, part.shape[1], height, width)
-        out[..., block, :] = part[..., block.start - low : block.stop - low, :]
-    assert out is not None
-    return out
+        result = function(*(t[..., low : block.stop + reach, :] for t in inputs))
+        parts = (result,) if isinstance(result, Tensor) else result
+        if not outputs:
+            outputs = [p.new_empty(batch, p.shape[1], height, width) for p in parts]
+        for out, part in zip(outputs, parts, strict=True):
+            out[..., block, :] = part[..., block.start - low : block.stop - low, :]
+    return outputs[0] if isinstance(result, Tensor) else cast(Output, tuple(outputs))

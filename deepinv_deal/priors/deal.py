@@ -92,12 +92,12 @@ class BoundMask:
 
     def __call__(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, H, W)
         """Returns the masks of ``x``."""
-        overwrite = not torch.is_grad_enabled()  # features that nobody else has
-        t = self.phi[0](_abs(self.W(x), overwrite))
-        t = self.phi[1](_abs(F.conv2d(t, self.V[0], padding=1), overwrite))
-        t = _abs(F.conv2d(t, self.V[1], padding=1), overwrite)
+        t = self.phi[0].in_place(_abs(self.W(x)))
+        t = self.phi[1].in_place(_abs(F.conv2d(t, self.V[0], padding=1)))
+        t = _abs(F.conv2d(t, self.V[1], padding=1))
+        overwrite = not torch.is_grad_enabled()
         t = t.mul_(self.alpha) if overwrite and t.dtype == x.dtype else self.alpha * t
-        t = self.phi[2](t)
+        t = self.phi[2].in_place(t)
         return (torch.clamp_ if overwrite else torch.clamp)(t, MASK_MIN, MASK_MAX)
 
 
@@ -169,8 +169,9 @@ class DEALPrior(AttentiveQuadraticPrior):
         return AttentiveQuadratic(self.W.operator(), mask, mask.reach)
 
 
-def _abs(x: Tensor, overwrite: bool) -> Tensor:
-    return x.abs_() if overwrite else x.abs()
+def _abs(features: Tensor) -> Tensor:
+    """Overwrites features that nobody else has, unless gradients need them."""
+    return features.abs() if torch.is_grad_enabled() else features.abs_()
 
 
 def _conv3x3(n: int) -> nn.Parameter:

@@ -64,8 +64,8 @@ class AttentiveMask(nn.Module):
 
         def mask(x: Tensor, Wx: Tensor) -> Tensor:  # noqa: ARG001 - MMR's mask needs it
             for convolution, spline in layers:
-                x = spline(convolution(x))
-            return x.sigmoid()
+                x = spline.in_place(convolution(x))
+            return x.sigmoid() if torch.is_grad_enabled() else x.sigmoid_()
 
         return mask
 
@@ -186,6 +186,9 @@ class AttentiveL1Prior(Prior, Configurable):
     #: Settings of the solver that exist for it, see :class:`SolverOptions`.
     solver_settings: tuple[str, ...] = ("inner_max_iter", "forcing")
 
+    #: The mask, the same everywhere, with whose solution the iteration starts.
+    first_mask: float = 1.0
+
     @staticmethod
     def methods(bounds: Bounds | None) -> tuple[str, ...]:  # noqa: ARG004 - with any
         """Returns the names of the methods that solve its frozen problems."""
@@ -229,7 +232,8 @@ class AttentiveL1Prior(Prior, Configurable):
         # The norm only balances the unknowns of the solver: no model depends on it.
         nu = self.W.sqnorm("exact").detach().sqrt()
         mask = self.bind_mask(nu)
-        return AttentiveL1(self.W.operator(nu), nu, mask, slices or Slices())
+        W = self.W.operator(nu)
+        return AttentiveL1(W, nu, mask, slices or Slices(), self.first_mask)
 
     def default_lambda(self, sigma: float | Tensor | None, x: Tensor) -> Tensor:
         r"""
@@ -403,6 +407,9 @@ class SAFIPrior(AttentiveL1Prior):
     :param int num_filters: number of filters and masks.
     :param float sigma: noise level that the weights are trained for, in [0, 1] units.
     """
+
+    #: That of a new mask network: its splines start at zero.
+    first_mask = 0.5
 
     def __init__(self, num_filters: int = 64, sigma: float = 25 / 255):
         super().__init__(num_filters, sigma)

@@ -11,7 +11,7 @@ with a mask :math:`m` that was computed from an image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -35,6 +35,7 @@ from deepinv_deal.problems.smoothed_l1 import SmoothedL1Equation
 from deepinv_deal.solvers import (
     AdjointOptions,
     ADMMState,
+    LocalProx,
     SolverResult,
     admm,
     conjugate_gradient,
@@ -64,6 +65,9 @@ RELAXATION, LINEAR_FORCING, LINEAR_MAX_ITER = 1.7, 0.1, 50
 #: good enough solve.
 LARGEST_DESCENT_PENALTY = 250.0
 
+#: By how much the first problem, whose mask is the same everywhere, is reduced.
+FIRST_FORCING = 0.3
+
 #: Inner iterations between two looks at the residual.
 CHECK_EVERY = 5
 
@@ -87,12 +91,15 @@ class AttentiveL1:
     :param torch.Tensor nu: the norm :math:`\nu` of the learned operator.
     :param Callable mask_function: ``mask(x, W x)`` for images that the filters see.
     :param Slices slices: these images.
+    :param float first_mask: mask, the same everywhere, with whose solution an iteration
+        starts.
     """
 
     W: MultiConvOperator
     nu: Tensor
     mask_function: MaskFunction
     slices: Slices = Slices()
+    first_mask: float = 1.0
 
     @property
     def _gain(self) -> float:
@@ -311,13 +318,13 @@ class AttentiveL1Equation(IterativeEquation):
         return replace(self, data=self.data.at(self.image(p)))
 
     @torch.no_grad()
-    def start(self, x: Tensor | None, rtol: float = 0.1) -> Tensor:
+    def start(self, x: Tensor | None, rtol: float = FIRST_FORCING) -> Tensor:
         """
-        Returns the first pair: of an image, or of the problem with mask 1 if ``None``.
+        Returns the first pair: of an image, or if ``None`` of the problem whose mask is
+        the same everywhere.
 
         :param torch.Tensor x: first image ``(B, C, H, W)`` or ``None``.
-        :param float rtol: factor by which to reduce the residual of the problem with
-            mask 1.
+        :param float rtol: factor by which to reduce the residual of that problem.
         """
         data = self.data
         if x is None and data.quadratic:
@@ -329,8 +336,9 @@ class AttentiveL1Equation(IterativeEquation):
         if x is not None:
             return p
         everyone = torch.ones_like(data.step, dtype=torch.bool)
-        unmasked = FrozenL1(self.frozen_data(p), p, torch.ones_like(w))
-        return unmasked.solve(torch.full_like(data.step, rtol), everyone).x
+        mask = torch.full_like(w, self.regularizer.first_mask)
+        uniform = FrozenL1(self.frozen_data(p), p, mask)
+        return uniform.solve(torch.full_like(data.step, rtol), everyone).x
 
     def smoothed(self, p: Tensor, smoothing: float) -> SmoothedL1Equation:
         """
@@ -442,6 +450,7 @@ class FrozenL1:
         coefficients = (self.bound * Wx.abs() - w * Wx).flatten(1).sum(1)
         return coefficients + 0.5 * inner(x - dual, x + dual - 2 * g)
 
+    @torch.no_grad()
     def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
         """Reduces the residual of the active samples by the factor ``rtol (B,)``."""
         target = (rtol * self.residual).where(active, torch.inf)
@@ -496,9 +505,7 @@ class FrozenL1:
         rho, rho_s = (expand(r, self.x) for r in self.rho)
         limit = bound / rho
 
-        def prox(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            z = in_parts(soft_threshold, v[0], limit)
-            return z, *map(equation.clamp, v[1:])
+        prox = [LocalProx(soft_threshold, (limit,)), LocalProx(equation.clamp)]
 
         # The dual tells the multipliers of both splits: at a solution, d = z + u and
         # the proximal map of d is z.
@@ -506,8 +513,9 @@ class FrozenL1:
         if equation.bounds is not None:
             rest = equation.data.force(self.x) - self.force
             d.append(self.x + rest / rho_s)
-        z = prox(tuple(d))
-        u = tuple(di - zi for di, zi in zip(d, z, strict=True))
+        prox = prox[: len(d)]
+        z = tuple(p(v) for p, v in zip(prox, d, strict=True))
+        aims = tuple(zi + (zi - di) for zi, di in zip(z, d, strict=True))
 
         def pair(state: ADMMState) -> tuple[Tensor, Tensor]:
             x = state.x if equation.bounds is None else state.z[1]
@@ -518,7 +526,7 @@ class FrozenL1:
             W = equation.regularizer
             return self._measure(x, w, W.analyse(x), W.adjoint(w))
 
-        start = ADMMState(self.x, z, u, Kx=(self.Wx, self.x)[: len(z)])
+        start = ADMMState(self.x, z, aims, Kx=(self.Wx, self.x)[: len(z)])
         result = self._split(equation.data.b, prox, start, measure, target)
         result.x = equation.pair(*pair(result.state))
         return result
@@ -526,7 +534,7 @@ class FrozenL1:
     def _split(
         self,
         rhs: Tensor,
-        prox: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+        prox: Sequence[LocalProx],
         start: ADMMState,
         measure: Callable[[ADMMState, ADMMState], Tensor],
         target: Tensor,
@@ -569,13 +577,13 @@ class FrozenL1:
             gain = gain + self.rho[0] * norm(Wp).square()
             length = expand(inner(r, p) / gain.where(gain > 0, 1), x)
             # New memory for features takes longer than the arithmetic.
-            Wx = Wp.mul_(length).add_(Wx)
-            return x + length * p, Wx
+            return x + length * p, torch.addcmul(Wx, Wp, length, out=Wp)
 
         def solve_x(
             targets: tuple[Tensor, ...], x: Tensor, Kx: tuple[Tensor, ...]
         ) -> tuple[Tensor, tuple[Tensor, ...]]:
-            r = rhs - equation.data.normal(x) + rho * W.adjoint(targets[0].sub_(Kx[0]))
+            misfit = in_parts(torch.sub, targets[0], Kx[0])
+            r = rhs - equation.data.normal(x) + rho * W.adjoint(misfit)
             if n_splits > 1:
                 r = r + rho_s * (targets[1] - x)
             if all_descend:

@@ -21,7 +21,13 @@ from deepinv_deal.problems.equation import IterativeEquation
 from deepinv_deal.problems.grouped import GroupedQuadratic, energies
 from deepinv_deal.problems.options import SolverOptions
 from deepinv_deal.problems.preconditioning import Preconditioning
-from deepinv_deal.solvers import ADMMState, SolverResult, admm, conjugate_gradient
+from deepinv_deal.solvers import (
+    ADMMState,
+    LocalProx,
+    SolverResult,
+    admm,
+    conjugate_gradient,
+)
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE, LinearProblem
 from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.solvers.precision import tf32_convolutions
@@ -646,9 +652,6 @@ class BoundedSystem:
             )
             return x + step.x, (x + step.x,)
 
-        def prox(v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (clamp(v[0], equation.bounds),)
-
         def measure(new: ADMMState, _old: ADMMState) -> Tensor:
             z = new.z[0]
             force = equation.force(z, self.squared_mask)
@@ -656,11 +659,12 @@ class BoundedSystem:
 
         # At a solution the multiplier is the force that the bounds bear.
         d = self.x + system.r / shift
-        z = prox((d,))
+        prox = LocalProx(lambda v: clamp(v, equation.bounds))
+        z = prox(d)
         result = admm(
             solve_x,
-            prox,
-            ADMMState(self.x, z, (d - z[0],), (self.x,)),
+            [prox],
+            ADMMState(self.x, (z,), (z + (z - d),), (self.x,)),
             rho=(rho,),
             rtol=(rtol * self.residual).where(active, torch.inf),
             max_iter=equation.options.inner_max_iter,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import expand, inner
+from deepinv_deal._batch import Output, expand, inner
 from deepinv_deal.operators import PatchConv, PatchFrame
 from deepinv_deal.operators.patches import SlicedPatchConv
 from deepinv_deal.operators.row_blocks import cache_bytes, in_row_blocks
@@ -21,6 +21,7 @@ from deepinv_deal.problems.normal_operator import NormalOperator
 from deepinv_deal.problems.penalties import GROUP_SIDE, L1Penalty, Penalty
 from deepinv_deal.solvers import (
     AdjointOptions,
+    LocalProx,
     SolverResult,
     Status,
     attach_gradient,
@@ -175,12 +176,12 @@ class SynthesisProblem:
             return self.penalty.prox(a - self.analysis(misfit))
 
         if synthesis is not None:
-            return _in_cache(step, a, synthesis - f)
-        return _in_cache(lambda a, f: step(a, self.synthesis(a) - f), a, f)
+            return in_cache(step, a, synthesis - f)
+        return in_cache(lambda a, f: step(a, self.synthesis(a) - f), a, f)
 
-    def prox(self, a: Tensor, r: float) -> Tensor:
-        r"""Returns :math:`\mathrm{prox}_{R/r}(a)`."""
-        return _in_cache(lambda a: self.penalty.prox(a, r), a)
+    def local_prox(self, r: float) -> LocalProx:
+        r"""Returns the map :math:`\mathrm{prox}_{R/r}`."""
+        return LocalProx(lambda a: self.penalty.prox(a, r), evaluate=in_cache)
 
     # -- linear systems in the image -------------------------------------------
 
@@ -534,8 +535,11 @@ def _active_set_solver(equation: CoefficientEquation, S: Any) -> LinearSolve:
 # -- helpers ---------------------------------------------------------------------
 
 
-def _in_cache(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
-    """Evaluates a pointwise function of maps ``(B, C p, H', W')`` block by block."""
+def in_cache(function: Callable[..., Output], *maps: Tensor) -> Output:
+    """
+    Evaluates a function of maps ``(B, C p, H', W')``, pointwise or for groups of 2 x 2
+    positions, in blocks of rows.
+    """
     return in_row_blocks(
         function,
         *maps,

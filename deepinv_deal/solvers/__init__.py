@@ -21,6 +21,7 @@ from deepinv_deal.solvers.precision import full_precision
 from deepinv_deal.solvers.preconditioner import Fourier
 from deepinv_deal.solvers.proximal import (
     ADMMState,
+    LocalProx,
     admm,
     project_linf,
     proximal_gradient,
@@ -44,6 +45,7 @@ __all__ = [
     "Fourier",
     "FrozenProblem",
     "LinearProblem",
+    "LocalProx",
     "SolvedEquation",
     "SolverResult",
     "Status",

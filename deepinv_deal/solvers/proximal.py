@@ -8,6 +8,7 @@ gradients enabled (for unrolling; the models use implicit gradients).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -60,6 +61,31 @@ def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
     :param float, torch.Tensor threshold: :math:`t \geq 0`, broadcastable to ``x``.
     """
     return x - project_linf(x, threshold)  # Moreau's identity
+
+
+@dataclass(frozen=True)
+class LocalProx:
+    """
+    A proximal map that acts on every entry, or small group of entries, alone.
+
+    Solvers can therefore evaluate it, together with what they do before and after, in
+    parts that stay in the cache.
+
+    :param Callable function: ``function(v, *tensors)``; does not modify ``v``.
+    :param tuple tensors: what else belongs to the entries, shape of ``v``: thresholds,
+        for example.
+    :param Callable evaluate: ``evaluate(f, *tensors)`` returns ``f(*tensors)``, a
+        tensor or a tuple of them, part by part without dividing a group.
+    """
+
+    function: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...] = ()
+    evaluate: Callable[..., Any] = in_parts
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Returns the proximal map of ``v``."""
+        result: Tensor = self.evaluate(self.function, v, *self.tensors)
+        return result
 
 
 # -- the loop of both solvers --------------------------------------------------
@@ -364,19 +390,26 @@ class ADMMState(NamedTuple):
 
     :param torch.Tensor x: the unknown, ``(B, ...)``.
     :param tuple z: the split variables, :math:`z_i = K_i x` at the solution.
-    :param tuple u: the multipliers divided by :math:`\rho_i`.
+    :param tuple target: what the next :math:`K_i x` aim at, :math:`z_i - u_i` with the
+        multipliers divided by :math:`\rho_i`.
     :param tuple Kx: the :math:`K_i x`.
     """
 
     x: Tensor
     z: Blocks
-    u: Blocks
+    target: Blocks
     Kx: Blocks
+
+    @property
+    def u(self) -> Blocks:
+        r"""The multipliers divided by :math:`\rho_i`."""
+        pairs = zip(self.z, self.target, strict=True)
+        return tuple(in_parts(torch.sub, z, target) for z, target in pairs)
 
 
 def admm(
     solve_x: Callable[[Blocks, Tensor, Blocks], tuple[Tensor, Blocks]],
-    prox: Callable[[Blocks], Blocks],
+    prox: Sequence[LocalProx],
     init: ADMMState,
     *,
     rho: Sequence[float | Tensor] = (1.0,),
@@ -418,25 +451,26 @@ def admm(
     :Example:
 
     >>> import torch
-    >>> from deepinv_deal.solvers.proximal import ADMMState, admm, soft_threshold
+    >>> from deepinv_deal.solvers import ADMMState, LocalProx, admm
+    >>> from deepinv_deal.solvers.proximal import soft_threshold
     >>> b, x = torch.tensor([[3.0, 0.5]]), torch.zeros(1, 2)
     >>> def solve_x(target, x, Kx):
     ...     x = (b + target[0]) / 2
     ...     return x, (x,)
     >>> result = admm(
     ...     solve_x,
-    ...     lambda v: (soft_threshold(v[0], 1.0),),
-    ...     ADMMState(x, z=(x,), u=(x,), Kx=(x,)),
+    ...     [LocalProx(lambda v: soft_threshold(v, 1.0))],
+    ...     ADMMState(x, z=(x,), target=(x,), Kx=(x,)),
     ... )
     >>> result.x.round(decimals=2)
     tensor([[2., 0.]])
 
     :param Callable solve_x: ``solve_x(targets, x, Kx)`` returns the minimiser of the
-        first line for the targets :math:`z_i - u_i`, which it may overwrite, and the
-        tuple of its :math:`K_i x`. An iterative solver may start at the last ``x``,
-        where ``Kx`` is known, and often has the new one at hand.
-    :param Callable prox: maps a tuple of arguments, which it must not modify, to the
-        tuple of all :math:`\mathrm{prox}_{g_i / \rho_i}`.
+        first line for the targets :math:`z_i - u_i` and the tuple of its :math:`K_i x`.
+        It must not modify what it is given. An iterative solver may start at the last
+        ``x``, where ``Kx`` is known, and often has the new one at hand.
+    :param list prox: the :math:`\mathrm{prox}_{g_i / \rho_i}`, a :class:`LocalProx`
+        for every split.
     :param ADMMState init: where to start; the ``state`` of an earlier result continues
         it. Not modified.
     :param list rho: penalty of every split, numbers or ``(B,)``. They must agree with
@@ -458,37 +492,43 @@ def admm(
         differ, or a tolerance or limit is negative.
     """
     m = len(rho)
-    lengths = [len(init.z), len(init.u), len(init.Kx)]
-    if lengths != [m] * 3 or m == 0:
+    lengths = [len(prox), len(init.z), len(init.target), len(init.Kx)]
+    if lengths != [m] * 4 or m == 0:
         raise ValueError(
-            "rho, init.z, init.u and init.Kx must have one entry per split, got "
-            f"{m} and {lengths}."
+            "rho, prox, init.z, init.target and init.Kx must have one entry per split, "
+            f"got {m} and {lengths}."
         )
     if not 0 < relaxation < 2:
         raise ValueError(f"relaxation must lie in (0, 2), got {relaxation}.")
 
-    # The state of the loop has d = z + u instead of u, whose update is the shortest.
-    def blocks(state: Blocks) -> tuple[Blocks, Blocks, Blocks]:
-        z, d, Kx = (state[i * m + 1 : (i + 1) * m + 1] for i in range(3))
-        return z, d, Kx
-
     def unpack(state: Blocks) -> ADMMState:
-        z, d, Kx = blocks(state)
-        u = tuple(in_parts(torch.sub, *pair) for pair in zip(d, z, strict=True))
-        return ADMMState(state[0], z, u, Kx)
+        z, target, Kx = (state[i * m + 1 : (i + 1) * m + 1] for i in range(3))
+        return ADMMState(state[0], z, target, Kx)
 
-    def target(z: Tensor, d: Tensor) -> Tensor:
-        return torch.sub(z, d).add_(z)  # z - u
+    def split(
+        prox: LocalProx, z: Tensor, target: Tensor, Kx: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the new split variable and target."""
 
-    def advance(d: Tensor, z: Tensor, Kx: Tensor) -> Tensor:
-        return torch.add(d, Kx - z, alpha=relaxation)  # h + u
+        def advance(z: Tensor, target: Tensor, Kx: Tensor, *tensors: Tensor) -> Blocks:
+            # h + u = alpha (K x - z) + 2 z - target
+            d = torch.sub(Kx, z).mul_(relaxation).add_(z, alpha=2).sub_(target)
+            new = prox.function(d, *tensors)
+            return new, torch.sub(new, d).add_(new)
 
-    def iteration(state: Blocks) -> Blocks:
-        z, d, Kx = blocks(state)
-        targets = tuple(in_parts(target, *pair) for pair in zip(z, d, strict=True))
-        x, Kx = solve_x(targets, state[0], Kx)
-        d = tuple(in_parts(advance, *parts) for parts in zip(d, z, Kx, strict=True))
-        return x, *prox(d), *d, *Kx
+        blocks: tuple[Tensor, Tensor] = prox.evaluate(
+            advance, z, target, Kx, *prox.tensors
+        )
+        return blocks
+
+    def iteration(blocks: Blocks) -> Blocks:
+        state = unpack(blocks)
+        x, Kx = solve_x(state.target, state.x, state.Kx)
+        splits = [
+            split(*parts) for parts in zip(prox, state.z, state.target, Kx, strict=True)
+        ]
+        z, target = zip(*splits, strict=True)
+        return x, *z, *target, *Kx
 
     def residuals(new: ADMMState, old: ADMMState) -> Tensor:
         size = torch.maximum(joint_norm(new.Kx, rho), joint_norm(new.z, rho))
@@ -510,7 +550,7 @@ def admm(
     state, status, n_iter, residual = _iterate(
         iteration,
         lambda new, old: stop(unpack(new), unpack(old)),
-        (init.x, *init.z, *map(torch.add, init.z, init.u), *init.Kx),
+        (init.x, *init.z, *init.target, *init.Kx),
         rtol=rtol,
         max_iter=max_iter,
         check_every=check_every,

@@ -422,11 +422,12 @@ def test_pointwise_steps_in_blocks_of_rows_are_those_of_all_rows(
     monkeypatch.setattr(type(problem.penalty), "prox", recorded)
     with torch.no_grad():
         f = problem.features(problem.data.b)
-        step, shrunk = problem.threshold(a, f), problem.prox(a, 0.7)
+        step, shrunk = problem.threshold(a, f), problem.local_prox(0.7)(a)
         assert heights == 2 * [a.shape[-2]]
         monkeypatch.setattr("deepinv_deal.operators.row_blocks.CACHE_BYTES", 1)
         torch.testing.assert_close(problem.threshold(a, f), step, rtol=1e-13, atol=0)
-        torch.testing.assert_close(problem.prox(a, 0.7), shrunk, rtol=1e-12, atol=1e-15)
+        again = problem.local_prox(0.7)(a)
+        torch.testing.assert_close(again, shrunk, rtol=1e-12, atol=1e-15)
     assert set(heights[2:]) == {2, a.shape[-2] % 2} - {0}  # groups of 2 rows stay whole
 
 

@@ -11,8 +11,10 @@ import torch
 from helpers import batched_map, random
 from torch import Tensor
 
+from deepinv_deal import _batch
 from deepinv_deal.solvers import (
     ADMMState,
+    LocalProx,
     SolverResult,
     Status,
     admm,
@@ -436,8 +438,10 @@ class Analysis:
         x = torch.stack([self.inverse @ v for v in rhs])
         return x, (self.apply(x), x)
 
-    def prox(self, v):
-        return soft_threshold(v[0], self.m / self.rho[0]), v[1].clamp(0, 1)
+    @property
+    def prox(self):
+        limit = self.m / self.rho[0]
+        return LocalProx(soft_threshold, (limit,)), LocalProx(lambda v: v.clamp(0, 1))
 
     def start(self) -> ADMMState:
         x = torch.zeros_like(self.y)
@@ -516,6 +520,18 @@ def test_admm_goes_on_where_it_stopped(rng):
     assert torch.equal(rest.x, whole.x)
 
 
+def test_admm_does_not_depend_on_the_parts_in_which_splits_are_evaluated(
+    rng, monkeypatch
+):
+    problem = Analysis.draw(rng)
+    whole = problem.solve(relaxation=1.5, rtol=1e-6, max_iter=5000)
+    monkeypatch.setattr(_batch, "PART", 3)
+    with torch.no_grad():
+        parts = problem.solve(relaxation=1.5, rtol=1e-6, max_iter=5000)
+    assert torch.equal(parts.n_iter, whole.n_iter)
+    torch.testing.assert_close(parts.x, whole.x, rtol=0, atol=1e-13)
+
+
 def test_admm_profits_from_its_state_after_a_change_of_the_weights(rng):
     first = Analysis.draw(rng)
     second = first.replace(m=1.02 * first.m)
@@ -539,7 +555,7 @@ def test_admm_stops_on_primal_and_dual_residuals(rng):
     problem = Analysis.draw(rng, n_samples=1).replace(rho=(0.5, 2.0))
     before = problem.solve(rtol=0, max_iter=8).state
     result = problem.solve(rtol=0, max_iter=9)
-    x, z, u, _ = result.state
+    x, z, u = result.state.x, result.state.z, result.state.u
     weights = (0.5, 2.0)
 
     def size(*blocks):
