@@ -193,8 +193,8 @@ class AttentiveL1Equation(IterativeEquation):
 
     If the mask is frozen, this is the optimality condition of a convex problem, whose
     solutions do not depend on the step :math:`t > 0`. The unknown of the solvers is the
-    *pair* of :math:`x (B, C, H, W)` and :math:`w (B, C N, H, W)`, stacked along the
-    channels.
+    *pair* of :math:`x (B, C, H, W)` and :math:`w (B, C N, H, W)`, one after the other
+    in a vector for each sample.
 
     :param DataTerm data: the data term.
     :param torch.Tensor lambda_reg: regularization weight per sample, ``(B,)``.
@@ -221,14 +221,28 @@ class AttentiveL1Equation(IterativeEquation):
                 "squares only. Use 'admm' or 'auto' with this physics or data_fidelity."
             )
 
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """In which order of its dimensions a dual variable is contiguous in a pair."""
+        # That of filter responses, or they would be rearranged again and again: CPUs
+        # have the channels last.
+        b, slices = self.data.b, self.regularizer.slices
+        last = b.device.type == "cpu" and b.shape[1] == 1 and not slices.mean
+        return (0, 2, 3, 1) if last else (0, 1, 2, 3)
+
     def pair(self, x: Tensor, w: Tensor) -> Tensor:
-        """Stacks an image ``(B, C, H, W)`` and its dual ``(B, C N, H, W)``."""
-        return torch.cat([x, w], 1)
+        """Joins an image ``(B, C, H, W)`` and its dual ``(B, C N, H, W)``, ``(B, n)``."""
+        return torch.cat([x.flatten(1), w.permute(self._order).flatten(1)], 1)
 
     def unpair(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """Inverse of :meth:`pair`."""
-        channels = self.data.b.shape[1]
-        return p[:, :channels], p[:, channels:]
+        shape = self.data.b.shape
+        number = shape[1:].numel()
+        x, w = p[:, :number].view(len(p), *shape[1:]), p[:, number:]
+        order = self._order
+        if order[1] == 1:
+            return x, w.view(len(p), -1, *shape[2:])
+        return x, w.view(len(p), *shape[2:], -1).permute(0, 3, 1, 2)
 
     def image(self, p: Tensor) -> Tensor:
         """Returns the image of a pair."""
@@ -502,31 +516,41 @@ class FrozenL1:
 
     def _admm(self, target: Tensor) -> SolverResult:
         equation, bound = self.equation, self.bound
-        rho, rho_s = (expand(r, self.x) for r in self.rho)
-        limit = bound / rho
 
-        prox = [LocalProx(soft_threshold, (limit,)), LocalProx(equation.clamp)]
+        def threshold(d: Tensor, bound: Tensor) -> Tensor:
+            return soft_threshold(d, bound / expand(self.rho[0], d))
+
+        prox = [LocalProx(threshold, (bound,)), LocalProx(equation.clamp)]
 
         # The dual tells the multipliers of both splits: at a solution, d = z + u and
-        # the proximal map of d is z.
-        d = [self.Wx + self.w / rho]
+        # the proximal map of d is z. ADMM wants z - u.
+        def aim(Wx: Tensor, w: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+            d = Wx + w / expand(self.rho[0], w)
+            z = threshold(d, bound)
+            return z, z + (z - d)
+
+        splits = [in_parts(aim, self.Wx, self.w, bound)]
         if equation.bounds is not None:
             rest = equation.data.force(self.x) - self.force
-            d.append(self.x + rest / rho_s)
-        prox = prox[: len(d)]
-        z = tuple(p(v) for p, v in zip(prox, d, strict=True))
-        aims = tuple(zi + (zi - di) for zi, di in zip(z, d, strict=True))
+            d = self.x + rest / expand(self.rho[1], rest)
+            z = equation.clamp(d)
+            splits.append((z, z + (z - d)))
 
         def pair(state: ADMMState) -> tuple[Tensor, Tensor]:
+            def dual(z: Tensor, target: Tensor) -> Tensor:
+                return expand(self.rho[0], z) * (z - target)
+
             x = state.x if equation.bounds is None else state.z[1]
-            return x, rho * state.u[0]
+            return x, in_parts(dual, state.z[0], state.target[0])
 
         def measure(state: ADMMState, _old: ADMMState) -> Tensor:
             x, w = pair(state)
             W = equation.regularizer
             return self._measure(x, w, W.analyse(x), W.adjoint(w))
 
-        start = ADMMState(self.x, z, aims, Kx=(self.Wx, self.x)[: len(z)])
+        z, targets = zip(*splits, strict=True)
+        start = ADMMState(self.x, z, targets, Kx=(self.Wx, self.x)[: len(z)])
+        prox = prox[: len(z)]
         result = self._split(equation.data.b, prox, start, measure, target)
         result.x = equation.pair(*pair(result.state))
         return result

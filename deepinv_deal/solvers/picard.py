@@ -118,7 +118,7 @@ class Picard:
         broken = working & (solution.status >= Status.BREAKDOWN)
         working = working & ~broken
         active = state.active & ~broken
-        moved = start + expand(state.omega, x) * (solution.x - start)
+        moved = torch.lerp(start, solution.x, expand(state.omega, x))
         return state._replace(
             x=select(working, moved, x),
             problem=None,  # what it holds may be large, and the next one is to follow

@@ -452,7 +452,7 @@ def test_jacobian_free_gradients_are_those_with_the_mask_frozen(kind, problem):
     def value(b, lam):
         options = SolverOptions(inner_max_iter=2000)
         e = prior.equation(operator_term(b, H), lambda_reg=lam, options=options)
-        frozen = FrozenL1(e, start.expand(4, -1, -1, -1), mask.expand(4, -1, -1, -1))
+        frozen = FrozenL1(e, start.expand(4, -1), mask.expand(4, -1, -1, -1))
         everyone = torch.ones(4, dtype=torch.bool)
         rtol = 1e-12 / frozen.residual
         images_found = e.image(frozen.solve(rtol, everyone).x)
