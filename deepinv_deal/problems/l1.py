@@ -231,7 +231,7 @@ class AttentiveL1Equation(IterativeEquation):
         return (0, 2, 3, 1) if last else (0, 1, 2, 3)
 
     def pair(self, x: Tensor, w: Tensor) -> Tensor:
-        """Joins an image ``(B, C, H, W)`` and its dual ``(B, C N, H, W)``, ``(B, n)``."""
+        """Joins image ``(B, C, H, W)`` and dual ``(B, C N, H, W)``: ``(B, n)``."""
         return torch.cat([x.flatten(1), w.permute(self._order).flatten(1)], 1)
 
     def unpair(self, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -533,8 +533,8 @@ class FrozenL1:
         if equation.bounds is not None:
             rest = equation.data.force(self.x) - self.force
             d = self.x + rest / expand(self.rho[1], rest)
-            z = equation.clamp(d)
-            splits.append((z, z + (z - d)))
+            inside = equation.clamp(d)
+            splits.append((inside, inside + (inside - d)))
 
         def pair(state: ADMMState) -> tuple[Tensor, Tensor]:
             def dual(z: Tensor, target: Tensor) -> Tensor:
@@ -548,10 +548,10 @@ class FrozenL1:
             W = equation.regularizer
             return self._measure(x, w, W.analyse(x), W.adjoint(w))
 
-        z, targets = zip(*splits, strict=True)
-        start = ADMMState(self.x, z, targets, Kx=(self.Wx, self.x)[: len(z)])
-        prox = prox[: len(z)]
-        result = self._split(equation.data.b, prox, start, measure, target)
+        m = len(splits)
+        z, targets = tuple(s[0] for s in splits), tuple(s[1] for s in splits)
+        start = ADMMState(self.x, z, targets, Kx=(self.Wx, self.x)[:m])
+        result = self._split(equation.data.b, prox[:m], start, measure, target)
         result.x = equation.pair(*pair(result.state))
         return result
 
