@@ -18,7 +18,7 @@ import torch
 from _common import PeakMemory, application_times, median_seconds
 from skimage.data import camera
 
-from deepinv_deal import DEAL
+from deepinv_deal import DEAL, keep_freed_memory
 from deepinv_deal.evaluation import quality
 
 
@@ -87,6 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
     model = DEAL(pretrained=args.pretrained, warn=False)
     if args.large:
         denoise_large(model, args.large)

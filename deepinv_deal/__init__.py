@@ -52,5 +52,6 @@ __all__ = [
     "Trial",
     "TuningResult",
     "__version__",
+    "keep_freed_memory",
     "tune",
 ]

@@ -13,6 +13,7 @@ from . import splines as splines
 from . import training as training
 from . import tuning as tuning
 from . import weights as weights
+from ._memory import keep_freed_memory
 from .models import (
     DEAL,
     MMR,
@@ -61,5 +62,6 @@ __all__ = [
     "Trial",
     "TuningResult",
     "__version__",
+    "keep_freed_memory",
     "tune",
 ]

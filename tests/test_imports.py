@@ -24,6 +24,7 @@ ALLOWED = {
     "_batch": set(),
     "_warnings": set(),
     "_atomic": set(),
+    "_memory": set(),
     "operators": CORE,
     "splines": CORE,
     "solvers": CORE,

@@ -8,12 +8,11 @@ import what they compute with when they run.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import sys
 from collections.abc import Sequence
 
 from deepinv_deal import __version__
+from deepinv_deal._memory import keep_freed_memory
 from deepinv_deal.cli._options import BAD_INPUT
 from deepinv_deal.cli.completion import add_completion
 from deepinv_deal.cli.demo import add_demo
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         could not be denoised, 2 for bad input, 130 after Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
         return int(args.run(args))
     except BAD_INPUT as error:
@@ -45,21 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("deepinv-deal: interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-def _keep_freed_memory() -> None:
-    """
-    Makes the C library reuse the memory of large tensors.
-
-    glibc returns every block above 32 MB to the system and clears it anew at the next
-    use, which takes longer than most arithmetic on it. Elsewhere this does nothing. It
-    concerns the whole process, so only the command line does this.
-    """
-    max_mappings, trim_threshold = -4, -1  # from malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(max_mappings, 0)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _parser() -> argparse.ArgumentParser:
