@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deepinv_deal._batch import in_parts
 from deepinv_deal.solvers.proximal import soft_threshold
 
 #: Rows (and columns) of the groups of coefficients that belong together.
@@ -280,15 +281,19 @@ class WeaklyConvexPenalty:
 
     def value(self, a: Tensor) -> Tensor:
         """Returns R(a), ``(B,)``; for an order below 2 to about ten digits."""
+        threshold = self.threshold.expand_as(a).contiguous()
+        return in_parts(self._values, a, threshold).flatten(1).sum(1)
+
+    def _values(self, a: Tensor, threshold: Tensor) -> Tensor:
+        """The value of every coefficient."""
         # At the preimage v the derivatives through v cancel: v may stay fixed.
-        v = self._invert(a, 0.0)
-        s = v.abs() / self.threshold
+        v = replace(self, threshold=threshold)._invert(a, 0.0)
+        s = v.abs() / threshold
         if self.order == 2:
             envelope = 0.5 * torch.log1p(s.square())
         else:
             envelope = _Envelope.apply(s, self.order)
-        values = self.threshold.square() * envelope - 0.5 * (v - a).square()
-        return values.flatten(1).sum(1)
+        return threshold.square() * envelope - 0.5 * (v - a).square()
 
     def jacobian(self, v: Tensor) -> Callable[[Tensor, float], Tensor]:
         """Returns powers of the derivative of ``prox``, a diagonal."""
