@@ -17,6 +17,7 @@ pytest.importorskip("_common", reason="the scripts are not part of this distribu
 from _common import SPEED_TASKS, deepinv_model
 
 from deepinv_deal import DEAL
+from deepinv_deal.operators.multi_conv import Convolution
 
 SIZE = 128
 
@@ -52,6 +53,25 @@ def test_application(benchmark, model, implementation):
         torch.testing.assert_close(
             found, regularizer.normal(x, squared_mask), rtol=1e-3, atol=1e-5
         )
+
+
+@pytest.mark.benchmark(group="one convolution of 321 x 481 pixels")
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "direct"])
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "k"), [(48, 48, 7), (24, 96, 9), (96, 24, 9), (32, 8, 9)]
+)
+def test_convolution(benchmark, c_in, c_out, k, tiled):
+    rng = torch.Generator().manual_seed(0)
+    kernel = torch.randn(c_out, c_in, k, k, generator=rng)
+    x = torch.randn(1, c_in, 321, 481, generator=rng)
+    x = x.contiguous(memory_format=torch.channels_last)
+    convolution = Convolution(kernel)
+    if not tiled:
+        convolution.tiles = None
+    with torch.no_grad():
+        out = benchmark(convolution, x)
+        expected = torch.nn.functional.conv2d(x, kernel, padding=k // 2)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 * expected.abs().max())
 
 
 @pytest.mark.benchmark(group="one mask")
