@@ -39,6 +39,9 @@ from deepinv_deal.tuning import tune
 from deepinv_deal.weights import load, save
 from deepinv_deal.weights.files import read_header
 
+#: Seconds between two lines on the progress, where there is no progress bar.
+TELL_EVERY = 300.0
+
 R = TypeVar("R", bound=Recipe)
 P = TypeVar("P", bound=nn.Module)
 
@@ -193,7 +196,7 @@ class Trainer(ABC, Generic[R, P]):
         """
         recipe, done = self.recipe, self.progress() >= 1
         start = time.monotonic()
-        offset = last_save = self.elapsed
+        offset = last_save = last_told = self.elapsed
         bar = tqdm(
             total=recipe.steps,
             initial=self.step,
@@ -214,6 +217,11 @@ class Trainer(ABC, Generic[R, P]):
                 self._validate(sum(losses) / len(losses))
                 losses.clear()
                 self.elapsed = self._agreed(offset + time.monotonic() - start)
+                last_told = self.elapsed
+            # Where there is no bar, a log file would stay silent until the validation.
+            if self.elapsed - last_told > TELL_EVERY and bar.disable and losses:
+                self._tell(sum(losses) / len(losses))
+                last_told = self.elapsed
             if self.elapsed - last_save > self.checkpoint_interval:
                 self.save()
                 last_save = self.elapsed
@@ -227,6 +235,14 @@ class Trainer(ABC, Generic[R, P]):
             self.best = self._agreed(self.best)
             self.save()
         return self._agreed(self.best)  # and wait until the files are there
+
+    def _tell(self, loss: float) -> None:
+        """Writes a line on how far the training is."""
+        if self.processes.first:
+            tqdm.write(
+                f"step {self.step}, {self.elapsed:.0f} s, {self.progress():.0%}: "
+                f"loss {loss:.4g}"
+            )
 
     def _choose_lambda(self, path: Path) -> None:
         """Chooses the weight anew, in the file of the best weights."""

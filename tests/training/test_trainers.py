@@ -14,7 +14,7 @@ from problems import OwnPrior
 from trainers import KINDS, SMALL, options, take, weights_after
 
 from deepinv_deal.cli import main
-from deepinv_deal.training import AttentiveQuadraticTrainer, DEALRecipe
+from deepinv_deal.training import AttentiveQuadraticTrainer, DEALRecipe, engine
 
 
 # MMR and NCPR run the code of SAFI and CPR.
@@ -106,6 +106,21 @@ def test_a_validation_that_fails_does_not_become_the_best(folder, tmp_path):
     trainer.new_model = lambda _: lambda y, **_: (y, info)
     trainer._validate(0.0)
     assert trainer.best > 10.0 and (tmp_path / "best.safetensors").exists()
+
+
+def test_without_a_bar_lines_tell_how_far_the_training_is(
+    folder, tmp_path, capsys, monkeypatch
+):
+    kind = KINDS["deal"]
+    trainer = kind.start(folder, tmp_path / "silent", steps=3)
+    trainer.train()
+    assert "%: loss" not in capsys.readouterr().out
+    monkeypatch.setattr(engine, "TELL_EVERY", 0.0)
+    trainer = kind.start(folder, tmp_path / "told", steps=3)
+    trainer.train()
+    out = capsys.readouterr().out
+    assert "step 1, " in out and "33%: loss" in out
+    assert "100%: loss" not in out  # the validation tells it
 
 
 def test_the_noise_level_is_given_in_gray_levels(folder, tmp_path, capsys):
