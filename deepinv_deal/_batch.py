@@ -112,12 +112,15 @@ def in_parts(function: Callable[..., Output], *tensors: Tensor) -> Output:
     """
     Evaluates an element-wise function of large tensors part by part.
 
-    What comes between is not written to memory, where it would take longer than the
-    arithmetic. With gradients, on accelerators, and for tensors in different layouts,
-    all is evaluated at once.
+    The function sees parts ``(B, n)``; constants of samples, ``(B, 1, 1, 1)``, must be
+    expanded to its arguments, see :func:`expand`.
 
-    :param Callable function: maps tensors ``(B, ...)`` of one shape, any, to one of it,
-        or to a tuple of them.
+    What comes between is not written to memory, where it would take longer than the
+    arithmetic. With gradients, on accelerators, and for tensors in different layouts or
+    of different shapes, all is evaluated at once.
+
+    :param Callable function: maps tensors ``(B, ...)`` of one shape, any, to one of the
+        same shape, or to a tuple of them.
     :param torch.Tensor tensors: its arguments, of equal shape.
     """
     order = _memory_order(tensors)
@@ -137,7 +140,7 @@ def in_parts(function: Callable[..., Output], *tensors: Tensor) -> Output:
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the norm of the difference of every sample, ``(B,)``, likewise."""
+    """Returns the norm of the difference of every sample, ``(B,)``, part by part."""
     order = _memory_order((a, b))
     if order is None:
         return norm(a - b)
@@ -160,6 +163,8 @@ def _memory_order(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
     there is none, or if they are not to be taken apart.
     """
     small = tensors[0].numel() <= PART * torch.get_num_threads()
+    if any(t.shape != tensors[0].shape for t in tensors):
+        return None
     if small or tensors[0].device.type != "cpu" or torch.is_grad_enabled():
         return None
     ndim = tensors[0].ndim

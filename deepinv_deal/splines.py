@@ -35,14 +35,18 @@ def linear_spline(x: Tensor, coefficients: Tensor, x_min: float, step: float) ->
     :return: values, shape of ``x``.
     :raises ValueError: if ``coefficients`` fits neither one spline nor one per channel.
     """
+    _check(x, coefficients)
+    if torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad):
+        return _LinearSpline.apply(x, coefficients, x_min, step)
+    return _in_parts(x, coefficients, x_min, step)
+
+
+def _check(x: Tensor, coefficients: Tensor) -> None:
     if coefficients.ndim != 2 or coefficients.shape[0] not in (1, x.shape[1]):
         raise ValueError(
             f"coefficients must have shape (1, K) or ({x.shape[1]}, K) for x with "
             f"{x.shape[1]} channels, got {tuple(coefficients.shape)}."
         )
-    if torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad):
-        return _LinearSpline.apply(x, coefficients, x_min, step)
-    return _in_parts(x, coefficients, x_min, step)
 
 
 #: Columns of bins, into which the entries of an accelerator's tensor are added in turn.
@@ -290,6 +294,7 @@ class BoundSpline:
         """
         if torch.is_grad_enabled():
             return self(x)
+        _check(x, self.coefficients)
         return _in_parts(x, self.coefficients, self.x_min, self.step, overwrite=True)
 
     def clipped_integral(self, x: Tensor) -> Tensor:

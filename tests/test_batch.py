@@ -63,6 +63,15 @@ def test_gradients_pass_through():
     torch.testing.assert_close(x.grad, 2 * x.detach())
 
 
+def test_tensors_of_other_shapes_are_broadcast_whatever_the_size():
+    a, b = numbers(2, 3, 4, 5), numbers(2, 1, 1, 1, seed=1)
+    with torch.no_grad():
+        assert torch.equal(in_parts(torch.add, a, b), a + b)
+        for function in (lambda a, b: in_parts(torch.add, a, b), distance):
+            with pytest.raises(RuntimeError):
+                function(a, numbers(2, 5, 4, 3))
+
+
 def test_functions_may_return_several_tensors():
     a, b = numbers(*SHAPE), numbers(*SHAPE, seed=1)
     with torch.no_grad():

@@ -160,6 +160,8 @@ def test_in_place_takes_no_new_memory_where_the_type_stays(rng):
     with torch.no_grad():
         single = bound.in_place(x.float())
         assert bound.in_place(x).data_ptr() == x.data_ptr()
+        with pytest.raises(ValueError, match="3 channels"):
+            bound.in_place(x[:, :3])
     assert single.dtype == bound.coefficients.dtype == torch.float64
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 #: Side, in pixels, of the tiles that are transformed.
 SIDE = 32
 
-#: Numbers in the tiles of one part, all channels; a part is to stay in the cache.
+#: Numbers in the tiles of one part, all channels, so that it stays in the cache. A part
+#: is at least one row of tiles.
 PART = 2**19
 
 
@@ -22,15 +23,18 @@ class TiledConvolution:
     The image is cut into tiles that overlap by :math:`k - 1` pixels. In the Fourier
     transforms of a tile, a convolution from n to n' channels is one n x n' matrix for
     every frequency; :math:`k - 1` rows and columns of the result are those of a
-    circular convolution, and are cut off. So :math:`k^2` multiplications for each pair
-    of channels and pixel become about :math:`4 \cdot 32^2 / (33 - k)^2 / 2`, and each
-    channel is transformed. It pays for large kernels of many channels.
+    circular convolution, and are cut off. The :math:`k^2` multiplications for each pair
+    of channels and pixel become about :math:`2 \cdot 32^2 / (33 - k)^2`, plus the
+    transforms of all channels. It pays for large kernels of many channels.
+
+    Rounding is relative to the largest value of a tile, and a value that is not finite
+    spoils its whole tile.
 
     :param torch.Tensor kernel: shape ``(C_out, C_in, k, k)``, k odd.
     """
 
     def __init__(self, kernel: Tensor):
-        self.kernel = kernel
+        self.kernel = kernel.detach().clone()  # as it is now
         self.c_out, self.c_in, self.k, _ = kernel.shape
         #: Rows and columns of the result of one tile.
         self.step = SIDE - self.k + 1
@@ -38,16 +42,19 @@ class TiledConvolution:
     @staticmethod
     def pays(kernel: Tensor) -> bool:
         """
-        Tells whether it was measured to be faster for such kernels, on a CPU whose
+        Tells whether tiles were measured to be faster for such kernels, on a CPU whose
         Fourier transforms are those of MKL.
         """
         c_out, c_in, k, _ = kernel.shape
         known = kernel.device.type == "cpu" and torch.backends.mkl.is_available()
         precise = kernel.dtype in (torch.float32, torch.float64)
-        return known and precise and 7 <= k <= 13 and c_in >= 12 and c_in * c_out >= 256
+        large = k in (7, 9, 11, 13) and c_in >= 12 and c_in * c_out >= 256
+        return known and precise and large
 
     def suits(self, x: Tensor) -> bool:
-        """Tells whether tiles waste little of an image, and no gradients are asked."""
+        """
+        Tells whether tiles waste little of an image, and no gradients are asked for.
+        """
         rows, columns = self._tiles(x)
         covered = rows * columns * self.step**2
         return (
@@ -74,14 +81,17 @@ class TiledConvolution:
         batch, _, height, width = x.shape
         rows, columns = self._tiles(x)
         out = x.new_empty(batch, height, width, self.c_out)  # channels last
-        numbers = batch * columns * SIDE**2 * max(self.c_in, self.c_out)
-        together = max(1, PART * torch.get_num_threads() // numbers)
-        for first in range(0, rows, together):
-            number = min(together, rows - first)
-            low = first * self.step
-            high = min(height, low + number * self.step)
-            strip = self._strip(x, low, number, columns)
-            out[:, low:high] = self._convolve(strip)[:, : high - low, :width]
+        numbers = max(1, columns * SIDE**2 * max(self.c_in, self.c_out))
+        fitting = max(1, PART * torch.get_num_threads() // numbers)  # rows of tiles
+        samples = max(1, fitting // max(1, rows))
+        for image, target in zip(x.split(samples), out.split(samples), strict=True):
+            for first in range(0, rows, fitting):
+                number = min(fitting, rows - first)
+                low = first * self.step
+                high = min(height, low + number * self.step)
+                strip = self._strip(image, low, number, columns)
+                result = self._convolve(strip)
+                target[:, low:high] = result[:, : high - low, :width]
         return out.permute(0, 3, 1, 2)
 
     def _strip(self, x: Tensor, low: int, rows: int, columns: int) -> Tensor:

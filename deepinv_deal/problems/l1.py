@@ -46,6 +46,7 @@ from deepinv_deal.solvers import (
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE
 from deepinv_deal.solvers.preconditioner import convolve
+from deepinv_deal.solvers.proximal import at_once
 
 #: ``mask(x, Wx)``: weights from an image and its filtered version, shape of ``Wx``.
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
@@ -65,8 +66,9 @@ RELAXATION, LINEAR_FORCING, LINEAR_MAX_ITER = 1.7, 0.1, 50
 #: good enough solve.
 LARGEST_DESCENT_PENALTY = 250.0
 
-#: By how much the first problem, whose mask is the same everywhere, is reduced.
-FIRST_FORCING = 0.3
+#: How far the residual of the first problem, whose mask is the same everywhere, is
+#: reduced, in denoising and with a physics.
+FIRST_DENOISING_FORCING, FIRST_FORCING = 0.3, 0.1
 
 #: Inner iterations between two looks at the residual.
 CHECK_EVERY = 5
@@ -332,13 +334,14 @@ class AttentiveL1Equation(IterativeEquation):
         return replace(self, data=self.data.at(self.image(p)))
 
     @torch.no_grad()
-    def start(self, x: Tensor | None, rtol: float = FIRST_FORCING) -> Tensor:
+    def start(self, x: Tensor | None, rtol: float | None = None) -> Tensor:
         """
         Returns the first pair: of an image, or if ``None`` of the problem whose mask is
         the same everywhere.
 
         :param torch.Tensor x: first image ``(B, C, H, W)`` or ``None``.
-        :param float rtol: factor by which to reduce the residual of that problem.
+        :param float rtol: factor by which to reduce the residual of that problem;
+            ``None``: what suits.
         """
         data = self.data
         if x is None and data.quadratic:
@@ -352,6 +355,8 @@ class AttentiveL1Equation(IterativeEquation):
         everyone = torch.ones_like(data.step, dtype=torch.bool)
         mask = torch.full_like(w, self.regularizer.first_mask)
         uniform = FrozenL1(self.frozen_data(p), p, mask)
+        if rtol is None:
+            rtol = FIRST_DENOISING_FORCING if data.identity else FIRST_FORCING
         return uniform.solve(torch.full_like(data.step, rtol), everyone).x
 
     def smoothed(self, p: Tensor, smoothing: float) -> SmoothedL1Equation:
@@ -466,7 +471,10 @@ class FrozenL1:
 
     @torch.no_grad()
     def solve(self, rtol: Tensor, active: Tensor) -> SolverResult:
-        """Reduces the residual of the active samples by the factor ``rtol (B,)``."""
+        """
+        Reduces the residual of the active samples by the factor ``rtol (B,)``, without
+        gradients.
+        """
         target = (rtol * self.residual).where(active, torch.inf)
         use_fista = self.equation.options.method == "fista"
         result = (self._dual_fista if use_fista else self._admm)(target)
@@ -520,7 +528,10 @@ class FrozenL1:
         def threshold(d: Tensor, bound: Tensor) -> Tensor:
             return soft_threshold(d, bound / expand(self.rho[0], d))
 
-        prox = [LocalProx(threshold, (bound,)), LocalProx(equation.clamp)]
+        prox = [
+            LocalProx(threshold, (bound,)),
+            LocalProx(equation.clamp, evaluate=at_once),
+        ]
 
         # The dual tells the multipliers of both splits: at a solution, d = z + u and
         # the proximal map of d is z. ADMM wants z - u.

@@ -281,7 +281,10 @@ class WeaklyConvexPenalty:
 
     def value(self, a: Tensor) -> Tensor:
         """Returns R(a), ``(B,)``; for an order below 2 to about ten digits."""
-        threshold = self.threshold.expand_as(a).contiguous()
+        threshold = self.threshold.expand_as(a)
+        if a.device.type == "cpu" and not torch.is_grad_enabled():
+            # Parts are views of tensors of one shape and layout.
+            threshold = torch.empty_like(a).copy_(threshold)
         return in_parts(self._values, a, threshold).flatten(1).sum(1)
 
     def _values(self, a: Tensor, threshold: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from deepinv_deal.solvers import (
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE, LinearProblem
 from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.solvers.precision import tf32_convolutions
+from deepinv_deal.solvers.proximal import at_once
 
 #: Imbalance of forces below which iterations are accelerated. Farther from the solution
 #: that helps some problems and hurts others: valid blur would take twice the work.
@@ -659,7 +660,7 @@ class BoundedSystem:
 
         # At a solution the multiplier is the force that the bounds bear.
         d = self.x + system.r / shift
-        prox = LocalProx(lambda v: clamp(v, equation.bounds))
+        prox = LocalProx(lambda v: clamp(v, equation.bounds), evaluate=at_once)
         z = prox(d)
         result = admm(
             solve_x,

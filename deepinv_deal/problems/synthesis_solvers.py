@@ -24,6 +24,7 @@ from deepinv_deal.solvers.proximal import (
     ADMMState,
     LocalProx,
     admm,
+    at_once,
     proximal_gradient,
     relative_change,
 )
@@ -340,7 +341,8 @@ def joint_admm(
         return image, (a, image)[: len(targets)]
 
     z = (a,) if bounds is None else (a, x)
-    prox = [problem.local_prox(r), LocalProx(lambda v: clamp(v, bounds))]
+    inside = LocalProx(lambda v: clamp(v, bounds), evaluate=at_once)
+    prox = [problem.local_prox(r), inside]
     result = admm(
         solve_x,
         prox[: len(z)],

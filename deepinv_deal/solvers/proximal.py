@@ -63,6 +63,11 @@ def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
     return x - project_linf(x, threshold)  # Moreau's identity
 
 
+def at_once(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """Evaluates a function as it is."""
+    return function(*tensors)
+
+
 @dataclass(frozen=True)
 class LocalProx:
     """
@@ -71,11 +76,13 @@ class LocalProx:
     Solvers can therefore evaluate it, together with what they do before and after, in
     parts that stay in the cache.
 
-    :param Callable function: ``function(v, *tensors)``; does not modify ``v``.
+    :param Callable function: ``function(v, *tensors)``; does not modify ``v``. It sees
+        what ``evaluate`` gives it: parts ``(B, n)`` by default.
     :param tuple tensors: what else belongs to the entries, shape of ``v``: thresholds,
         for example.
     :param Callable evaluate: ``evaluate(f, *tensors)`` returns ``f(*tensors)``, a
-        tensor or a tuple of them, part by part without dividing a group.
+        tensor or a tuple of them, part by part without dividing a group. With
+        :func:`at_once` the function sees the shape of ``v``.
     """
 
     function: Callable[..., Tensor]

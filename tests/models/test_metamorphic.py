@@ -9,6 +9,8 @@ import pytest
 import torch
 from problems import EACH_MODEL, MODELS, images, relative_error
 
+from deepinv_deal import _batch
+
 SHAPE = (2, 1, 6, 8)
 SIGMA = 0.1
 
@@ -48,6 +50,31 @@ def test_a_permuted_batch_gives_the_permuted_images(name):
     permuted = model(y[order], sigma=SIGMA, lambda_reg=weights[order])
     torch.testing.assert_close(permuted, expected, rtol=0, atol=1e-9)
     assert relative_error(permuted, expected[order]) > 1e-3
+
+
+@every_model
+@pytest.mark.parametrize("blurred", [False, True], ids=["denoising", "blur"])
+def test_parts_in_which_large_tensors_are_evaluated_do_not_matter(
+    name, blurred, monkeypatch
+):
+    # Bounds in another unit are one number for each sample.
+    settings = {"bounds": (0.0, 0.7), "scale": 0.5, "max_iter": 3, "warn": False}
+    if name in ("two-step", "PatchSynthesis"):  # take no bounds
+        settings = {}
+    if name in ("SAFI", "MMR"):
+        settings["lambda_reg"] = 0.02
+    model, y = MODELS[name](**settings), images(*SHAPE)
+    physics = None
+    if blurred:
+        kernel = torch.tensor([[0.1, 0.2, 0.1], [0.0, 0.4, 0.2]], dtype=y.dtype)
+        physics = dinv.physics.Blur(
+            filter=kernel[None, None, :, :2], padding="circular"
+        )
+    expected = model(y, physics, sigma=SIGMA)
+    for size in (57, 2):
+        monkeypatch.setattr(_batch, "PART", size)
+        actual = model(y, physics, sigma=SIGMA)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 
 
 @every_model

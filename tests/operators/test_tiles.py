@@ -75,6 +75,7 @@ def test_they_are_taken_where_they_pay_and_never_with_gradients(counted, rng):
         # Few channels and small kernels.
         Convolution(random(rng, 24, 8, 9, 9))(x[:, :8])
         Convolution(random(rng, 24, 24, 5, 5))(x)
+        Convolution(random(rng, 24, 24, 8, 8))(x)  # even: one row more
     assert len(counted) == 1
 
 
@@ -86,6 +87,15 @@ def test_operator_and_adjoint_remain_adjoint(counted, rng):
         forward, backward = (W(x) * z).sum(), (x * W.adjoint(z)).sum()
     torch.testing.assert_close(forward, backward, rtol=1e-11, atol=0)
     assert len(counted) == 2
+
+
+def test_the_kernel_is_that_of_the_beginning(rng):
+    kernel, x = random(rng, 2, 2, 7, 7), random(rng, 1, 2, 60, 60)
+    expected = convolved(kernel, x)
+    convolution = TiledConvolution(kernel)
+    kernel.mul_(2)
+    with torch.no_grad():
+        torch.testing.assert_close(convolution(x), expected, rtol=0, atol=1e-11)
 
 
 def test_a_sample_is_not_touched_by_what_is_wrong_with_another(rng):
