@@ -113,7 +113,7 @@ def in_parts(function: Callable[..., Output], *tensors: Tensor) -> Output:
     Evaluates an element-wise function of large tensors part by part.
 
     The function sees parts ``(B, n)``; constants of samples, ``(B, 1, 1, 1)``, must be
-    expanded to its arguments, see :func:`expand`.
+    expanded to its arguments, see ``expand``.
 
     What comes between is not written to memory, where it would take longer than the
     arithmetic. With gradients, on accelerators, and for tensors in different layouts or

@@ -82,7 +82,7 @@ class LocalProx:
         for example.
     :param Callable evaluate: ``evaluate(f, *tensors)`` returns ``f(*tensors)``, a
         tensor or a tuple of them, part by part without dividing a group. With
-        :func:`at_once` the function sees the shape of ``v``.
+        ``at_once`` the function sees the shape of ``v``.
     """
 
     function: Callable[..., Tensor]
