@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deal._batch import expand
+from deepinv_deal.solvers import LocalProx
 
 #: Smallest and largest value: numbers, or tensors that expand to the image.
 Bounds = tuple[float | Tensor, float | Tensor]
@@ -42,6 +43,12 @@ def clamp(x: Tensor, bounds: Bounds | None) -> Tensor:
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in bounds)
     return torch.clamp(x, low, high)  # type: ignore[arg-type]
+
+
+def projection(bounds: Bounds | None) -> LocalProx:
+    """Returns the projection of images on the bounds, for a split of ADMM."""
+    # Bounds of samples, (B, 1, 1, 1), fit whole images only, not parts of them.
+    return LocalProx(lambda x: clamp(x, bounds), evaluate=lambda f, *t: f(*t))
 
 
 def divided(

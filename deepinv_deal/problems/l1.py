@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from deepinv_deal._batch import expand, in_parts, inner, joint_norm, norm, select
 from deepinv_deal.operators import MultiConvOperator, Slices
-from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent
+from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent, projection
 from deepinv_deal.problems.data_term import DataTerm
 from deepinv_deal.problems.equation import IterativeEquation
 from deepinv_deal.problems.options import SolverOptions
@@ -46,7 +46,6 @@ from deepinv_deal.solvers import (
 from deepinv_deal.solvers.conjugate_gradient import LinearMap
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE
 from deepinv_deal.solvers.preconditioner import convolve
-from deepinv_deal.solvers.proximal import at_once
 
 #: ``mask(x, Wx)``: weights from an image and its filtered version, shape of ``Wx``.
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
@@ -224,27 +223,25 @@ class AttentiveL1Equation(IterativeEquation):
             )
 
     @property
-    def _order(self) -> tuple[int, ...]:
-        """In which order of its dimensions a dual variable is contiguous in a pair."""
-        # That of filter responses, or they would be rearranged again and again: CPUs
-        # have the channels last.
+    def _channels_last(self) -> bool:
+        """Whether the channels of a dual variable come last in a pair."""
+        # As in filter responses, which would be rearranged again and again otherwise.
         b, slices = self.data.b, self.regularizer.slices
-        last = b.device.type == "cpu" and b.shape[1] == 1 and not slices.mean
-        return (0, 2, 3, 1) if last else (0, 1, 2, 3)
+        return b.device.type == "cpu" and b.shape[1] == 1 and not slices.mean
 
     def pair(self, x: Tensor, w: Tensor) -> Tensor:
         """Joins image ``(B, C, H, W)`` and dual ``(B, C N, H, W)``: ``(B, n)``."""
-        return torch.cat([x.flatten(1), w.permute(self._order).flatten(1)], 1)
+        w = w.permute(0, 2, 3, 1) if self._channels_last else w
+        return torch.cat([x.flatten(1), w.flatten(1)], 1)
 
     def unpair(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """Inverse of :meth:`pair`."""
         shape = self.data.b.shape
         number = shape[1:].numel()
         x, w = p[:, :number].view(len(p), *shape[1:]), p[:, number:]
-        order = self._order
-        if order[1] == 1:
-            return x, w.view(len(p), -1, *shape[2:])
-        return x, w.view(len(p), *shape[2:], -1).permute(0, 3, 1, 2)
+        if self._channels_last:
+            return x, w.view(len(p), *shape[2:], -1).permute(0, 3, 1, 2)
+        return x, w.view(len(p), -1, *shape[2:])
 
     def image(self, p: Tensor) -> Tensor:
         """Returns the image of a pair."""
@@ -530,7 +527,7 @@ class FrozenL1:
 
         prox = [
             LocalProx(threshold, (bound,)),
-            LocalProx(equation.clamp, evaluate=at_once),
+            projection(equation.bounds),
         ]
 
         # The dual tells the multipliers of both splits: at a solution, d = z + u and

@@ -15,7 +15,7 @@ from deepinv_deal._batch import expand, inner, norm, select
 from deepinv_deal.operators import MultiConvOperator, Slices
 from deepinv_deal.operators.multi_conv import BlockedNormal, to_blocks
 from deepinv_deal.operators.row_blocks import BLOCK_BYTES, in_row_blocks
-from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent
+from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent, projection
 from deepinv_deal.problems.data_term import DataTerm
 from deepinv_deal.problems.equation import IterativeEquation
 from deepinv_deal.problems.grouped import GroupedQuadratic, energies
@@ -23,7 +23,6 @@ from deepinv_deal.problems.options import SolverOptions
 from deepinv_deal.problems.preconditioning import Preconditioning
 from deepinv_deal.solvers import (
     ADMMState,
-    LocalProx,
     SolverResult,
     admm,
     conjugate_gradient,
@@ -31,7 +30,6 @@ from deepinv_deal.solvers import (
 from deepinv_deal.solvers.fixed_point import LEAST_FORCE, LinearProblem
 from deepinv_deal.solvers.implicit import LinearSolve
 from deepinv_deal.solvers.precision import tf32_convolutions
-from deepinv_deal.solvers.proximal import at_once
 
 #: Imbalance of forces below which iterations are accelerated. Farther from the solution
 #: that helps some problems and hurts others: valid blur would take twice the work.
@@ -660,7 +658,7 @@ class BoundedSystem:
 
         # At a solution the multiplier is the force that the bounds bear.
         d = self.x + system.r / shift
-        prox = LocalProx(lambda v: clamp(v, equation.bounds), evaluate=at_once)
+        prox = projection(equation.bounds)
         z = prox(d)
         result = admm(
             solve_x,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepinv_deal._batch import distance, expand, joint_norm, norm
 from deepinv_deal.operators.row_blocks import cache_bytes, row_blocks
-from deepinv_deal.problems.bounds import Bounds, clamp
+from deepinv_deal.problems.bounds import Bounds, clamp, projection
 from deepinv_deal.problems.penalties import GROUP_SIDE
 from deepinv_deal.problems.synthesis import (
     LINEAR,
@@ -22,9 +22,7 @@ from deepinv_deal.problems.synthesis import (
 from deepinv_deal.solvers import SolverResult, Status, attach_gradient
 from deepinv_deal.solvers.proximal import (
     ADMMState,
-    LocalProx,
     admm,
-    at_once,
     proximal_gradient,
     relative_change,
 )
@@ -263,8 +261,8 @@ def _violation(
         return worst / size.where(size != 0, 1)
 
     def apart(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
-        squares = [distance(v, w).square() for v, w in zip(a, b, strict=True)]
-        return torch.stack(squares).sum(0).sqrt()
+        distances = [distance(v, w) for v, w in zip(a, b, strict=True)]
+        return norm(torch.stack(distances, 1))
 
     return measure
 
@@ -341,8 +339,7 @@ def joint_admm(
         return image, (a, image)[: len(targets)]
 
     z = (a,) if bounds is None else (a, x)
-    inside = LocalProx(lambda v: clamp(v, bounds), evaluate=at_once)
-    prox = [problem.local_prox(r), inside]
+    prox = [problem.local_prox(r), projection(bounds)]
     result = admm(
         solve_x,
         prox[: len(z)],

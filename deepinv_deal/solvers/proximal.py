@@ -63,11 +63,6 @@ def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
     return x - project_linf(x, threshold)  # Moreau's identity
 
 
-def at_once(function: Callable[..., Any], *tensors: Tensor) -> Any:
-    """Evaluates a function as it is."""
-    return function(*tensors)
-
-
 @dataclass(frozen=True)
 class LocalProx:
     """
@@ -81,8 +76,7 @@ class LocalProx:
     :param tuple tensors: what else belongs to the entries, shape of ``v``: thresholds,
         for example.
     :param Callable evaluate: ``evaluate(f, *tensors)`` returns ``f(*tensors)``, a
-        tensor or a tuple of them, part by part without dividing a group. With
-        ``at_once`` the function sees the shape of ``v``.
+        tensor or a tuple of them, part by part without dividing a group.
     """
 
     function: Callable[..., Tensor]
