@@ -249,8 +249,14 @@ class WeaklyConvexPenalty:
         if r != 1:
             # z = T(u) minimises if v = z + (u - z) / r.
             v = self._invert(v, 1 / r)
-        q = self._power(v)
-        return v * (q / (self._power(self.threshold) + q))
+        if self.order == 2:
+            q = v.square()
+            return v * (q / (self.threshold.square() + q))
+        # q / (l^g + q) as a logistic function: faster than a power. The logarithm has
+        # no derivative at 0, where that of T is 0.
+        size = v.abs().clamp_min(torch.finfo(v.dtype).tiny)
+        shift = -self.order * self.threshold.log()
+        return v * torch.add(shift, size.log(), alpha=self.order).sigmoid()
 
     @torch.no_grad()
     def _invert(self, v: Tensor, step: float) -> Tensor:
@@ -264,14 +270,16 @@ class WeaklyConvexPenalty:
         low = size / step if step > 1 else size
         high = size if step > 1 else size + 1
         u = (low + high) / 2
-        close = 8 * torch.finfo(v.dtype).eps
+        if step < 1:  # T(u) is about u^(g + 1) where it is small
+            u = ((size / (1 - step)) ** (1 / (1 + self.order))).clamp(low, high)
+        tiny, close = torch.finfo(v.dtype).tiny, 8 * torch.finfo(v.dtype).eps
         for k in range(NEWTON_STEPS):
             q = self._power(u)
             gain = q / (1 + q)
             slope = step + (1 - step) * gain * (1 + self.order / (1 + q))
             error = step * u + (1 - step) * u * gain - size
             low, high = u.where(error < 0, low), u.where(error > 0, high)
-            new = u - error / slope
+            new = u - error / slope.clamp_min(tiny)
             # Bisect where Newton's method leaves the bracket.
             new = new.where((new >= low) & (new <= high), (low + high) / 2)
             change, u = (new - u).abs(), new

@@ -161,23 +161,18 @@ class SynthesisProblem:
         r = self.features(x) - self.synthesis(a)
         return data + 0.5 * inner(r, r) + self.penalty.value(a)
 
-    def threshold(
-        self, a: Tensor, f: Tensor, synthesis: Tensor | None = None
-    ) -> Tensor:
+    def threshold(self, a: Tensor, f: Tensor) -> Tensor:
         r"""
         Returns a proximal gradient step from a for the features f.
 
         :param torch.Tensor a: coefficients.
         :param torch.Tensor f: features.
-        :param torch.Tensor synthesis: :math:`G^{\top} a`, if it is known.
         """
 
-        def step(a: Tensor, misfit: Tensor) -> Tensor:
-            return self.penalty.prox(a - self.analysis(misfit))
+        def step(a: Tensor, f: Tensor) -> Tensor:
+            return self.penalty.prox(a - self.analysis(self.synthesis(a) - f))
 
-        if synthesis is not None:
-            return in_cache(step, a, synthesis - f)
-        return in_cache(lambda a, f: step(a, self.synthesis(a) - f), a, f)
+        return in_cache(step, a, f)
 
     def local_prox(self, r: float) -> LocalProx:
         r"""Returns the map :math:`\mathrm{prox}_{R/r}`."""

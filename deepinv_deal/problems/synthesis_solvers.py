@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import distance, expand, joint_norm, norm
+from deepinv_deal._batch import distance, expand, inner, joint_norm, norm
 from deepinv_deal.operators.row_blocks import cache_bytes, row_blocks
 from deepinv_deal.problems.bounds import Bounds, clamp, projection
 from deepinv_deal.problems.penalties import GROUP_SIDE
@@ -18,11 +18,13 @@ from deepinv_deal.problems.synthesis import (
     LINEAR,
     CoefficientEquation,
     SynthesisProblem,
+    in_cache,
 )
 from deepinv_deal.solvers import SolverResult, Status, attach_gradient
 from deepinv_deal.solvers.proximal import (
     ADMMState,
     admm,
+    extrapolated,
     proximal_gradient,
     relative_change,
 )
@@ -184,23 +186,34 @@ def eliminated_fista(
 
     # Synthesis and image are affine in the coefficients, so extrapolating all together
     # gives those of the extrapolated coefficients: no second product, no second solve.
-    def step_coefficients(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
-        _, synthesis, image = blocks
-        return problem.threshold(v, problem.features(image), synthesis)
+    def step(
+        blocks: tuple[Tensor, ...], previous: tuple[Tensor, ...], w: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        a, _, x = blocks
+        synthesis, image = (
+            extrapolated(*pair, w)
+            for pair in zip(blocks[1:], previous[1:], strict=True)
+        )
+        misfit = synthesis - problem.features(image)
 
-    def step_synthesis(_: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
-        return problem.synthesis(blocks[0])
+        def code(a: Tensor, before: Tensor, misfit: Tensor) -> tuple[Tensor, ...]:
+            v = extrapolated(a, before, w)
+            new = problem.penalty.prox(v - problem.analysis(misfit))
+            return new, problem.synthesis(new)
 
-    def step_image(v: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
-        return problem.image_of(blocks[1], init=v)
+        new, new_synthesis = in_cache(code, a, previous[0], misfit)
+        new_image = problem.image_of(new_synthesis, init=image)
+        # Of the coefficients, what is seen of them says the same, and is less.
+        turned = inner(synthesis - new_synthesis, new_synthesis - blocks[1])
+        turned = turned + inner(image - new_image, new_image - x)
+        return (new, new_synthesis, new_image), turned
 
     synthesis = problem.synthesis(a)
     result = proximal_gradient(
-        [step_coefficients, step_synthesis, step_image],
+        step,
         [a, synthesis, problem.image_of(synthesis, init=x)],
         inertia="fista",
-        together=True,
-        restart=[0, 2],
+        restart=True,
         settle=SETTLE,
         rtol=rtol,
         max_iter=max_iter,

@@ -32,6 +32,11 @@ Blocks = tuple[Tensor, ...]
 #: current value of all blocks.
 BlockStep = Callable[[Tensor, Blocks], Tensor]
 
+#: ``step(blocks, previous, w)``: new value of all blocks from ``blocks + w (blocks -
+#: previous)``, w per sample, and whether they turned against that momentum:
+#: :math:`\langle v - x^{new}, x^{new} - x \rangle`, ``(B,)``.
+JointStep = Callable[[Blocks, Blocks, Tensor], tuple[Blocks, Tensor]]
+
 #: ``callback(k, before, after)`` after iteration ``k = 0, 1, ...``
 StateCallback = Callable[[int, Any, Any], None]
 
@@ -240,12 +245,11 @@ _INERTIA = {
 
 
 def proximal_gradient(
-    steps: Sequence[BlockStep],
+    steps: Sequence[BlockStep] | JointStep,
     init: Sequence[Tensor],  # (B, ...) each
     *,
     inertia: Inertia = "fista",
-    together: bool = False,
-    restart: bool | Sequence[int] = False,
+    restart: bool = False,
     settle: int = 0,
     rtol: float | Tensor = 1e-4,
     max_iter: int = 1000,
@@ -275,10 +279,10 @@ def proximal_gradient(
     Sample :math:`i` stops as soon as ``measure(new, old)[i] <= rtol[i]`` and is left
     unchanged from then on, so a batch gives what its samples give alone.
 
-    With ``together``, all blocks are extrapolated before the first step, and the steps
-    see the others so until these have been updated: the blocks are one unknown. This is
-    for linear images of a block that are needed again, such as :math:`W^{\top} u`
-    beside :math:`u`: extrapolation keeps linear relations.
+    One function instead of a list makes the blocks one unknown: a :data:`JointStep`
+    extrapolates them itself, with :func:`extrapolated`, in parts that stay in the cache
+    where that pays. Blocks that are linear images of others, such as :math:`W^{\top} u`
+    beside :math:`u`, need not be computed again: extrapolation keeps linear relations.
 
     .. note::
         Step sizes are in the caller's hands and not checked.
@@ -294,16 +298,14 @@ def proximal_gradient(
     >>> proximal_gradient([step], [torch.zeros(1, 2)]).x.round(decimals=2)
     tensor([[2., 0.]])
 
-    :param list steps: one function per block, see ``BlockStep``: it gets the
+    :param list, Callable steps: one function per block, see ``BlockStep``: it gets the
         extrapolated block and the tuple of all current blocks, and returns the new
-        block.
+        block. Or one function for all, see ``JointStep``.
     :param list init: initial blocks, shapes ``(B, ...)``. Not modified.
     :param str inertia: ``"fista"``, ``"palm"`` or ``"none"``.
-    :param bool together: see above.
-    :param bool, list restart: forget the inertia of a sample whose step turns against
-        its momentum, :math:`\sum_b \langle v_b - x_b^{k+1}, x_b^{k+1} - x_b^k \rangle >
-        0` (the gradient scheme of :footcite:t:`odonoghue2015adaptive`). The sum is over
-        all blocks or, if a list is given, those with these numbers.
+    :param bool restart: forget the inertia of a sample whose step turns against its
+        momentum, :math:`\sum_b \langle v_b - x_b^{k+1}, x_b^{k+1} - x_b^k \rangle > 0`
+        (the gradient scheme of :footcite:t:`odonoghue2015adaptive`).
     :param int settle: number of iterations after a restart in which a sample does not
         stop: without inertia changes are small, and say little about the distance. In
         between its residual is given as at least twice the tolerance.
@@ -328,35 +330,25 @@ def proximal_gradient(
     """
     if inertia not in _INERTIA:
         raise ValueError(f"inertia must be one of {list(_INERTIA)}, got {inertia!r}.")
-    m = len(steps)
-    if m != len(init) or m == 0:
+    m = len(init)
+    if m == 0 or isinstance(steps, Sequence) and len(steps) != m:
+        number = len(steps) if isinstance(steps, Sequence) else 1
         raise ValueError(
-            f"There must be as many steps as blocks, got {m} and {len(init)}."
+            f"There must be as many steps as blocks, got {number} and {m}."
         )
+    if isinstance(steps, Sequence):
+        advance = _one_by_one(steps, restart, momentum=inertia != "none")
+    else:
+        advance = steps
     weights, stop = _INERTIA[inertia], measure or relative_change
-    judged = restart if isinstance(restart, Sequence) else range(m * restart)
     counter = torch.ones_like(norm(init[0].detach()))
     tolerance = rtol.to(counter) if isinstance(rtol, Tensor) else rtol
 
     def iteration(state: Blocks) -> Blocks:
         blocks, previous, (k, waits) = state[:m], state[m:-2], state[-2:]
         w, k_next = weights(k)
-        new = list(blocks)
-        against = torch.zeros_like(k)
-
-        def ahead(b: int) -> Tensor:
-            if inertia == "none":
-                return blocks[b]
-            return torch.lerp(previous[b], blocks[b], expand(1 + w, blocks[b]))
-
-        if together:
-            new = [ahead(b) for b in range(m)]
-        for b, step in enumerate(steps):
-            v = new[b] if together else ahead(b)
-            new[b] = step(v, tuple(new))
-            if b in judged:
-                against = against + inner(v - new[b], new[b] - blocks[b]).detach()
-        restarted = against > 0
+        new, against = advance(blocks, previous, w)
+        restarted = (against.detach() > 0) & restart
         # As many iterations are judged in between, however often it restarts.
         waits = torch.where(restarted & (waits <= -settle), settle, waits - 1)
         return *new, *blocks, k_next.where(~restarted, 1), waits
@@ -380,6 +372,32 @@ def proximal_gradient(
         observe=observe if callback is not None else None,
     )
     return SolverResult(state[0], status, n_iter, residual, state=state[:m])
+
+
+def extrapolated(block: Tensor, previous: Tensor, w: Tensor) -> Tensor:
+    r"""
+    Returns :math:`x + w (x - x^{old})`.
+
+    :param torch.Tensor block: x, ``(B, ...)``.
+    :param torch.Tensor previous: :math:`x^{old}`, shape of x.
+    :param torch.Tensor w: one weight per sample, ``(B,)``.
+    """
+    return torch.lerp(previous, block, expand(1 + w, block))
+
+
+def _one_by_one(steps: Sequence[BlockStep], restart: bool, momentum: bool) -> JointStep:
+    """Returns the step that goes through the blocks, each with the newest others."""
+
+    def advance(blocks: Blocks, previous: Blocks, w: Tensor) -> tuple[Blocks, Tensor]:
+        new, against = list(blocks), torch.zeros_like(w)
+        for b, (step, old) in enumerate(zip(steps, blocks, strict=True)):
+            v = extrapolated(old, previous[b], w) if momentum else old
+            new[b] = step(v, tuple(new))
+            if restart:
+                against = against + inner(v - new[b], new[b] - old)
+        return tuple(new), against
+
+    return advance
 
 
 # -- ADMM ----------------------------------------------------------------------

@@ -125,6 +125,17 @@ def test_weakly_convex_value_is_differentiable_in_everything(order, rng):
         torch.testing.assert_close(slope, r * (a - z).detach(), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("order", (1.2, 1.7, 2.0))
+def test_tiny_coefficients_have_preimages(order):
+    """They lie many orders of magnitude above: bisection does not get there."""
+    penalty = WeaklyConvexPenalty(torch.tensor(0.03), order)
+    size = 0.03 * torch.logspace(-20, 4, 200)
+    a = torch.cat([-size, torch.zeros(1), size])[None, None, None]
+    v = penalty._invert(a, 0.0)
+    torch.testing.assert_close(penalty.prox(v), a, rtol=1e-5, atol=0)
+    assert v[..., 200] == 0
+
+
 @pytest.mark.parametrize("order", [1.3, 1.8, 2.0])
 def test_modulus_of_weak_convexity_is_sharp(order):
     penalty = WeaklyConvexPenalty(torch.ones(1, dtype=DOUBLE), order)

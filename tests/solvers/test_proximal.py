@@ -12,6 +12,7 @@ from helpers import batched_map, random
 from torch import Tensor
 
 from deepinv_deal import _batch
+from deepinv_deal._batch import inner
 from deepinv_deal.solvers import (
     ADMMState,
     LocalProx,
@@ -24,6 +25,7 @@ from deepinv_deal.solvers import (
     relative_change,
     soft_threshold,
 )
+from deepinv_deal.solvers.proximal import extrapolated
 
 DOUBLE = torch.float64
 
@@ -228,30 +230,24 @@ def test_a_linear_image_that_is_extrapolated_too_changes_nothing_but_the_work(rn
     def step(v, _):
         return soft_threshold(v - (v @ W.T - b) @ W, 0.01)
 
-    def step_known(v, blocks):
-        return soft_threshold(v - (blocks[1] - b) @ W, 0.01)
+    def joint(blocks, previous, w):
+        v, Wv = map(extrapolated, blocks, previous, (w, w))
+        new = soft_threshold(v - (Wv - b) @ W, 0.01)
+        return (new, new @ W.T), inner(v - new, new - blocks[0])
 
-    def image(_, blocks):
-        return blocks[0] @ W.T
-
-    for restart, restart_pair in ((False, False), (True, [0])):
+    for restart in (False, True):
         one = proximal_gradient([step], [init], restart=restart, rtol=0, max_iter=200)
         two = proximal_gradient(
-            [step_known, image],
-            [init, init @ W.T],
-            together=True,
-            restart=restart_pair,
-            rtol=0,
-            max_iter=200,
+            joint, [init, init @ W.T], restart=restart, rtol=0, max_iter=200
         )
         torch.testing.assert_close(two.x, one.x, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(two.state[1], two.x @ W.T)
-    # Without, the step would take the image of another point.
-    apart = proximal_gradient(
-        [step_known, image], [init, init @ W.T], rtol=0, max_iter=3
+    # The restarts changed something.
+    slow = proximal_gradient(joint, [init, init @ W.T], rtol=0, max_iter=20)
+    fast = proximal_gradient(
+        joint, [init, init @ W.T], restart=True, rtol=0, max_iter=20
     )
-    three = proximal_gradient([step], [init], rtol=0, max_iter=3)
-    assert (apart.x - three.x).abs().max() > 1e-4
+    assert (slow.x - fast.x).abs().max() > 1e-6
 
 
 # -- stopping ------------------------------------------------------------------
