@@ -196,7 +196,7 @@ def eliminated_fista(
         )
         misfit = synthesis - problem.features(image)
 
-        def code(a: Tensor, before: Tensor, misfit: Tensor) -> tuple[Tensor, ...]:
+        def code(a: Tensor, before: Tensor, misfit: Tensor) -> tuple[Tensor, Tensor]:
             v = extrapolated(a, before, w)
             new = problem.penalty.prox(v - problem.analysis(misfit))
             return new, problem.synthesis(new)
