@@ -2,6 +2,7 @@ r"""Attentive quadratic regularizers in which groups of filters share one mask."
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepinv_deal.operators.multi_conv import wrapped
+from deepinv_deal.operators.row_blocks import BLOCK_BYTES, row_blocks
 
 #: Groups of filters.
 GROUPS = 4
@@ -79,11 +81,14 @@ class GroupedQuadratic:
         energy = energies(correlations).sum(0)
         scale = squared_mask.mean((2, 3))  # (n, N)
         weight = group * energy[:, None]
-        total = torch.einsum("nfk,nf->nk", weight, scale)[..., None, None]
-        masks = torch.einsum("nfk,nfhw->nkhw", weight, squared_mask)
-        masks = torch.where(total > 0, masks / total, 0)
+        total = torch.einsum("nfk,nf->nk", weight, scale)[:, None]
+        weight = torch.where(total > 0, weight / total, 0)
         kernels = torch.einsum("nfk,nf,cdfij->nkcdij", group, scale, correlations)
-        return cls._of_kernels(kernels, masks)
+
+        def masks(rows: slice) -> Tensor:
+            return torch.einsum("nfk,nfhw->nkhw", weight, squared_mask[..., rows, :])
+
+        return cls._of_kernels(kernels, masks, squared_mask.shape[2:])
 
     @classmethod
     def uniform(
@@ -98,23 +103,34 @@ class GroupedQuadratic:
         :param int width: columns of the images.
         """
         kernels = square * correlations.sum(2)[None, None]
-        return cls._of_kernels(kernels, kernels.new_ones(1, 1, height, width))
+        ones = kernels.new_ones(1, 1, 1, width)
+        return cls._of_kernels(kernels, lambda _: ones, (height, width))
 
     @classmethod
-    def _of_kernels(cls, kernels: Tensor, masks: Tensor) -> GroupedQuadratic:
-        """Makes it from the ``(n, K, C, C, l, l)`` of groups and ``(n, K, H, W)``."""
+    def _of_kernels(
+        cls, kernels: Tensor, masks: Callable[[slice], Tensor], shape: Sequence[int]
+    ) -> GroupedQuadratic:
+        """
+        Makes it from the kernels of groups, ``(n, K, C, C, l, l)``, and the masks of
+        some rows, ``(n, K, h, W)``, of images of a shape ``(H, W)``.
+        """
         length = kernels.shape[-1]
         reach = length // 4
-        rows, columns = masks.shape[2:]
+        rows, columns = shape
         height, width = (
-            next_fast_len(max(n + 2 * reach, length), real=True)
-            for n in (rows, columns)
+            next_fast_len(max(n + 2 * reach, length), real=True) for n in shape
         )
-        placed = wrapped(kernels, height, width)
-        placed = placed.roll((-(length // 2),) * 2, (-2, -1))
-        after = width - columns - reach, height - rows - reach
-        masks = F.pad(masks, (reach, after[0], reach, after[1]))
-        return cls(cholesky(torch.fft.rfft2(placed)), masks, (height, width), reach)
+        # Of large images, nothing that is only needed on the way is held as a whole.
+        placed = kernels.new_zeros(*kernels.shape[:2], height, width)
+        inside = placed[..., reach : reach + rows, reach : reach + columns]
+        row_bytes = kernels.shape[:2].numel() * width * kernels.element_size()
+        for block in row_blocks(rows, row_bytes, BLOCK_BYTES):
+            inside[..., block, :] = masks(block)
+        step = kernels.shape[1] if placed.numel() <= TOGETHER else 1
+        factors = [
+            cholesky(symbol(part, height, width)) for part in kernels.split(step, 1)
+        ]
+        return cls(torch.cat(factors, 1), placed, (height, width), reach)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Applies it to images ``(n, C, H, W)``."""
@@ -134,6 +150,12 @@ class GroupedQuadratic:
             total += product(torch.fft.rfft2(u)[:, :, None], factors, 3).sum(1)
         back = torch.fft.irfft2(total, s=self.size)
         return folded(back[..., :rows, :columns], r)
+
+
+def symbol(kernels: Tensor, height: int, width: int) -> Tensor:
+    """Returns the spectra of centred kernels for transforms of a size."""
+    placed = wrapped(kernels, height, width)
+    return torch.fft.rfft2(placed.roll((-(kernels.shape[-1] // 2),) * 2, (-2, -1)))
 
 
 def energies(correlations: Tensor) -> Tensor:
