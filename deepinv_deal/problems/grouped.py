@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.fft import next_fast_len
@@ -85,10 +86,15 @@ class GroupedQuadratic:
         weight = torch.where(total > 0, weight / total, 0)
         kernels = torch.einsum("nfk,nf,cdfij->nkcdij", group, scale, correlations)
 
-        def masks(rows: slice) -> Tensor:
-            return torch.einsum("nfk,nfhw->nkhw", weight, squared_mask[..., rows, :])
+        def put(inside: Tensor) -> None:
+            # In blocks: the product copies the masks.
+            number, filters, height, width = squared_mask.shape
+            row_bytes = number * filters * width * squared_mask.element_size()
+            for rows in row_blocks(height, row_bytes, BLOCK_BYTES):
+                some = squared_mask[..., rows, :]
+                inside[..., rows, :] = torch.einsum("nfk,nfhw->nkhw", weight, some)
 
-        return cls._of_kernels(kernels, masks, squared_mask.shape[2:])
+        return cls._of_kernels(kernels, put, squared_mask.shape[2:])
 
     @classmethod
     def uniform(
@@ -103,16 +109,15 @@ class GroupedQuadratic:
         :param int width: columns of the images.
         """
         kernels = square * correlations.sum(2)[None, None]
-        ones = kernels.new_ones(1, 1, 1, width)
-        return cls._of_kernels(kernels, lambda _: ones, (height, width))
+        return cls._of_kernels(kernels, lambda inside: inside.fill_(1), (height, width))
 
     @classmethod
     def _of_kernels(
-        cls, kernels: Tensor, masks: Callable[[slice], Tensor], shape: Sequence[int]
+        cls, kernels: Tensor, put: Callable[[Tensor], Any], shape: Sequence[int]
     ) -> GroupedQuadratic:
         """
-        Makes it from the kernels of groups, ``(n, K, C, C, l, l)``, and the masks of
-        some rows, ``(n, K, h, W)``, of images of a shape ``(H, W)``.
+        Makes it from the kernels of groups, ``(n, K, C, C, l, l)``, and a function that
+        puts the masks into ``(n, K, H, W)``, for images of a shape ``(H, W)``.
         """
         length = kernels.shape[-1]
         reach = length // 4
@@ -120,36 +125,36 @@ class GroupedQuadratic:
         height, width = (
             next_fast_len(max(n + 2 * reach, length), real=True) for n in shape
         )
-        # Of large images, nothing that is only needed on the way is held as a whole.
-        placed = kernels.new_zeros(*kernels.shape[:2], height, width)
-        inside = placed[..., reach : reach + rows, reach : reach + columns]
-        row_bytes = kernels.shape[:2].numel() * width * kernels.element_size()
-        for block in row_blocks(rows, row_bytes, BLOCK_BYTES):
-            inside[..., block, :] = masks(block)
-        step = kernels.shape[1] if placed.numel() <= TOGETHER else 1
+        masks = kernels.new_zeros(*kernels.shape[:2], height, width)
+        put(masks[..., reach : reach + rows, reach : reach + columns])
+        # Of large images, what is needed on the way is large, too.
+        step = kernels.shape[1] if masks.numel() <= TOGETHER else 1
         factors = [
             cholesky(symbol(part, height, width)) for part in kernels.split(step, 1)
         ]
-        return cls(torch.cat(factors, 1), placed, (height, width), reach)
+        return cls(torch.cat(factors, 1), masks, (height, width), reach)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Applies it to images ``(n, C, H, W)``."""
         r = self.reach
         rows, columns = (n + 2 * r for n in x.shape[2:])
-        extended = F.pad(x, (r, r, r, r), mode="replicate")
-        spectrum = torch.fft.rfft2(extended, s=self.size)
+        spectrum = torch.fft.rfft2(F.pad(x, (r,) * 4, mode="replicate"), s=self.size)
         together = x.numel() * self.masks.shape[1] <= TOGETHER
         step = self.masks.shape[1] if together else 1
         total = torch.zeros_like(spectrum)
         for factors, masks in zip(
             self.factors.split(step, 1), self.masks.split(step, 1), strict=True
         ):
-            v = product(factors.conj(), spectrum[:, None, :, None], 2)
-            u = torch.fft.irfft2(v, s=self.size)
-            u = u * masks[:, :, None]
-            total += product(torch.fft.rfft2(u)[:, :, None], factors, 3).sum(1)
+            total += self._through(spectrum, factors, masks).sum(1)
+        del spectrum  # of a large image, every vector counts
         back = torch.fft.irfft2(total, s=self.size)
         return folded(back[..., :rows, :columns], r)
+
+    def _through(self, spectrum: Tensor, factors: Tensor, masks: Tensor) -> Tensor:
+        """Takes spectra ``(n, C, ...)`` through some groups, ``(n, K, C, ...)``."""
+        v = product(factors.conj(), spectrum[:, None, :, None], 2)
+        v = torch.fft.irfft2(v, s=self.size).mul_(masks[:, :, None])
+        return product(torch.fft.rfft2(v)[:, :, None], factors, 3)
 
 
 def symbol(kernels: Tensor, height: int, width: int) -> Tensor:
