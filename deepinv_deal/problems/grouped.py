@@ -11,8 +11,8 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 from torch.nn import functional as F
 
+from deepinv_deal.operators.blocks import BLOCK_BYTES, row_blocks
 from deepinv_deal.operators.multi_conv import wrapped
-from deepinv_deal.operators.row_blocks import BLOCK_BYTES, row_blocks
 
 #: Groups of filters.
 GROUPS = 4

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deepinv_deal._batch import expand, inner, norm, select
 from deepinv_deal.operators import MultiConvOperator, Slices
+from deepinv_deal.operators.blocks import BLOCK_BYTES, in_blocks
 from deepinv_deal.operators.multi_conv import BlockedNormal, to_blocks
-from deepinv_deal.operators.row_blocks import BLOCK_BYTES, in_row_blocks
 from deepinv_deal.problems.bounds import Bounds, clamp, projected_descent, projection
 from deepinv_deal.problems.data_term import DataTerm
 from deepinv_deal.problems.equation import IterativeEquation
@@ -89,9 +89,7 @@ class AttentiveQuadratic:
         x = self._split(x)
         if self.reach is None:
             return function(x)
-        return in_row_blocks(
-            function, x, reach=self.reach, channels=self.W.out_channels
-        )
+        return in_blocks(function, x, reach=self.reach, channels=self.W.out_channels)
 
     def analyse(self, x: Tensor) -> Tensor:
         """Returns the filter responses :math:`W x`, ``(B * parts, N, H, W)``."""
@@ -201,7 +199,7 @@ class AttentiveQuadratic:
         squared_mask = squared_mask.expand(len(split), channels, *x.shape[2:])
         reach = 2 * self.W.reach
         return (
-            in_row_blocks(normal, split, squared_mask, reach=reach, channels=channels)
+            in_blocks(normal, split, squared_mask, reach=reach, channels=channels)
             .reshape(x.shape)
             .to(x.dtype)
         )

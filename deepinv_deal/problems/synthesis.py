@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deepinv_deal._batch import Output, expand, inner
 from deepinv_deal.operators import PatchConv, PatchFrame
+from deepinv_deal.operators.blocks import cache_bytes, in_blocks
 from deepinv_deal.operators.patches import SlicedPatchConv
-from deepinv_deal.operators.row_blocks import cache_bytes, in_row_blocks
 from deepinv_deal.problems.data_term import DataTerm, operator_term
 from deepinv_deal.problems.likelihood_term import LikelihoodTerm
 from deepinv_deal.problems.normal_operator import NormalOperator
@@ -535,7 +535,7 @@ def in_cache(function: Callable[..., Output], *maps: Tensor) -> Output:
     Evaluates a function of maps ``(B, C p, H', W')``, pointwise or for groups of 2 x 2
     positions, in blocks of rows.
     """
-    return in_row_blocks(
+    return in_blocks(
         function,
         *maps,
         reach=0,

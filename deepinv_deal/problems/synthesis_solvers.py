@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepinv_deal._batch import distance, expand, inner, joint_norm, norm
-from deepinv_deal.operators.row_blocks import cache_bytes, row_blocks
+from deepinv_deal.operators.blocks import cache_bytes, row_blocks
 from deepinv_deal.problems.bounds import Bounds, clamp, projection
 from deepinv_deal.problems.penalties import GROUP_SIDE
 from deepinv_deal.problems.synthesis import (

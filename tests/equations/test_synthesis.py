@@ -424,7 +424,7 @@ def test_pointwise_steps_in_blocks_of_rows_are_those_of_all_rows(
         f = problem.features(problem.data.b)
         step, shrunk = problem.threshold(a, f), problem.local_prox(0.7)(a)
         assert heights == 2 * [a.shape[-2]]
-        monkeypatch.setattr("deepinv_deal.operators.row_blocks.CACHE_BYTES", 1)
+        monkeypatch.setattr("deepinv_deal.operators.blocks.CACHE_BYTES", 1)
         torch.testing.assert_close(problem.threshold(a, f), step, rtol=1e-13, atol=0)
         again = problem.local_prox(0.7)(a)
         torch.testing.assert_close(again, shrunk, rtol=1e-12, atol=1e-15)
@@ -451,7 +451,7 @@ def test_coefficients_found_in_blocks_of_rows_are_those_of_all_rows(
         f[1] = 0  # nothing to find: stops in every block
         a = problem.zero_coefficients()
         whole = sparse_coding(problem, f, a, rtol=1e-11)
-        monkeypatch.setattr("deepinv_deal.operators.row_blocks.CACHE_BYTES", 1)
+        monkeypatch.setattr("deepinv_deal.operators.blocks.CACHE_BYTES", 1)
         blocks = sparse_coding(problem, f, a, rtol=1e-11)
         short = sparse_coding(problem, f, a, rtol=1e-11, max_iter=3)
         # all coefficients are unique only if there are few atoms

@@ -1,9 +1,11 @@
-"""Evaluation of local maps in blocks of rows: less memory, or all in the cache."""
+"""Evaluation of local maps in blocks: less memory, or all in the cache."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
+from itertools import product
 from typing import cast
 
 import torch
@@ -17,6 +19,10 @@ BLOCK_BYTES = 2**26
 #: The same for chains of element-wise maps, each of which is to find the last one's
 #: result in the cache of the CPU.
 CACHE_BYTES = 2**19
+
+#: Blocks have at least so many times the rows and columns that a pixel sees: of smaller
+#: ones, most would be computed to be cut off.
+LEAST_REACHES = 8
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -41,7 +47,7 @@ def row_blocks(
     return [slice(i, min(i + rows, height)) for i in range(0, height, rows)]
 
 
-def in_row_blocks(
+def in_blocks(
     function: Callable[..., Output],
     *inputs: Tensor,
     reach: int,
@@ -52,33 +58,41 @@ def in_row_blocks(
     """
     Evaluates ``function(*inputs)`` block by block where its features would be large.
 
-    Every block is evaluated with ``reach`` more rows on each side, which are then cut
-    off: the result is the same. It is not done where gradients are enabled, since the
-    features may have to be kept for them.
+    Every block is evaluated with ``reach`` more rows and columns on each side, which
+    are then cut off: the result is the same. Blocks are whole rows, or squares where
+    too few rows fit in, most of which would be computed to be cut off. It is not done
+    where gradients are enabled, since the features may have to be kept for them.
 
     :param Callable function: maps ``(B, C, H, W)`` to ``(B, C', H, W)``, or to a tuple
-        of them; an output pixel sees no further than ``reach`` rows, and rows beyond
-        the inputs are zero in every layer.
+        of them; an output pixel sees no further than ``reach`` rows and columns, and
+        what is beyond the inputs is zero in every layer.
     :param torch.Tensor inputs: tensors ``(B, C, H, W)`` of equal B, H and W.
-    :param int reach: rows that an output pixel sees on each side.
+    :param int reach: rows and columns that an output pixel sees on each side.
     :param int channels: largest number of channels of the features.
     :param int block_bytes: size of a block; ``BLOCK_BYTES`` if ``None``.
     :param int multiple: blocks start at multiples of so many rows.
     """
     batch, _, height, width = inputs[0].shape
-    row_bytes = batch * width * channels * inputs[0].element_size()
+    pixel_bytes = batch * channels * inputs[0].element_size()
     size = BLOCK_BYTES if block_bytes is None else block_bytes
-    # Of blocks of a few rows, most is computed to be cut off.
-    blocks = row_blocks(height, row_bytes, size, max(multiple, 8 * reach), multiple)
+    least, side = max(multiple, LEAST_REACHES * reach), width
+    if reach and least * width * pixel_bytes > size:
+        side = max(least, math.isqrt(size // max(1, pixel_bytes)))
+        side = math.ceil(width / math.ceil(width / side))  # equal ones
+    across = row_blocks(height, side * pixel_bytes, size, least, multiple)
+    blocks = list(product(across, row_blocks(width, 1, side)))
     if len(blocks) < 2 or torch.is_grad_enabled():
         return function(*inputs)
     outputs: list[Tensor] = []
-    for block in blocks:
-        low = max(0, block.start - reach)
-        result = function(*(t[..., low : block.stop + reach, :] for t in inputs))
+    for rows, columns in blocks:
+        top, left = max(0, rows.start - reach), max(0, columns.start - reach)
+        seen = slice(top, rows.stop + reach), slice(left, columns.stop + reach)
+        result = function(*(t[..., seen[0], seen[1]] for t in inputs))
         parts = (result,) if isinstance(result, Tensor) else result
         if not outputs:
             outputs = [p.new_empty(batch, p.shape[1], height, width) for p in parts]
+        inner_rows = slice(rows.start - top, rows.stop - top)
+        inner_columns = slice(columns.start - left, columns.stop - left)
         for out, part in zip(outputs, parts, strict=True):
-            out[..., block, :] = part[..., block.start - low : block.stop - low, :]
+            out[..., rows, columns] = part[..., inner_rows, inner_columns]
     return outputs[0] if isinstance(result, Tensor) else cast(Output, tuple(outputs))
