@@ -13,8 +13,9 @@ from torch import Tensor
 
 from deepinv_deal._batch import Output
 
-#: Largest size in bytes of the features of one block, all channels of one layer.
-BLOCK_BYTES = 2**26
+#: Largest size in bytes of the features of one block, all channels of one layer: less
+#: than what ``keep_freed_memory`` lets go.
+BLOCK_BYTES = 2**26 - 2**20
 
 #: The same for chains of element-wise maps, each of which is to find the last one's
 #: result in the cache of the CPU.
@@ -69,17 +70,19 @@ def in_blocks(
     :param torch.Tensor inputs: tensors ``(B, C, H, W)`` of equal B, H and W.
     :param int reach: rows and columns that an output pixel sees on each side.
     :param int channels: largest number of channels of the features.
-    :param int block_bytes: size of a block; ``BLOCK_BYTES`` if ``None``.
+    :param int block_bytes: size of a block and what it sees, as far as possible;
+        ``BLOCK_BYTES`` if ``None``.
     :param int multiple: blocks start at multiples of so many rows.
     """
     batch, _, height, width = inputs[0].shape
     pixel_bytes = batch * channels * inputs[0].element_size()
     size = BLOCK_BYTES if block_bytes is None else block_bytes
     least, side = max(multiple, LEAST_REACHES * reach), width
-    if reach and least * width * pixel_bytes > size:
-        side = max(least, math.isqrt(size // max(1, pixel_bytes)))
+    if reach and (least + 2 * reach) * width * pixel_bytes > size:
+        side = max(least, math.isqrt(size // max(1, pixel_bytes)) - 2 * reach)
         side = math.ceil(width / math.ceil(width / side))  # equal ones
-    across = row_blocks(height, side * pixel_bytes, size, least, multiple)
+    row_bytes = min(width, side + 2 * reach) * pixel_bytes
+    across = row_blocks(height, row_bytes, size - 2 * reach * row_bytes, least, multiple)
     blocks = list(product(across, row_blocks(width, 1, side)))
     if len(blocks) < 2 or torch.is_grad_enabled():
         return function(*inputs)

@@ -99,9 +99,10 @@ def test_blocks_are_whole_rows_if_enough_of_them_fit_in_else_squares():
 
     x = images(1, 1, 40, 90)
     with torch.no_grad():
-        assert sizes(10 * 90 * 8) == [(11, 90), (12, 90), (12, 90), (11, 90)]
-        # 8 rows do not fit in: 5 blocks of 18 columns, and 22 or 18 rows
-        assert sizes(20 * 20 * 8)[:5] == [(23, 19)] + 3 * [(23, 20)] + [(23, 19)]
+        # 10 rows, and one more on each side
+        assert sizes(12 * 90 * 8) == [(11, 90), (12, 90), (12, 90), (11, 90)]
+        # 8 rows do not fit in: 5 blocks of 18 columns, and twice 20 rows
+        assert sizes(20 * 22 * 8)[:5] == [(21, 19)] + 3 * [(21, 20)] + [(21, 19)]
 
 
 def test_blocks_of_nothing_and_of_single_rows(small_blocks):
