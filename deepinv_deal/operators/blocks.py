@@ -82,7 +82,9 @@ def in_blocks(
         side = max(least, math.isqrt(size // max(1, pixel_bytes)) - 2 * reach)
         side = math.ceil(width / math.ceil(width / side))  # equal ones
     row_bytes = min(width, side + 2 * reach) * pixel_bytes
-    across = row_blocks(height, row_bytes, size - 2 * reach * row_bytes, least, multiple)
+    across = row_blocks(
+        height, row_bytes, size - 2 * reach * row_bytes, least, multiple
+    )
     blocks = list(product(across, row_blocks(width, 1, side)))
     if len(blocks) < 2 or torch.is_grad_enabled():
         return function(*inputs)

@@ -145,7 +145,9 @@ class GroupedQuadratic:
         for factors, masks in zip(
             self.factors.split(step, 1), self.masks.split(step, 1), strict=True
         ):
-            total += self._through(spectrum, factors, masks).sum(1)
+            part = self._through(spectrum, factors, masks)
+            total += part[:, 0] if step == 1 else part.sum(1)
+            del part
         del spectrum  # of a large image, every vector counts
         back = torch.fft.irfft2(total, s=self.size)
         return folded(back[..., :rows, :columns], r)
@@ -154,7 +156,10 @@ class GroupedQuadratic:
         """Takes spectra ``(n, C, ...)`` through some groups, ``(n, K, C, ...)``."""
         v = product(factors.conj(), spectrum[:, None, :, None], 2)
         v = torch.fft.irfft2(v, s=self.size).mul_(masks[:, :, None])
-        return product(torch.fft.rfft2(v)[:, :, None], factors, 3)
+        v = torch.fft.rfft2(v)
+        # New memory of large images takes longer than the product.
+        one = factors.shape[2] == 1
+        return v.mul_(factors[:, :, 0]) if one else product(v[:, :, None], factors, 3)
 
 
 def symbol(kernels: Tensor, height: int, width: int) -> Tensor:

@@ -573,7 +573,7 @@ class FrozenL1:
     ) -> SolverResult:
         r"""Runs ADMM with the data term :math:`\tfrac12 x^T H x - x^T rhs`."""
         equation, W = self.equation, self.equation.regularizer
-        n_splits = len(start.z)
+        n_splits, H = len(start.z), equation.data.fast_normal
         rho, rho_s = (expand(r, rhs) for r in self.rho)
         precondition = self._circulant_inverse()
         descend = self.rho[0] * equation.data.step <= LARGEST_DESCENT_PENALTY
@@ -585,7 +585,7 @@ class FrozenL1:
         all_descend, none_descends = bool(descend.all()), not bool(descend.any())
 
         def A(v: Tensor) -> Tensor:
-            return equation.data.normal(v) + rho * W.normal(v) + rho_s * v
+            return H(v) + rho * W.normal(v) + rho_s * v
 
         def by_conjugate_gradients(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
             correction = conjugate_gradient(
@@ -605,7 +605,7 @@ class FrozenL1:
             assert precondition is not None
             p = precondition(r)
             Wp = W.analyse(p)
-            gain = inner(p, equation.data.normal(p) + rho_s * p)
+            gain = inner(p, H(p) + rho_s * p)
             gain = gain + self.rho[0] * norm(Wp).square()
             length = expand(inner(r, p) / gain.where(gain > 0, 1), x)
             # New memory for features takes longer than the arithmetic.
@@ -615,7 +615,7 @@ class FrozenL1:
             targets: tuple[Tensor, ...], x: Tensor, Kx: tuple[Tensor, ...]
         ) -> tuple[Tensor, tuple[Tensor, ...]]:
             misfit = in_parts(torch.sub, targets[0], Kx[0])
-            r = rhs - equation.data.normal(x) + rho * W.adjoint(misfit)
+            r = rhs - H(x) + rho * W.adjoint(misfit)
             if n_splits > 1:
                 r = r + rho_s * (targets[1] - x)
             if all_descend:

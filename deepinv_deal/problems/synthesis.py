@@ -256,7 +256,7 @@ class SynthesisProblem:
         :param torch.Tensor K: symmetric matrix ``(m, m)``; identity if ``None``.
         :param torch.Tensor shift: s per sample, ``(B,)``; zero if ``None``.
         """
-        data = self.data
+        data, normal = self.data, self.data.fast_normal
         kernel = self._aggregation if K is None else self._spectrum(K)
         H = self.data_spectrum
         if H is None and data.H is not None:
@@ -274,7 +274,7 @@ class SynthesisProblem:
                 coupled = self.aggregate(x)
             else:
                 coupled = self.features_adjoint(self.frame.map(K, self.features(x)))
-            y = data.normal(x) + coupled
+            y = normal(x) + coupled
             return y if shift is None else y + expand(shift, x) * x
 
         free = None if self.pinned is None else self.pinned.isnan()

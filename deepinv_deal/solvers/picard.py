@@ -150,14 +150,14 @@ class Picard:
 
     def assess(self, state: State, problem: FrozenProblem) -> State:
         """Completes the state after a step by what its frozen problem tells."""
-        before, after = state.residual, problem.residual
+        before, after, least = state.residual, problem.residual, state.best.residual
         # Combinations of past images make up for rough solves.
         eta = self.forcing.update(before, state.predicted, after)
         state = state._replace(
             problem=problem,
             residual=after,
             eta=eta.where(state.plain, self.forcing.largest),
-            omega=self.damping.update(state.omega, before, after, state.plain),
+            omega=self.damping.update(state.omega, before, after, least, state.plain),
         )
         return self._judge(state)
 

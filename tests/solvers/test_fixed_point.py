@@ -487,12 +487,25 @@ def test_damping_finds_the_fixed_point_of_a_map_that_overshoots():
         # The fixed point is 0, and plain steps multiply the error by -1.2.
         freeze = lambda x: FrozenMap(lambda v: -1.2 * v, x)  # noqa: E731
         start = torch.tensor([[1.0], [0.5]], dtype=torch.float64)
-        return fixed_point(freeze, start, rtol=1e-6, max_iter=100, **options)
+        return fixed_point(freeze, start, rtol=1e-6, max_iter=200, **options)
 
     plain, damped = solve(damped=False), solve()
     assert plain.status.tolist() == [Status.MAX_ITER] * 2
     assert damped.converged.all()
-    assert (damped.n_iter < 50).all()
+    assert (damped.n_iter < 100).all()
+
+
+def test_a_residual_that_fluctuates_does_not_shorten_steps():
+    """Rough solves leave residuals that rise now and then, on their way down."""
+    script = torch.tensor([1.0, 0.5, 0.7, 0.4, 0.6, 0.3, 0.45, 0.2])
+
+    class Scripted(FrozenMap):
+        def __init__(self, x):
+            super().__init__(lambda v: v + 1, x)
+            self.residual = script[x[:, 0].round().long()]
+
+    result = fixed_point(Scripted, torch.zeros(1, 1), rtol=1e-9, max_iter=7)
+    assert result.x.item() == 7  # seven full steps
 
 
 @pytest.mark.parametrize("anderson", [0, 3])
