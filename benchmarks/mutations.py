@@ -99,8 +99,8 @@ FAULTS = (
     Fault(
         "no warm start of the image",
         "problems/synthesis_solvers.py",
-        "problem.image_of(blocks[1], init=v)",
-        "problem.image_of(blocks[1])",
+        "problem.image_of(new_synthesis, init=image)",
+        "problem.image_of(new_synthesis)",
         ("equations/test_synthesis.py::test_image_solves_start_at_the_last_image",),
     ),
     Fault(

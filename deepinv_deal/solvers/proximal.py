@@ -279,8 +279,8 @@ def proximal_gradient(
     Sample :math:`i` stops as soon as ``measure(new, old)[i] <= rtol[i]`` and is left
     unchanged from then on, so a batch gives what its samples give alone.
 
-    One function instead of a list makes the blocks one unknown: a :data:`JointStep`
-    extrapolates them itself, with :func:`extrapolated`, in parts that stay in the cache
+    One function instead of a list makes the blocks one unknown: a ``JointStep``
+    extrapolates them itself, with ``extrapolated``, in parts that stay in the cache
     where that pays. Blocks that are linear images of others, such as :math:`W^{\top} u`
     beside :math:`u`, need not be computed again: extrapolation keeps linear relations.
 
