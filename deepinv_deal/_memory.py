@@ -10,7 +10,7 @@ _MAX_MAPPINGS, _MAPPING_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1
 
 #: Size in bytes of a block from which it is returned all the same: kept, it would leave
 #: a hole that smaller blocks take up, and the next one of its size would not fit.
-LARGEST_KEPT = 2**26
+LARGEST_KEPT = 2**28
 
 
 def keep_freed_memory() -> None:
@@ -19,7 +19,7 @@ def keep_freed_memory() -> None:
 
     glibc returns every block above 32 MB, and much of what lies below, to the system
     when it is freed, and clears it anew at the next use, which takes longer than most
-    arithmetic on it. Afterwards only blocks above 64 MB are returned, with most C
+    arithmetic on it. Afterwards only blocks above 256 MB are returned, with most C
     libraries. Call this once, before large images are reconstructed on a CPU.
     It concerns the whole process, which keeps the memory until it ends; therefore only
     the command line does it by itself. With another C library nothing happens.

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from deepinv_deal._batch import Output
 
-#: Largest size in bytes of the features of one block, all channels of one layer: less
-#: than what ``keep_freed_memory`` lets go.
-BLOCK_BYTES = 2**26 - 2**20
+#: Largest size in bytes of the features of one block, all channels of one layer.
+BLOCK_BYTES = 2**26
 
 #: The same for chains of element-wise maps, each of which is to find the last one's
 #: result in the cache of the CPU.

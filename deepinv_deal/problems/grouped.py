@@ -83,7 +83,8 @@ class GroupedQuadratic:
         scale = squared_mask.mean((2, 3))  # (n, N)
         weight = group * energy[:, None]
         total = torch.einsum("nfk,nf->nk", weight, scale)[:, None]
-        weight = torch.where(total > 0, weight / total, 0)
+        tiny = torch.finfo(total.dtype).tiny
+        weight = torch.where(total > tiny, weight / total, 0)
         kernels = torch.einsum("nfk,nf,cdfij->nkcdij", group, scale, correlations)
 
         def put(inside: Tensor) -> None:

@@ -31,6 +31,7 @@ class State(NamedTuple):
     :param Best best: the best iterate so far.
     :param torch.Tensor eta: accuracy of the next inner solve.
     :param torch.Tensor omega: length of the next step.
+    :param torch.Tensor stale: iterations without a better iterate.
     :param torch.Tensor predicted: residual that the last inner solve left.
     :param torch.Tensor plain: samples whose last step was not accelerated.
     :param Memory memory: of the acceleration; ``None`` if there is none.
@@ -50,6 +51,7 @@ class State(NamedTuple):
     best: Best
     eta: Tensor
     omega: Tensor
+    stale: Tensor
     predicted: Tensor
     plain: Tensor
     memory: Memory | None
@@ -95,6 +97,7 @@ class Picard:
             best=Best.init(x, residual),
             eta=self.forcing.init(residual),
             omega=self.damping.init(residual),
+            stale=none,
             predicted=residual,
             plain=everyone,
             memory=self.anderson.init(residual) if depth else None,
@@ -151,13 +154,17 @@ class Picard:
     def assess(self, state: State, problem: FrozenProblem) -> State:
         """Completes the state after a step by what its frozen problem tells."""
         before, after, least = state.residual, problem.residual, state.best.residual
+        stale = (state.stale + 1).where(~(after < least), 0)
         # Combinations of past images make up for rough solves.
         eta = self.forcing.update(before, state.predicted, after)
         state = state._replace(
             problem=problem,
             residual=after,
             eta=eta.where(state.plain, self.forcing.largest),
-            omega=self.damping.update(state.omega, before, after, least, state.plain),
+            omega=self.damping.update(
+                state.omega, before, after, least, stale, state.plain
+            ),
+            stale=stale,
         )
         return self._judge(state)
 

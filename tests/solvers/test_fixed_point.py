@@ -495,6 +495,13 @@ def test_damping_finds_the_fixed_point_of_a_map_that_overshoots():
     assert (damped.n_iter < 100).all()
 
 
+def test_damping_leaves_a_cycle_whose_residual_stays():
+    freeze = lambda x: FrozenMap(lambda v: -1.2 * v.clamp(-1, 1), x)  # noqa: E731
+    start = torch.tensor([[10.0]], dtype=torch.float64)
+    result = fixed_point(freeze, start, rtol=1e-6, max_iter=200)
+    assert result.converged.all()
+
+
 def test_a_residual_that_fluctuates_does_not_shorten_steps():
     """Rough solves leave residuals that rise now and then, on their way down."""
     script = torch.tensor([1.0, 0.5, 0.7, 0.4, 0.6, 0.3, 0.45, 0.2])
