@@ -63,7 +63,7 @@ class AttentiveQuadratic:
         one for every filter.
     :param int reach: rows that a pixel of the mask sees on each side, in an image that
         is continued by zeros in every layer. The mask of a large image is then
-        evaluated in blocks of rows. ``None``: at once, for masks that see more.
+        evaluated in blocks. ``None``: at once, for masks that see more.
     :param torch.dtype dtype: precision in which :meth:`normal` computes; ``None``: that
         of its arguments.
     """
@@ -507,7 +507,7 @@ class FrozenSystem(LinearProblem):
         equation, mask = self.equation, self.squared_mask
         regularizer = equation.inner_regularizer if self.inner else equation.regularizer
         mask = mask.to(regularizer.dtype or mask.dtype)
-        # Large features are evaluated in blocks of rows, which need the plain mask.
+        # Large features are evaluated in blocks, which need the plain mask.
         small = mask.numel() * mask.element_size() <= BLOCK_BYTES
         return regularizer, regularizer.arranged(mask) if small else mask
 

@@ -203,7 +203,7 @@ def eliminated_fista(
 
         new, new_synthesis = in_cache(code, a, previous[0], misfit)
         new_image = problem.image_of(new_synthesis, init=image)
-        # Of the coefficients, what is seen of them says the same, and is less.
+        # What is seen of the coefficients is a cheaper measure, about as good.
         turned = inner(synthesis - new_synthesis, new_synthesis - blocks[1])
         turned = turned + inner(image - new_image, new_image - x)
         return (new, new_synthesis, new_image), turned
