@@ -20,8 +20,8 @@ BLOCK_BYTES = 2**26
 #: result in the cache of the CPU.
 CACHE_BYTES = 2**19
 
-#: Blocks have at least so many times the rows and columns that a pixel sees: of smaller
-#: ones, most would be computed to be cut off.
+#: Blocks have about so many times the rows and columns that a pixel sees, or more: of
+#: smaller ones, most would be computed to be cut off.
 LEAST_REACHES = 8
 
 

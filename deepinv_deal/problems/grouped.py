@@ -87,15 +87,15 @@ class GroupedQuadratic:
         weight = torch.where(total > tiny, weight / total, 0)
         kernels = torch.einsum("nfk,nf,cdfij->nkcdij", group, scale, correlations)
 
-        def put(inside: Tensor) -> None:
+        def put_masks(inside: Tensor) -> None:
             # In blocks: the product copies the masks.
             number, filters, height, width = squared_mask.shape
             row_bytes = number * filters * width * squared_mask.element_size()
             for rows in row_blocks(height, row_bytes, BLOCK_BYTES):
-                some = squared_mask[..., rows, :]
-                inside[..., rows, :] = torch.einsum("nfk,nfhw->nkhw", weight, some)
+                part = squared_mask[..., rows, :]
+                inside[..., rows, :] = torch.einsum("nfk,nfhw->nkhw", weight, part)
 
-        return cls._of_kernels(kernels, put, squared_mask.shape[2:])
+        return cls._of_kernels(kernels, put_masks, squared_mask.shape[2:])
 
     @classmethod
     def uniform(
@@ -114,7 +114,7 @@ class GroupedQuadratic:
 
     @classmethod
     def _of_kernels(
-        cls, kernels: Tensor, put: Callable[[Tensor], Any], shape: Sequence[int]
+        cls, kernels: Tensor, put_masks: Callable[[Tensor], Any], shape: Sequence[int]
     ) -> GroupedQuadratic:
         """
         Makes it from the kernels of groups, ``(n, K, C, C, l, l)``, and a function that
@@ -127,7 +127,7 @@ class GroupedQuadratic:
             next_fast_len(max(n + 2 * reach, length), real=True) for n in shape
         )
         masks = kernels.new_zeros(*kernels.shape[:2], height, width)
-        put(masks[..., reach : reach + rows, reach : reach + columns])
+        put_masks(masks[..., reach : reach + rows, reach : reach + columns])
         # Of large images, what is needed on the way is large, too.
         step = kernels.shape[1] if masks.numel() <= TOGETHER else 1
         factors = [
@@ -159,8 +159,8 @@ class GroupedQuadratic:
         v = torch.fft.irfft2(v, s=self.size).mul_(masks[:, :, None])
         v = torch.fft.rfft2(v)
         # New memory of large images takes longer than the product.
-        one = factors.shape[2] == 1
-        return v.mul_(factors[:, :, 0]) if one else product(v[:, :, None], factors, 3)
+        gray = factors.shape[2] == 1
+        return v.mul_(factors[:, :, 0]) if gray else product(v[:, :, None], factors, 3)
 
 
 def symbol(kernels: Tensor, height: int, width: int) -> Tensor:

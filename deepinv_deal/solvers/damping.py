@@ -7,18 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Steps that overshoot are shortened by the first factor, others lengthened by the
-#: second, and none is shorter than the third.
-DAMPING, RECOVERY, SHORTEST_STEP = 0.7, 1.02, 0.2
+#: Steps are shortened by the first factor when they overshoot, lengthened by the second
+#: otherwise, and never shorter than the third.
+DAMPING, RECOVERY, SHORTEST_STEP = 0.7, 1.05, 0.2
 
-#: A residual that rises above so many times the least one is overshooting. With rough
-#: inner solves it also fluctuates, which is no reason for short steps: when it was one,
-#: SAFI did not converge in MRI.
-OVERSHOOT = 2.0
-
-#: After so many iterations without a new least residual, one that does not fall is
-#: overshooting, too: the iterates may go round in a cycle.
-PATIENCE = 15
+#: Cosine between two steps below which the second turns back.
+TURNED = -0.5
 
 
 @dataclass(frozen=True)
@@ -40,8 +34,7 @@ class Damping:
         omega: Tensor,
         before: Tensor,
         after: Tensor,
-        least: Tensor,
-        stale: Tensor,
+        turned: Tensor,
         plain: Tensor,
     ) -> Tensor:
         """
@@ -50,13 +43,13 @@ class Damping:
         :param torch.Tensor omega: fraction of the last step, ``(B,)``.
         :param torch.Tensor before: residual before that step.
         :param torch.Tensor after: residual after it.
-        :param torch.Tensor least: residual of the best iterate before it.
-        :param torch.Tensor stale: iterations since the residual was last below that.
+        :param torch.Tensor turned: cosine between that step and the one before.
         :param torch.Tensor plain: samples that made it, without acceleration; a
             combination that raises the residual says nothing about steps.
         """
-        rose = (after > before) & (after > OVERSHOOT * least)
-        overshot = rose | ((after >= before) & (stale >= PATIENCE))
+        # Overshooting shows as a residual that rises while the iterates go back and
+        # forth. Rough inner solves let it fluctuate, too, but not the direction.
+        overshot = (after >= before) & (turned < TURNED)
         shorter = self.enabled & plain & overshot
         omega = torch.where(shorter, DAMPING * omega, RECOVERY * omega)
         return omega.clamp(SHORTEST_STEP, 1.0)

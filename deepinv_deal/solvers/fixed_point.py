@@ -52,9 +52,9 @@ def fixed_point(
     (choice 1 of :footcite:t:`eisenstat1996choosing`).
 
     Where :math:`T` overshoots, the iterates would oscillate. Steps are therefore
-    damped: a sample whose residual has risen above twice its least one moves only a
-    fraction of the way to :math:`T(x_k)`, and returns to full steps slowly. Fixed
-    points stay the same.
+    damped: a sample whose residual has not fallen while its last two steps went back
+    and forth moves only a fraction of the way to :math:`T(x_k)`, and returns to full
+    steps after. Fixed points stay the same.
 
     With ``anderson=m``, a step starts at the combination of the last :math:`m` images
     and :math:`x_k` that would have the least residual if residuals were affine,

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from deepinv_deal._batch import expand, norm, read_any, select
+from deepinv_deal._batch import expand, inner, norm, read_any, select
 from deepinv_deal.solvers.anderson import Anderson, Memory
 from deepinv_deal.solvers.best import Best
 from deepinv_deal.solvers.damping import Damping
@@ -31,7 +31,8 @@ class State(NamedTuple):
     :param Best best: the best iterate so far.
     :param torch.Tensor eta: accuracy of the next inner solve.
     :param torch.Tensor omega: length of the next step.
-    :param torch.Tensor stale: iterations without a better iterate.
+    :param torch.Tensor move: the last full step, shape of x.
+    :param torch.Tensor turned: cosine between it and the one before.
     :param torch.Tensor predicted: residual that the last inner solve left.
     :param torch.Tensor plain: samples whose last step was not accelerated.
     :param Memory memory: of the acceleration; ``None`` if there is none.
@@ -51,7 +52,8 @@ class State(NamedTuple):
     best: Best
     eta: Tensor
     omega: Tensor
-    stale: Tensor
+    move: Tensor
+    turned: Tensor
     predicted: Tensor
     plain: Tensor
     memory: Memory | None
@@ -97,7 +99,8 @@ class Picard:
             best=Best.init(x, residual),
             eta=self.forcing.init(residual),
             omega=self.damping.init(residual),
-            stale=none,
+            move=torch.zeros_like(x),
+            turned=torch.zeros_like(residual),
             predicted=residual,
             plain=everyone,
             memory=self.anderson.init(residual) if depth else None,
@@ -122,6 +125,8 @@ class Picard:
         working = working & ~broken
         active = state.active & ~broken
         moved = torch.lerp(start, solution.x, expand(state.omega, x))
+        move = solution.x - start
+        turned = inner(move, state.move) / (norm(move) * norm(state.move))
         return state._replace(
             x=select(working, moved, x),
             problem=None,  # what it holds may be large, and the next one is to follow
@@ -129,6 +134,8 @@ class Picard:
             status=state.status.where(~broken, solution.status.to(state.status.dtype)),
             n_iter=state.n_iter + active,
             n_inner=state.n_inner + solution.n_iter * working,
+            move=move,
+            turned=turned,
             predicted=solution.residual * state.residual,
             plain=working if memory is None else working & ~memory.accelerated,
             memory=memory,
@@ -153,8 +160,7 @@ class Picard:
 
     def assess(self, state: State, problem: FrozenProblem) -> State:
         """Completes the state after a step by what its frozen problem tells."""
-        before, after, least = state.residual, problem.residual, state.best.residual
-        stale = (state.stale + 1).where(~(after < least), 0)
+        before, after = state.residual, problem.residual
         # Combinations of past images make up for rough solves.
         eta = self.forcing.update(before, state.predicted, after)
         state = state._replace(
@@ -162,9 +168,8 @@ class Picard:
             residual=after,
             eta=eta.where(state.plain, self.forcing.largest),
             omega=self.damping.update(
-                state.omega, before, after, least, stale, state.plain
+                state.omega, before, after, state.turned, state.plain
             ),
-            stale=stale,
         )
         return self._judge(state)
 

@@ -50,6 +50,21 @@ def test_it_is_exact_for_masks_that_do_not_vary(channels):
     assert relative_error(R.grouped(squared)(x), R.normal(x, squared)) < 3e-3
 
 
+def test_masks_made_in_blocks_of_rows_are_those_of_all_rows(monkeypatch):
+    squared, correlations = levels(2, 12, 9, 10), filters().correlations().detach()
+    whole = GroupedQuadratic.of(squared, correlations)
+    monkeypatch.setattr("deepinv_deal.problems.grouped.BLOCK_BYTES", 1)
+    blocks = GroupedQuadratic.of(squared, correlations)
+    torch.testing.assert_close(blocks.masks, whole.masks, rtol=1e-13, atol=0)
+
+
+def test_masks_too_small_for_a_quotient_are_none():
+    squared = torch.full((1, 12, 9, 10), 1e-42)
+    correlations = filters().correlations().detach().float()
+    R = GroupedQuadratic.of(squared, correlations)
+    assert R(torch.ones(1, 1, 9, 10)).isfinite().all()
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_one_mask_for_all_is_the_same_without_groups(channels):
     W = filters(channels)

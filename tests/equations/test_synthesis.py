@@ -462,6 +462,17 @@ def test_coefficients_found_in_blocks_of_rows_are_those_of_all_rows(
     assert short.status.tolist() == [Status.MAX_ITER, Status.CONVERGED]
 
 
+@pytest.mark.parametrize("kind", ("group", "weakly_convex"))
+def test_iterations_in_blocks_of_rows_are_those_of_all_rows(rng, kind, monkeypatch):
+    problem = small_prior(kind, rng, 6).problem(operator_term(images(2, 1, 9, 7)))
+    x, a = problem.data.b, problem.zero_coefficients()
+    whole = eliminated_fista(problem, x, a, rtol=1e-9)
+    monkeypatch.setattr("deepinv_deal.operators.blocks.CACHE_BYTES", 1)
+    blocks = eliminated_fista(problem, x, a, rtol=1e-9)
+    assert whole.converged.all() and blocks.converged.all()
+    torch.testing.assert_close(blocks.x, whole.x, rtol=0, atol=1e-8)
+
+
 def test_nothing_is_differentiated_without_gradients(rng):
     prior = small_prior("group", rng)
     problem = prior.problem(operator_term(images(1, 1, 6, 6)))

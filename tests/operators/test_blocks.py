@@ -12,7 +12,7 @@ from deepinv_deal.operators.blocks import in_blocks
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of as few rows as there may be."""
+    """Blocks as small as they may be."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1)
 
 
