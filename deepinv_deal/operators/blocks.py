@@ -13,7 +13,8 @@ from torch import Tensor
 
 from deepinv_deal._batch import Output
 
-#: Largest size in bytes of the features of one block, all channels of one layer.
+#: Largest size in bytes of the features of one block, all channels of one layer, per
+#: sample: a batch needs as many times that as its images need anyway.
 BLOCK_BYTES = 2**26
 
 #: The same for chains of element-wise maps, each of which is to find the last one's
@@ -69,12 +70,12 @@ def in_blocks(
     :param torch.Tensor inputs: tensors ``(B, C, H, W)`` of equal B, H and W.
     :param int reach: rows and columns that an output pixel sees on each side.
     :param int channels: largest number of channels of the features.
-    :param int block_bytes: size of a block and what it sees, as far as possible;
-        ``BLOCK_BYTES`` if ``None``.
+    :param int block_bytes: size of a block and what it sees in one sample, as far as
+        possible; ``BLOCK_BYTES`` if ``None``.
     :param int multiple: blocks start at multiples of so many rows.
     """
     batch, _, height, width = inputs[0].shape
-    pixel_bytes = batch * channels * inputs[0].element_size()
+    pixel_bytes = channels * inputs[0].element_size()
     size = BLOCK_BYTES if block_bytes is None else block_bytes
     least, side = max(multiple, LEAST_REACHES * reach), width
     if reach and (least + 2 * reach) * width * pixel_bytes > size:

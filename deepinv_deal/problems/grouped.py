@@ -57,14 +57,14 @@ class GroupedQuadratic:
     >>> bool((R(x) - exact).norm() < 0.01 * exact.norm())
     True
 
-    :param torch.Tensor factors: spectra of the convolutions, ``(n, K, C, C, h, w)``;
-        real if C is 1.
+    :param list factors: spectra of the convolutions, ``(n, k, C, C, h, w)``, real if C
+        is 1, of the groups that are applied together.
     :param torch.Tensor masks: the masks :math:`a_k` amid zeros, ``(n, K, *size)``.
     :param tuple size: rows and columns of the Fourier transforms.
     :param int reach: rows by which images are continued on each side.
     """
 
-    factors: Tensor
+    factors: list[Tensor]
     masks: Tensor
     size: tuple[int, int]
     reach: int
@@ -129,25 +129,23 @@ class GroupedQuadratic:
         masks = kernels.new_zeros(*kernels.shape[:2], height, width)
         put_masks(masks[..., reach : reach + rows, reach : reach + columns])
         # Of large images, what is needed on the way is large, too.
-        step = kernels.shape[1] if masks.numel() <= TOGETHER else 1
+        together = masks.numel() * kernels.shape[2] <= TOGETHER
+        step = kernels.shape[1] if together else 1
         factors = [
             cholesky(symbol(part, height, width)) for part in kernels.split(step, 1)
         ]
-        return cls(torch.cat(factors, 1), masks, (height, width), reach)
+        return cls(factors, masks, (height, width), reach)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Applies it to images ``(n, C, H, W)``."""
         r = self.reach
         rows, columns = (n + 2 * r for n in x.shape[2:])
         spectrum = torch.fft.rfft2(F.pad(x, (r,) * 4, mode="replicate"), s=self.size)
-        together = x.numel() * self.masks.shape[1] <= TOGETHER
-        step = self.masks.shape[1] if together else 1
         total = torch.zeros_like(spectrum)
-        for factors, masks in zip(
-            self.factors.split(step, 1), self.masks.split(step, 1), strict=True
-        ):
+        parts = self.masks.split([part.shape[1] for part in self.factors], 1)
+        for factors, masks in zip(self.factors, parts, strict=True):
             part = self._through(spectrum, factors, masks)
-            total += part[:, 0] if step == 1 else part.sum(1)
+            total += part[:, 0] if part.shape[1] == 1 else part.sum(1)
             del part
         del spectrum  # of a large image, every vector counts
         back = torch.fft.irfft2(total, s=self.size)

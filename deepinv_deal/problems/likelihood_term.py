@@ -353,6 +353,11 @@ class FrozenOperator(NormalOperator):
         return torch.zeros(len(self.like), dtype=torch.bool, device=self.like.device)
 
     @property
+    def is_circulant(self) -> bool:
+        """Whether it is one for all samples: the host need not ask the device."""
+        return False
+
+    @property
     @torch.no_grad()
     def similar(self) -> Tensor:
         """The eigenvalues of the physics times the mean of the density."""

@@ -55,7 +55,7 @@ class TiedMeans(NormalOperator):
 
     def __init__(self, data: DataTerm, means: Any, weight: Tensor):
         def apply(x: Tensor) -> Tensor:
-            return data.normal(x) + expand(weight, x) * means.adjoint(means(x))
+            return data.fast_normal(x) + expand(weight, x) * means.adjoint(means(x))
 
         super().__init__(apply, data.b, (data.fourier,))
         self.data, self.weight = data, weight
@@ -540,6 +540,6 @@ def in_cache(function: Callable[..., Output], *maps: Tensor) -> Output:
         *maps,
         reach=0,
         channels=maps[0].shape[1],
-        block_bytes=cache_bytes(maps[0].device),
+        block_bytes=cache_bytes(maps[0].device) // max(1, len(maps[0])),
         multiple=GROUP_SIDE,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -327,19 +327,27 @@ def proximal_gradient(
         back its iterate of the last evaluation before that.
     :raises ValueError: for an unknown ``inertia``, different numbers of steps and
         blocks, or a negative tolerance or limit.
+    :raises TypeError: if ``restart`` is not a bool.
     """
+    if not isinstance(restart, bool):
+        raise TypeError(
+            f"restart must be True or False, for all blocks together, got {restart!r}."
+        )
     if inertia not in _INERTIA:
         raise ValueError(f"inertia must be one of {list(_INERTIA)}, got {inertia!r}.")
     m = len(init)
-    if m == 0 or isinstance(steps, Sequence) and len(steps) != m:
-        number = len(steps) if isinstance(steps, Sequence) else 1
+    # torch's list of modules is callable, too, but not to be called.
+    joint = callable(steps) and not hasattr(steps, "__len__")
+    blockwise = [] if joint else list(cast(Sequence[BlockStep], steps))
+    if m == 0 or not joint and len(blockwise) != m:
+        number = 1 if joint else len(blockwise)
         raise ValueError(
             f"There must be as many steps as blocks, got {number} and {m}."
         )
-    if isinstance(steps, Sequence):
-        advance = _one_by_one(steps, restart, momentum=inertia != "none")
+    if joint:
+        advance = cast(JointStep, steps)
     else:
-        advance = steps
+        advance = _one_by_one(blockwise, restart, momentum=inertia != "none")
     weights, stop = _INERTIA[inertia], measure or relative_change
     counter = torch.ones_like(norm(init[0].detach()))
     tolerance = rtol.to(counter) if isinstance(rtol, Tensor) else rtol

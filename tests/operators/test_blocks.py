@@ -105,6 +105,20 @@ def test_blocks_are_whole_rows_if_enough_of_them_fit_in_else_squares():
         assert sizes(20 * 22 * 8)[:5] == [(21, 19)] + 3 * [(21, 20)] + [(21, 19)]
 
 
+def test_images_of_a_batch_are_cut_as_one_is():
+    seen = []
+
+    def look(x):
+        seen.append(tuple(x.shape[-2:]))
+        return x
+
+    with torch.no_grad():
+        for batch in (1, 5):
+            x = images(batch, 1, 40, 90)
+            in_blocks(look, x, reach=1, channels=1, block_bytes=12 * 90 * 8)
+    assert len(seen) == 8 and seen[:4] == seen[4:]
+
+
 def test_blocks_of_nothing_and_of_single_rows(small_blocks):
     with torch.no_grad():
         for x in (images(1, 1, 5, 6)[:0], images(1, 1, 5, 6)):

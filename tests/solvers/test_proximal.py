@@ -340,6 +340,24 @@ def test_bad_settings_are_refused(kwargs, rng):
 def test_steps_and_blocks_must_agree_in_number():
     with pytest.raises(ValueError, match="as many steps as blocks"):
         proximal_gradient([], [torch.zeros(1, 1)])
+    steps = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        proximal_gradient(steps, [torch.zeros(1, 1)])
+
+
+def test_steps_may_be_a_list_of_modules():
+    class Halve(torch.nn.Module):
+        def forward(self, v, _):
+            return v / 2
+
+    steps = torch.nn.ModuleList([Halve()])
+    result = proximal_gradient(steps, [torch.ones(1, 1)], rtol=0, max_iter=3)
+    assert result.x.abs() < 1
+
+
+def test_blocks_restart_together():
+    with pytest.raises(TypeError, match="restart must be True or False"):
+        proximal_gradient([lambda v, _: v], [torch.zeros(1, 1)], restart=[0])
 
 
 # -- several blocks ------------------------------------------------------------
