@@ -154,6 +154,32 @@ def test_strict_makes_failure_an_exit_code_and_a_figure_is_drawn(tmp_path, capsy
     assert main(["denoise", source, target, "--sigma", "20", *FAST, "--strict"]) == 0
 
 
+@pytest.mark.parametrize("white", [None, "max"])
+def test_the_true_image_tells_the_quality(tmp_path, capsys, white):
+    source, truth = save(tmp_path / "a.npy", noisy()), photograph()
+    target, figure = str(tmp_path / "b.npy"), tmp_path / "figure.png"
+    command = ["denoise", source, target, "--sigma", "20", *FAST]
+    command += [] if white is None else ["--white", white]
+    true = save(tmp_path / "x.npy", truth)
+    assert main([*command, "--truth", true, "--figure", str(figure)]) == 0
+    # relative to the white of the noisy image
+    unit = 1.0 if white is None else load(source).max()
+    mse = np.square(np.clip(load(target) / unit, 0, 1) - truth / unit).mean()
+    assert f"PSNR {-10 * np.log10(mse):.2f} dB" in capsys.readouterr().out
+    assert load(figure).shape[1] > 500
+
+
+def test_a_wrong_true_image_is_noticed_before_it_takes_long(tmp_path, capsys):
+    source, target = save(tmp_path / "a.npy", noisy()), tmp_path / "b.npy"
+    small = save(tmp_path / "x.npy", photograph()[1:])
+    command = ["denoise", source, str(target), "--sigma", "20", "--truth", small]
+    assert main(command) == 2
+    assert "--truth has shape" in capsys.readouterr().err and not target.exists()
+    command[1:3] = [str(tmp_path), str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "--truth is for one image" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

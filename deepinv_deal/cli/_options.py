@@ -315,6 +315,30 @@ def iterations_shown(model: Any) -> Iterator[None]:
             del model.solve
 
 
+def add_truth_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option to compare with the true image."""
+    parser.add_argument("--truth", help="file with the true image: print the PSNR")
+
+
+def print_quality(x_hat: Tensor, x: Tensor, unit: float) -> None:
+    """
+    Prints PSNR and SSIM of a result.
+
+    :param torch.Tensor x_hat: the result.
+    :param torch.Tensor x: the true image.
+    :param float unit: what counts as white.
+    :raises ValueError: for different shapes.
+    """
+    from deepinv_deal.evaluation import quality
+
+    if x.shape != x_hat.shape:
+        raise ValueError(
+            f"--truth has shape {tuple(x.shape)}, the result {tuple(x_hat.shape)}."
+        )
+    scores = quality(x_hat / unit, x / unit)
+    print("PSNR {:.2f} dB, SSIM {:.4f}".format(*scores))
+
+
 def report(
     name: str,
     infos: ReconstructionInfo | Sequence[ReconstructionInfo],

@@ -19,10 +19,12 @@ from deepinv_deal.cli._options import (
     add_model_options,
     add_outcome_options,
     add_slices_option,
+    add_truth_option,
     add_white_option,
     channels_of,
     iterations_shown,
     make_model,
+    print_quality,
     report,
     say,
 )
@@ -60,6 +62,7 @@ def add_denoise(commands: Commands[argparse.ArgumentParser]) -> None:
         help="value in the file that is black, as -1000 for air in Hounsfield units",
     )
     add_slices_option(denoise, "pages", "denoised")
+    add_truth_option(denoise)
     add_likelihood_option(denoise)
     add_model_options(denoise, default="deal_gray, deal_color for colour")
     add_outcome_options(denoise)
@@ -115,6 +118,11 @@ def _folder(
     jobs = _jobs(source, target)
     if args.figure and len(jobs) > 1:
         raise ValueError("--figure draws one image; INPUT is a folder of several.")
+    if args.truth and len(jobs) > 1:
+        raise ValueError(
+            "--truth is for one image; INPUT is a folder of several. `deepinv-deal "
+            "evaluate` measures quality on a folder of true images."
+        )
     converged, failures = [], []
     for file, result in tqdm(
         jobs, "Denoising", disable=True if len(jobs) == 1 else None
@@ -199,6 +207,15 @@ def _one(
         raise ValueError(
             f"--figure draws one image; {source} has {len(picture.x)} pages."
         )
+    truth = None
+    if args.truth:
+        of_file = white if white != "max" else picture.white
+        truth = read_picture(args.truth, of_file, black=args.black, volume=is_volume).x
+        if truth.shape != picture.x.shape:  # before it takes long
+            raise ValueError(
+                f"--truth has shape {tuple(truth.shape)}, and {source} "
+                f"{tuple(picture.x.shape)}."
+            )
     images = picture.volumes(source) if is_volume else picture.x
     several, what = len(images) > 1, "Volumes" if is_volume else "Pages"
     results, converged = [], True
@@ -219,12 +236,15 @@ def _one(
         say([f"{target} does not keep where the voxels of {source} lie."])
     args.likelihood.doubt_rounding(target, result, picture)
     write_picture(target, result, picture)
+    if truth is not None:
+        print_quality(result, truth, args.likelihood.shown_white(truth, args.white))
     if args.figure:
         from deepinv_deal.cli._figures import Panel, plot_reconstructions, save
 
         title = args.likelihood.kind if args.sigma is None else f"sigma {args.sigma}"
         white = args.likelihood.shown_white(x_hat, args.white)
-        panel = Panel(title, None, picture.x / white, x_hat / white, info)
+        truth = None if truth is None else truth / white
+        panel = Panel(title, truth, picture.x / white, x_hat / white, info)
         save(plot_reconstructions([panel]), args.figure)
     return converged
 

@@ -14,9 +14,11 @@ from deepinv_deal.cli._options import (
     add_model_options,
     add_outcome_options,
     add_slices_option,
+    add_truth_option,
     add_white_option,
     channels_of,
     make_model,
+    print_quality,
     report,
     say,
 )
@@ -133,7 +135,7 @@ def _operator(
     )
     if name != "mri":
         add_white_option(parser)
-    parser.add_argument("--truth", help="file with the true image: print the PSNR")
+    add_truth_option(parser)
     add_likelihood_option(parser)
     both = "deal_gray, deal_color for colour"
     add_model_options(parser, default="deal_gray" if name == "mri" else both)
@@ -286,7 +288,6 @@ def _truth(args: argparse.Namespace, x_hat: Any, is_mri: bool) -> Any:
         return None
     import torch
 
-    from deepinv_deal.evaluation import quality
     from deepinv_deal.files import read_array, read_picture
 
     if is_mri:
@@ -298,12 +299,7 @@ def _truth(args: argparse.Namespace, x_hat: Any, is_mri: bool) -> Any:
     else:
         x = read_picture(args.truth, args.likelihood.white(args.white)).x
         unit = args.likelihood.shown_white(x, args.white)
-    if x.shape != x_hat.shape:
-        raise ValueError(
-            f"--truth has shape {tuple(x.shape)}, the result {tuple(x_hat.shape)}."
-        )
-    scores = quality(x_hat / unit, x / unit)
-    print("PSNR {:.2f} dB, SSIM {:.4f}".format(*scores))
+    print_quality(x_hat, x, unit)
     return x
 
 
