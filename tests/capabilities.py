@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
+
 import deepinv as dinv
 import pytest
 import torch
@@ -260,3 +263,18 @@ def is_strict(name):
     physics = inpainting()
     with pytest.raises(ConvergenceError):
         model(physics.A(data()), physics, sigma=SIGMA, lambda_reg=LAMBDA)
+
+
+def shows_progress(name):
+    physics = inpainting()
+    y = physics.A(data())
+    settings = {"sigma": SIGMA, "lambda_reg": LAMBDA, "return_info": True}
+    printed = {}
+    for shown in (True, None, False):
+        with redirect_stderr(StringIO()) as stream:
+            x, info = make(name, show_progress_bar=shown)(y, physics, **settings)
+        printed[shown] = stream.getvalue(), x
+    last = printed[True][0].split("\r")[-1]
+    assert f": {int(info.n_iter.max())} iterations" in last
+    assert printed[None][0] == printed[False][0] == ""  # where there is no terminal
+    assert torch.equal(printed[True][1], printed[False][1])

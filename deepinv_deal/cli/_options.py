@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -285,34 +284,6 @@ def _white(text: str) -> float | str:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no value: a number, or 'max'."
         ) from error
-
-
-@contextlib.contextmanager
-def iterations_shown(model: Any) -> Iterator[None]:
-    """Shows the iterations of a model on terminals, for what takes minutes."""
-    from tqdm import tqdm
-
-    with tqdm(desc="Iterations", disable=None) as bar:
-        if bar.disable:
-            yield
-            return
-        solve = model.solve
-
-        def watched(
-            problem: Any, start: Any = None, callback: Any = None, **limits: Any
-        ) -> Any:
-            def observe(k: int, before: Tensor, after: Tensor) -> None:
-                bar.update()
-                if callback is not None:
-                    callback(k, before, after)
-
-            return solve(problem, start, observe, **limits)
-
-        model.solve = watched
-        try:
-            yield
-        finally:
-            del model.solve
 
 
 def add_truth_option(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from collections import Counter
@@ -22,7 +21,6 @@ from deepinv_deal.cli._options import (
     add_truth_option,
     add_white_option,
     channels_of,
-    iterations_shown,
     make_model,
     print_quality,
     report,
@@ -93,8 +91,8 @@ def _denoise(args: argparse.Namespace) -> int:
             "start at zero. Subtract it from the file."
         )
     settings = args.likelihood.settings(args.white)
-    if args.slices is not None:
-        settings["slices"] = args.slices
+    if args.slices is not None:  # volumes take minutes
+        settings |= {"slices": args.slices, "show_progress_bar": None}
     models = cache(partial(make_model, args, **settings))  # by channels
     if args.sigma == "estimate" and not isinstance(models(1), DEAL):
         raise ValueError(
@@ -225,8 +223,7 @@ def _one(
         name = f"{source}[{number}]" if several else source
         start = time.perf_counter()
         model = models(image.shape[0])
-        with iterations_shown(model) if is_volume else contextlib.nullcontext():
-            x_hat, info = _image(model, image[None], args)
+        x_hat, info = _image(model, image[None], args)
         seconds = time.perf_counter() - start
         results.append(x_hat)
         converged &= report(f"{name} -> {target}", info, seconds, args.likelihood)

@@ -163,7 +163,7 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
         problems, like = _mri(args)
         if args.slices is not None:
             problems = [problems.volume()]
-            settings["slices"] = args.slices
+            settings |= {"slices": args.slices, "show_progress_bar": None}
         model = make_model(args, complex_mode=args.complex_mode, **settings)
     else:
         like = _picture(args)

@@ -14,6 +14,7 @@ from deepinv.optim.prior import Prior
 from torch import Tensor, nn
 
 from deepinv_deal._batch import expand
+from deepinv_deal._progress import iterations_shown
 from deepinv_deal.models.info import ReconstructionInfo
 from deepinv_deal.models.noise import estimated_level
 from deepinv_deal.operators.slices import SLICE_MODES, SliceMode
@@ -129,6 +130,8 @@ class ReconstructionModel(Reconstructor, Denoiser):
         not converge.
     :param bool strict: raise a :class:`deepinv_deal.ConvergenceError` instead, also in
         the backward pass.
+    :param bool show_progress_bar: show a progress bar of the iterations; on terminals
+        if ``None``.
     :param str, torch.device device: where to move the model; ``None``: weights that are
         loaded or made are on the CPU, and a ``prior`` that is given stays where it is.
     :raises ValueError: for bad settings.
@@ -172,6 +175,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
         custom_metrics: dict[str, Any] | None = None,
         warn: bool = True,
         strict: bool = False,
+        show_progress_bar: bool | None = False,
         device: str | torch.device | None = None,
     ):
         super().__init__()
@@ -218,6 +222,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
         self.data_fidelity = data_fidelity
         self.init, self.custom_metrics = init, custom_metrics
         self.adjoint, self.warn, self.strict = adjoint.made_strict(strict), warn, strict
+        self.show_progress_bar = show_progress_bar
         if device is not None:
             self.to(device)
         self.eval()
@@ -407,15 +412,17 @@ class ReconstructionModel(Reconstructor, Denoiser):
         :return: the unknown with implicit gradients, and how it was found.
         """
         limits = {"rtol": self.rtol, "max_iter": self.max_iter, **limits}
-        unknown, result = problem.equation.solve(
-            problem.start() if start is None else start,
-            adjoint=self.adjoint,
-            callback=callback,
-            **limits,
-        )
+        name = type(self).__name__
+        with iterations_shown(callback, self.show_progress_bar, name) as observer:
+            unknown, result = problem.equation.solve(
+                problem.start() if start is None else start,
+                adjoint=self.adjoint,
+                callback=observer,
+                **limits,
+            )
         if self.warn or self.strict:
             rtol = self._used_rtol(problem, limits["rtol"])
-            result.report(type(self).__name__, rtol, self.advice, strict=self.strict)
+            result.report(name, rtol, self.advice, strict=self.strict)
         return unknown, result
 
     # -- what a family may say for itself --------------------------------------------

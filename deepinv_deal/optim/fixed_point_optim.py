@@ -12,6 +12,7 @@ from deepinv.optim.data_fidelity import L2, DataFidelity
 from deepinv.optim.prior import Prior
 from torch import Tensor
 
+from deepinv_deal._progress import iterations_shown
 from deepinv_deal.operators.slices import SLICE_MODES, SliceMode
 from deepinv_deal.optim.metrics import IterationMetrics
 from deepinv_deal.priors import PatchPrior
@@ -208,6 +209,8 @@ class FixedPointOptim(BaseOptim):
     :param bool warn: issue a :class:`ConvergenceWarning` if a sample does not converge.
     :param bool strict: raise a :class:`ConvergenceError` instead, also in the
         backward pass.
+    :param bool show_progress_bar: show a progress bar of the iterations; on terminals
+        if ``None``.
     """
 
     def __init__(
@@ -227,6 +230,7 @@ class FixedPointOptim(BaseOptim):
         custom_metrics: dict[str, Any] | None = None,
         warn: bool = True,
         strict: bool = False,
+        show_progress_bar: bool | None = False,
     ):
         if DEQ is not None and not isinstance(DEQ, DEQConfig):
             raise TypeError(f"DEQ must be a DEQConfig, got {type(DEQ).__name__}.")
@@ -257,6 +261,7 @@ class FixedPointOptim(BaseOptim):
             custom_init=custom_init,
             custom_metrics=custom_metrics,
             get_output=_image_of,
+            show_progress_bar=show_progress_bar,
         )
         # deepinv would ask every iterate for its cost; MMR has an energy of its own.
         self.has_cost = self.fixed_point.iterator.has_cost = False
@@ -349,17 +354,19 @@ class FixedPointOptim(BaseOptim):
             assert metrics is not None
             metrics.observe(seen(before), seen(after))
 
-        unknown, result = equation.solve(
-            start,
-            rtol=self.rtol,
-            max_iter=self.max_iter,
-            adjoint=self.adjoint,
-            callback=observe if metrics is not None else None,
-        )
+        watched, name = observe if metrics is not None else None, type(self).__name__
+        with iterations_shown(watched, self.show_progress_bar, name) as observer:
+            unknown, result = equation.solve(
+                start,
+                rtol=self.rtol,
+                max_iter=self.max_iter,
+                adjoint=self.adjoint,
+                callback=observer,
+            )
         self.has_converged = bool(result.converged.all())
         if self.warn or self.strict:
             result.report(
-                type(self).__name__,
+                name,
                 equation.default_rtol if self.rtol is None else self.rtol,
                 "The image is the best iterate found. Raise max_iter, or relax rtol.",
                 strict=self.strict,

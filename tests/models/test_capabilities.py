@@ -84,6 +84,7 @@ ROWS: dict[str, tuple[Callable[[str], None], Refusals]] = {
     "``examine``": (can.knows_a_physics, {}),
     "Batches equal their samples": (can.batches, {}),
     "``strict``": (can.is_strict, {}),
+    "``show_progress_bar``": (can.shows_progress, {}),
 }
 
 

@@ -628,6 +628,7 @@ def test_every_argument_is_tested():
         "custom_metrics",  # test_metrics_are_those_of_base_optim
         "warn",  # test_unconverged_sample
         "strict",  # tests/models/test_status.py
+        "show_progress_bar",  # tests/models/test_capabilities.py
         "device",  # test_device
         "pretrained",  # tests/test_weights.py
     }
