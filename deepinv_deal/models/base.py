@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import chain
+from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from deepinv.models import Denoiser, Reconstructor
 from deepinv.optim import DataFidelity
@@ -191,8 +193,10 @@ class ReconstructionModel(Reconstructor, Denoiser):
             check_bounds(bounds)
         if rtol is not None and not rtol >= 0:
             raise ValueError(f"rtol must not be negative, got {rtol}.")
-        if max_iter is not None and max_iter < 0:
-            raise ValueError(f"max_iter must not be negative, got {max_iter}.")
+        if max_iter is not None and (int(max_iter) != max_iter or max_iter < 0):
+            raise ValueError(
+                f"max_iter must be a whole number, not negative, got {max_iter}."
+            )
         _check_init_name(init)
         check_data_fidelity(data_fidelity)
         adjoint = self.default_adjoint if adjoint is None else adjoint
@@ -211,7 +215,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
                 f"{trainable[0]!r}."
             )
         self.rtol = self.default_rtol if rtol is None else rtol
-        self.max_iter = self.default_max_iter if max_iter is None else max_iter
+        self.max_iter = self.default_max_iter if max_iter is None else int(max_iter)
         self.bounds, self.solver = bounds, SolverOptions.of(solver)
         if hasattr(prior, "methods"):
             methods = dict.fromkeys([*prior.methods(None), *prior.methods((0, 1))])
@@ -243,7 +247,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
             like = next(self.prior.parameters(), torch.empty(0))
             setattr(self, name, nn.Parameter(value.to(like.dtype)))
         elif isinstance(value, Tensor) and not value.requires_grad:
-            self.register_buffer(name, value)
+            self.register_buffer(name, value.clone())  # the caller's may change
         else:
             setattr(self, name, value)
 
@@ -391,6 +395,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
         H = self._data(y, physics, None).H
         if not isinstance(H, KnownPhysics):
             raise ValueError("physics only adds noise: there is nothing to examine.")
+        H.kept = True
         return H
 
     @full_precision
@@ -422,7 +427,13 @@ class ReconstructionModel(Reconstructor, Denoiser):
             )
         if self.warn or self.strict:
             rtol = self._used_rtol(problem, limits["rtol"])
-            result.report(name, rtol, self.advice, strict=self.strict)
+            advice = self.advice
+            if getattr(problem.data.H, "kept", False):
+                advice += (
+                    " If the physics has changed since it was examined, examine it "
+                    "again."
+                )
+            result.report(name, rtol, advice, strict=self.strict)
         return unknown, result
 
     # -- what a family may say for itself --------------------------------------------
@@ -688,6 +699,15 @@ def _check_scale(scale: Any) -> None:
     if isinstance(scale, str):
         if scale != "auto":
             raise ValueError(f"scale must be 'auto', a number or None, got {scale!r}.")
+    elif (
+        scale is not None
+        and not isinstance(scale, Real)
+        and np.prod(np.shape(scale)) != 1
+    ):
+        raise ValueError(
+            f"scale must be one number, got {np.shape(scale)}. Divide y and sigma by "
+            "those of the samples, and multiply the images."
+        )
     elif scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive, got {scale}.")
 

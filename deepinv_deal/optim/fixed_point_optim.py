@@ -187,6 +187,10 @@ class FixedPointOptim(BaseOptim):
 
     The metrics hold ``"nonlinear_residual"`` in addition.
 
+    .. note::
+        Images must be in about [0, 1], for which priors were trained: unlike
+        :class:`deepinv_deal.DEAL` and its siblings, it does not rescale data.
+
     :param deepinv.optim.Prior prior: a prior of this package.
     :param float, torch.Tensor lambda_reg: regularization weight; ``None``: the prior's
         own.

@@ -12,6 +12,7 @@ from deepinv_deal._batch import as_batch
 from deepinv_deal.operators import Slices
 from deepinv_deal.priors.config import Configurable
 from deepinv_deal.problems.bounds import Bounds
+from deepinv_deal.problems.checks import check_floating, per_sample
 from deepinv_deal.problems.data_term import DataTerm, operator_term
 from deepinv_deal.problems.options import DEFAULT_RTOL, SolverOptions
 from deepinv_deal.problems.quadratic import (
@@ -123,6 +124,13 @@ class AttentiveQuadraticPrior(Prior, Configurable):
             lambda number: self.regularizer(level.repeat_interleave(number)), x, slices
         )
 
+    def _bind_checked(
+        self, sigma: float | Tensor, x: Tensor
+    ) -> AttentiveQuadratic | SlicedQuadratic:
+        """Does the same for arguments of a user."""
+        check_floating("x", x)
+        return self.bind(per_sample("sigma", sigma, x), x)
+
     def default_lambda(self, sigma: float | Tensor, x: Tensor) -> Tensor:
         r"""
         Returns the learned :math:`\lambda = \kappa(\sigma) \geq 0`, shape ``(B,)``.
@@ -146,7 +154,7 @@ class AttentiveQuadraticPrior(Prior, Configurable):
             prior and a two-channel image ``(B, 2 num_filters, H, W)``, those of the
             first channel first.
         """
-        mask = self.bind(sigma, x).mask(x)
+        mask = self._bind_checked(sigma, x).mask(x)
         return mask.reshape(len(x), -1, *mask.shape[2:])
 
     @full_precision
@@ -163,7 +171,7 @@ class AttentiveQuadraticPrior(Prior, Configurable):
         r"""
         Returns :math:`\tfrac12 \|M_\sigma(z) \odot W x\|^2` per sample, ``(B,)``.
         """
-        bound = self.bind(sigma, x)
+        bound = self._bind_checked(sigma, x)
         return bound.value(x, bound.mask(z))
 
     def equation(
@@ -205,7 +213,7 @@ class AttentiveQuadraticPrior(Prior, Configurable):
         r"""
         Returns the field :math:`W^{\top}(M_\sigma(x)^2 \odot W x)`, shape of ``x``.
         """
-        bound = self.bind(sigma, x)
+        bound = self._bind_checked(sigma, x)
         return bound.normal(x, bound.squared_mask(x))
 
     @full_precision
@@ -233,9 +241,13 @@ class AttentiveQuadraticPrior(Prior, Configurable):
             :class:`AttentiveEquation`.
         :param int max_iter: largest number of outer iterations.
         """
+        check_floating("x", x)
         options = SolverOptions(preconditioner="none")
         equation = self.equation(
-            operator_term(x), sigma=sigma, lambda_reg=gamma, options=options
+            operator_term(x),
+            sigma=per_sample("sigma", sigma, x),
+            lambda_reg=per_sample("gamma", gamma, x),
+            options=options,
         )
         z, result = equation.solve(torch.zeros_like(x), rtol=rtol, max_iter=max_iter)
         advice = "Raise max_iter or relax rtol."

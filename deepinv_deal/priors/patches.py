@@ -14,6 +14,7 @@ from deepinv_deal.operators import PatchDictionary
 from deepinv_deal.operators.patches import Boundary, SlicedPatchFrame
 from deepinv_deal.priors.config import Configurable
 from deepinv_deal.problems.bounds import Bounds
+from deepinv_deal.problems.checks import check_floating, per_sample
 from deepinv_deal.problems.data_term import DataTerm, operator_term
 from deepinv_deal.problems.dictionary import DictionaryEquation, dictionary_method
 from deepinv_deal.problems.options import SolverOptions
@@ -218,7 +219,8 @@ class PatchPrior(Prior, Configurable):
     # -- deepinv's interface -----------------------------------------------------
 
     def _at(self, x: Tensor, sigma: Any) -> SynthesisProblem:
-        scale = 1.0 if sigma is None else sigma / self.sigma
+        check_floating("x", x)
+        scale = 1.0 if sigma is None else per_sample("sigma", sigma, x) / self.sigma
         return self.problem(
             operator_term(x),
             lambda_reg=as_batch(scale * self.lambda_reg, x),
@@ -290,7 +292,7 @@ class PatchPrior(Prior, Configurable):
         :param float rtol: tolerance of the joint solver.
         :param int max_iter: its largest number of iterations.
         """
-        weight = 1 / as_batch(gamma, x)[:, None, None, None]
+        weight = 1 / per_sample("gamma", gamma, x, positive=True)[:, None, None, None]
         data = operator_term(weight * x, lambda v: weight * v)
         problem = replace(self._at(x, sigma), data=data)
         method = dictionary_method(problem, SolverOptions(), None)

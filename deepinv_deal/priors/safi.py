@@ -15,6 +15,7 @@ from deepinv_deal.operators import MultiConv, Slices
 from deepinv_deal.operators.multi_conv import Convolution
 from deepinv_deal.priors.config import Configurable
 from deepinv_deal.problems.bounds import Bounds
+from deepinv_deal.problems.checks import check_floating, per_sample
 from deepinv_deal.problems.data_term import DataTerm, operator_term
 from deepinv_deal.problems.l1 import AttentiveL1, AttentiveL1Equation, MaskFunction
 from deepinv_deal.problems.options import DEFAULT_RTOL, SolverOptions
@@ -297,6 +298,7 @@ class AttentiveL1Prior(Prior, Configurable):
         :return: values in [0, 1], shape ``(B, num_filters, H, W)``; with two-channel
             images ``(B, 2 num_filters, H, W)``.
         """
+        check_floating("x", x)
         bound = self.bind()
         return bound.mask(x, bound.analyse(x))
 
@@ -312,6 +314,7 @@ class AttentiveL1Prior(Prior, Configurable):
         Returns :math:`W^{\top} (m(x) \odot \mathrm{sign}(W x))`, shape of ``x``: a
         subgradient with the mask frozen.
         """
+        check_floating("x", x)
         bound = self.bind()
         Wx = bound.analyse(x)
         return bound.strength * bound.adjoint(bound.mask(x, Wx) * Wx.sign())
@@ -339,7 +342,9 @@ class AttentiveL1Prior(Prior, Configurable):
         :param float rtol: tolerance on the imbalance of forces.
         :param int max_iter: largest number of outer iterations.
         """
-        equation = self.equation(operator_term(x), lambda_reg=gamma, bounds=None)
+        check_floating("x", x)
+        weight = per_sample("gamma", gamma, x)
+        equation = self.equation(operator_term(x), lambda_reg=weight, bounds=None)
         with torch.no_grad():
             start = equation.start(None)
         p, result = equation.solve(start, rtol=rtol, max_iter=max_iter)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from deepinv.utils import TensorList
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepinv_deal._warnings import warn
 
@@ -49,6 +49,23 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
 
 
+def check_floating(name: str, value: Any) -> None:
+    """
+    Checks that an argument is a tensor of real or complex floating point numbers.
+
+    :param str name: name of the argument, for the message.
+    :param torch.Tensor value: the argument.
+    :raises TypeError: if it is none.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if not (value.is_floating_point() or value.is_complex()):
+        raise TypeError(
+            f"{name} must be floating point, got {value.dtype}. Divide 8-bit images by "
+            "255."
+        )
+
+
 def check_measurements(y: Any, reference: Tensor | None) -> None:
     """
     Checks that measurements are finite, floating and where the model is.
@@ -67,17 +84,13 @@ def check_measurements(y: Any, reference: Tensor | None) -> None:
         )
     parts = list(y) if isinstance(y, TensorList) else [y]
     for part in parts:
-        if not isinstance(part, Tensor):
-            raise TypeError(f"y must be a torch.Tensor, got {type(part).__name__}.")
-        if not (part.is_floating_point() or part.is_complex()):
-            raise TypeError(
-                f"y must be floating point, got {part.dtype}. Divide 8-bit images by "
-                "255."
-            )
+        check_floating("y", part)
         if reference is not None and part.dtype.to_real() != reference.dtype:
+            other = part.dtype.to_real()
+            or_model = f" or model.to({other})" if other in DTYPES else ""
             raise ValueError(
-                f"y has dtype {part.dtype}, the model {reference.dtype}. Convert one: "
-                f"y.to({reference.dtype}) or model.to({part.dtype.to_real()})."
+                f"y has dtype {part.dtype}, the model {reference.dtype}. Convert "
+                f"{'one' if or_model else 'it'}: y.to({reference.dtype}){or_model}."
             )
         if reference is not None and part.device != reference.device:
             raise ValueError(
@@ -98,6 +111,8 @@ def per_sample(
     """
     Checks a number, or one per sample, and returns it as ``(B,)``.
 
+    A parameter in training counts as zero where it is negative.
+
     :param str name: name of the argument, for the message.
     :param float, torch.Tensor value: the argument.
     :param torch.Tensor like: image batch ``(B, ...)``.
@@ -116,6 +131,10 @@ def per_sample(
         # Not by way of float32, which is what torch makes of a list.
         values = torch.as_tensor(value, dtype=like.dtype, device=like.device)
         values = values.reshape(-1)
+        if isinstance(value, nn.Parameter):
+            # A step of an optimizer may go below zero. The derivative is that at zero,
+            # so that the next one can come back.
+            values = values + (values.clamp_min(0) - values).detach()
         checked = values.detach().tolist()
     if len(values) not in (1, len(like)):
         raise ValueError(

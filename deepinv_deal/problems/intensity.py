@@ -31,6 +31,9 @@ GUESS_RTOL, GUESS_MAX_ITER, GUESS_QUANTILE = 1e-2, 8, 0.999
 #: than this, relative to the constant.
 PEDESTAL = 0.03
 
+#: Pedestals are multiples of this, relative to the intensity of what stands on them.
+PEDESTAL_STEP = 1 / 8
+
 #: An image has values beyond zero and one if means over so many pixels squared are, of
 #: this share of them: by the margin and three times their noise. Where the image is
 #: guessed from other measurements, it may ring, and the margin is larger.
@@ -80,11 +83,16 @@ def guess_unit(data: DataTerm, *, pedestal: bool = True) -> Unit:
         rest = _rough_image(data, data.b - expand(offset, x) * shadow)
         low, high = quantile(rest, 1 - GUESS_QUANTILE), quantile(rest, GUESS_QUANTILE)
         stands = offset != 0
-        offset = torch.where(stands, offset + low, 0)
-        x = torch.where(expand(stands, x), rest - expand(low, x), x)
         size = torch.where(stands, high - low, size)
     scale = torch.tensor([_rung(s) for s in size.tolist()], dtype=x.dtype, device="cpu")
     scale = scale.to(x.device)
+    if offset is not None:
+        # Round, as the scale is: it does not move with the data then, so that its
+        # derivative is zero, as implicit differentiation has it.
+        step = PEDESTAL_STEP * scale
+        round_ = ((offset + low) / step).floor() * step
+        x = torch.where(expand(stands, x), rest - expand(round_ - offset, x), x)
+        offset = torch.where(stands, round_, 0)
     x = x / expand(scale, x)
     side = min(BEYOND_SIDE, *x.shape[-2:])
     margin = DENOISING_MARGIN if data.identity else MARGIN

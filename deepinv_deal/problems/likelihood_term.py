@@ -256,7 +256,7 @@ class LikelihoodTerm(DataTerm):
         known = self.typical is not None
         return known and (self.identity or not self.likelihood.unitless)
 
-    @property
+    @cached_property
     def noise_level(self) -> Tensor | None:
         r"""
         The noise level at which denoising is about as hard, in the units of the model,

@@ -167,13 +167,15 @@ def _of_stack(physics: Any, y: TensorList) -> tuple[Likelihood | None, str | Non
         return None, None
     found = [likelihood_of_noise(p, part) for p, part in zip(operators, y, strict=True)]
     remarks = [remark for _, remark in found if remark is not None]
+    noises = [getattr(operator, "noise_model", None) for operator in operators]
     if all(likelihood is None for likelihood, _ in found):
-        return None, remarks[0] if remarks else None
+        # Least squares weigh all parts alike, and levels may differ between these.
+        if not _levels_differ(noises):
+            return None, remarks[0] if remarks else None
+        remarks = ["the noise levels of GaussianNoise"]
     parts = []
-    for operator, (likelihood, _) in zip(operators, found, strict=True):
-        noise = operator.noise_model
-        plain = likelihood is None and type(noise) is GaussianNoise
-        if plain and bool((noise.sigma > 0).all()):
+    for noise, (likelihood, _) in zip(noises, found, strict=True):
+        if likelihood is None and _has_level(noise):
             likelihood = _of_level(noise)
         if likelihood is None:
             return None, (
@@ -182,6 +184,19 @@ def _of_stack(physics: Any, y: TensorList) -> tuple[Likelihood | None, str | Non
             )
         parts.append(likelihood)
     return Stacked(parts), f"of a stack: {', '.join(remarks)}"
+
+
+def _has_level(noise: Any) -> bool:
+    """Whether a noise model is Gaussian with a level that weights can be made of."""
+    return type(noise) is GaussianNoise and bool((noise.sigma > 0).all())
+
+
+def _levels_differ(noises: list[Any]) -> bool:
+    """Whether all are Gaussian with a level, and the levels are not all the same."""
+    if not all(map(_has_level, noises)):
+        return False
+    first, *others = [noise.sigma.flatten() for noise in noises]
+    return any(not bool(((s - first).abs() <= 1e-6 * first).all()) for s in others)
 
 
 #: Noise that no likelihood here matches, and what to do about it.
@@ -209,4 +224,5 @@ def gaussian_level(noise: Any) -> Any:
 
 def has_noise_map(noise: Any) -> bool:
     """Whether a noise model is Gaussian with a level for every measurement."""
-    return type(noise) is GaussianNoise and noise.sigma.ndim > 1
+    sigma = noise.sigma if type(noise) is GaussianNoise else None
+    return sigma is not None and sigma.ndim > 1 and sigma[:1].numel() > 1

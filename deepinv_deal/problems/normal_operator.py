@@ -158,10 +158,19 @@ class NormalOperator:
             v = select(settled, v, stretched)
         return v / expand(norm(v), v)
 
-    @cached_property
-    @torch.no_grad()
+    @property
     def mean_eigenvalue(self) -> Tensor:
-        """About the mean of its eigenvalues, ``(B,)``, from one random image."""
+        """
+        About the mean of its eigenvalues, ``(B,)``, from one random image;
+        differentiable.
+        """
+        return self._mean() if torch.is_grad_enabled() else self._known_mean
+
+    @cached_property
+    def _known_mean(self) -> Tensor:
+        return self._mean()
+
+    def _mean(self) -> Tensor:
         v = random_images(self.like, 1)[0]
         return inner(v, self(v)) / inner(v, v)
 
@@ -219,6 +228,8 @@ class KnownPhysics(NormalOperator):
         self, physics: Any, layout: ImageLayout, like: Tensor, *, trial: bool = True
     ):
         self.physics, self.layout = physics, layout
+        #: Whether it is used again for other measurements.
+        self.kept = False
         #: Remarks on what the trials told.
         self.notes: list[str] = []
         super().__init__(self._product, like, layout.transforms)
