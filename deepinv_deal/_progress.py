@@ -24,7 +24,7 @@ def iterations_shown(
     :param str name: what stands before the bar.
     """
     silent = None if shown is None else not shown
-    with tqdm(desc=name, unit=" iterations", disable=silent) as bar:
+    with tqdm(desc=name, disable=silent) as bar:
         if bar.disable:  # it need not be called
             yield observer
             return

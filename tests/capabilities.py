@@ -275,6 +275,6 @@ def shows_progress(name):
             x, info = make(name, show_progress_bar=shown)(y, physics, **settings)
         printed[shown] = stream.getvalue(), x
     last = printed[True][0].split("\r")[-1]
-    assert f": {int(info.n_iter.max())} iterations" in last
+    assert f": {int(info.n_iter.max())}it" in last
     assert printed[None][0] == printed[False][0] == ""  # where there is no terminal
     assert torch.equal(printed[True][1], printed[False][1])

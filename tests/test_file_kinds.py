@@ -1245,7 +1245,7 @@ def test_a_volume_shows_its_iterations_on_terminals(tmp_path, monkeypatch, capsy
         assert main([*command, "--slices", "mean"]) == 0
         said = capsys.readouterr()
         n_iter = said.out.split(": ")[1].split(" iterations")[0]
-        assert (f"Iterations: {n_iter}it" in said.err) == terminal
+        assert (f"DEAL: {n_iter}it" in said.err) == terminal
         results.append(np.load(target))
     np.testing.assert_array_equal(*results)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from deepinv_deal import __version__
 from deepinv_deal._memory import keep_freed_memory
-from deepinv_deal.cli._options import BAD_INPUT
+from deepinv_deal.cli._options import BAD_INPUT, drop_output
 from deepinv_deal.cli.completion import add_completion
 from deepinv_deal.cli.demo import add_demo
 from deepinv_deal.cli.denoise import add_denoise
@@ -24,6 +24,9 @@ from deepinv_deal.cli.train import add_train
 #: Exit code after Ctrl-C, as shells have it.
 INTERRUPTED = 130
 
+#: Exit code if nobody reads the output to its end, likewise.
+BROKEN_PIPE = 141
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
@@ -32,12 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param list argv: arguments; those of the process if ``None``.
     :return: exit code: 0 if all went well, 1 if something did not converge (for
         ``denoise`` and ``reconstruct`` with ``--strict``) or some files of a folder
-        could not be denoised, 2 for bad input, 130 after Ctrl-C.
+        could not be denoised, 2 for bad input, 130 after Ctrl-C, 141 if the output
+        goes to a pipe that was closed.
     """
     args = _parser().parse_args(argv)
     keep_freed_memory()
     try:
         return int(args.run(args))
+    except BrokenPipeError:  # as when the output goes to head
+        drop_output()
+        return BROKEN_PIPE
     except BAD_INPUT as error:
         print(f"deepinv-deal: {error}", file=sys.stderr)
         return 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from deepinv_deal import ReconstructionInfo
     from deepinv_deal.cli._likelihood import LikelihoodOption
+    from deepinv_deal.files import Picture
 
 Commands = argparse._SubParsersAction  # its type parameter exists for checkers only
 
@@ -286,9 +289,112 @@ def _white(text: str) -> float | str:
         ) from error
 
 
+def noise_level(text: str, otherwise: str = "") -> float:
+    """
+    Reads a noise level in gray levels.
+
+    :param str text: the argument.
+    :param str otherwise: what else may be given, for the message.
+    """
+    try:
+        level = float(text)
+        if not 0 < level <= 255:
+            raise ValueError
+    except ValueError as error:
+        end = f", {otherwise}" if otherwise else ""
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no noise level: a number between 0 and 255{end}."
+        ) from error
+    return level
+
+
+def positive_int(text: str) -> int:
+    """Reads a whole number that is not zero."""
+    try:
+        number = int(text)
+        if number < 1:
+            raise ValueError
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of this kind: give 1 or more."
+        ) from error
+    return number
+
+
 def add_truth_option(parser: argparse.ArgumentParser) -> None:
-    """Adds the option to compare with the true image."""
+    """Adds the options to compare with the true image."""
     parser.add_argument("--truth", help="file with the true image: print the PSNR")
+
+
+def add_truth_white_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for what is white in the true image."""
+    parser.add_argument(
+        "--truth-white",
+        type=float,
+        metavar="VALUE",
+        help="value in the file of --truth that is white; if unset, that of INPUT if "
+        "the numbers are of one kind, else as for --white",
+    )
+
+
+def read_truth(
+    args: argparse.Namespace, like: Picture, *, volume: bool = False
+) -> Tensor:
+    """
+    Reads the true image, in the unit of the result.
+
+    :param argparse.Namespace args: the arguments.
+    :param Picture like: what was read as INPUT.
+    :param bool volume: as for ``read_picture``.
+    """
+    from deepinv_deal.files import read_picture
+
+    path, white, options = args.truth, args.truth_white, {"volume": volume}
+    if white is None and args.likelihood.has_unit:
+        return read_picture(path, like.white, black=like.black, **options).x
+    if white is not None:
+        return read_picture(path, white, **options).x
+    # In one unit, its largest value says nothing.
+    raw = read_picture(path, 1.0, **options)
+    if raw.dtype == like.dtype:
+        return read_picture(path, like.white, black=like.black, **options).x
+    return read_picture(path, **options).x
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """
+    Makes errors about an image name it.
+
+    :param str name: the file.
+    """
+    try:
+        yield
+    except BAD_INPUT as error:
+        if name in str(error) or isinstance(error, OSError):
+            raise
+        raise ValueError(f"{name}: {error}") from error
+
+
+def tell(text: str) -> None:
+    """
+    Prints a line, also where nobody reads on, as in a pipe to ``head``: results that
+    are computed afterwards are not to be lost by that.
+
+    :param str text: the line.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        drop_output()
+
+
+def drop_output() -> None:
+    """Drops what is printed from now on, and what a closed pipe did not take."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def print_quality(x_hat: Tensor, x: Tensor, unit: float) -> None:
@@ -306,8 +412,18 @@ def print_quality(x_hat: Tensor, x: Tensor, unit: float) -> None:
         raise ValueError(
             f"--truth has shape {tuple(x.shape)}, the result {tuple(x_hat.shape)}."
         )
-    scores = quality(x_hat / unit, x / unit)
-    print("PSNR {:.2f} dB, SSIM {:.4f}".format(*scores))
+    x_hat, x = x_hat / unit, x / unit
+    top, top_hat = float(x.max()), float(x_hat.max())
+    if not 0.1 * top_hat < top < 10 * top_hat:
+        say(
+            [
+                f"The true image goes up to {top:.3g}, the result to {top_hat:.3g}, if "
+                "white is 1. Are they in one unit? --truth-white says what is white in "
+                "the file of --truth."
+            ]
+        )
+    scores = quality(x_hat, x)
+    tell("PSNR {:.2f} dB, SSIM {:.4f}".format(*scores))
 
 
 def report(
@@ -330,7 +446,7 @@ def report(
         end = "converged"
     inner = sum(int(info.inner_iter.sum()) for info in infos)
     weights = [float(info.lambda_reg.mean()) for info in infos]
-    print(
+    tell(
         f"{name}: "
         + (f"{len(infos)} slices, at most " if len(infos) > 1 else "")
         + f"{max(int(info.n_iter.max()) for info in infos)} iterations, "

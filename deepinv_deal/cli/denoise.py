@@ -19,10 +19,14 @@ from deepinv_deal.cli._options import (
     add_outcome_options,
     add_slices_option,
     add_truth_option,
+    add_truth_white_option,
     add_white_option,
     channels_of,
     make_model,
+    naming,
+    noise_level,
     print_quality,
+    read_truth,
     report,
     say,
 )
@@ -61,6 +65,7 @@ def add_denoise(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     add_slices_option(denoise, "pages", "denoised")
     add_truth_option(denoise)
+    add_truth_white_option(denoise)
     add_likelihood_option(denoise)
     add_model_options(denoise, default="deal_gray, deal_color for colour")
     add_outcome_options(denoise)
@@ -70,15 +75,7 @@ def add_denoise(commands: Commands[argparse.ArgumentParser]) -> None:
 def _level(text: str) -> float | str:
     if text == "estimate":
         return text
-    try:
-        level = float(text)
-        if not 0 < level <= 255:
-            raise ValueError
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no noise level: a number between 0 and 255, or 'estimate'."
-        ) from error
-    return level
+    return noise_level(text, "or 'estimate'")
 
 
 def _denoise(args: argparse.Namespace) -> int:
@@ -114,6 +111,8 @@ def _folder(
     from tqdm import tqdm
 
     jobs = _jobs(source, target)
+    if source.resolve() == target.resolve():
+        say(["OUTPUT is INPUT: all but .jpg and .webp files are replaced."])
     if args.figure and len(jobs) > 1:
         raise ValueError("--figure draws one image; INPUT is a folder of several.")
     if args.truth and len(jobs) > 1:
@@ -141,14 +140,29 @@ def _folder(
 
 def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     """Pairs of input and output below two folders."""
-    from deepinv_deal.files import IN_FOLDERS, WRITABLE, files_below, suffix_of
+    from deepinv_deal.files import (
+        IN_FOLDERS,
+        NOT_IN_FOLDERS,
+        WRITABLE,
+        files_below,
+        suffix_of,
+    )
 
     if target.is_file() or (suffix_of(target) in WRITABLE and not target.is_dir()):
         raise ValueError(f"{source} is a folder, so OUTPUT must be one: got {target}.")
     inside = target.resolve()
-    files = files_below(source, IN_FOLDERS)
+    files = files_below(source, (*IN_FOLDERS, *NOT_IN_FOLDERS))
     if inside != source.resolve():  # results of an earlier run are no input
         files = [p for p in files if not p.resolve().is_relative_to(inside)]
+    others = [p for p in files if suffix_of(p) in NOT_IN_FOLDERS]
+    files = [p for p in files if suffix_of(p) in IN_FOLDERS]
+    if others:
+        say(
+            [
+                f"{len(others)} files of other kinds in {source} are left out, as "
+                f"{others[0]}. Give them one by one, and DICOM series by their folder."
+            ]
+        )
     if not files:
         raise FileNotFoundError(
             f"No image in {source} (looked for {', '.join(IN_FOLDERS)})."
@@ -180,7 +194,9 @@ def _distinct(file: Path, source: Path) -> Path:
 
 
 def _lossy(path: Path) -> bool:
-    return path.suffix.lower() in (".jpg", ".jpeg", ".webp")
+    from deepinv_deal.files.decode import LOSSY
+
+    return path.suffix.lower() in LOSSY
 
 
 def _one(
@@ -207,8 +223,7 @@ def _one(
         )
     truth = None
     if args.truth:
-        of_file = white if white != "max" else picture.white
-        truth = read_picture(args.truth, of_file, black=args.black, volume=is_volume).x
+        truth = read_truth(args, picture, volume=is_volume)
         if truth.shape != picture.x.shape:  # before it takes long
             raise ValueError(
                 f"--truth has shape {tuple(truth.shape)}, and {source} "
@@ -216,23 +231,25 @@ def _one(
             )
     images = picture.volumes(source) if is_volume else picture.x
     several, what = len(images) > 1, "Volumes" if is_volume else "Pages"
-    results, converged = [], True
+    results, reports = [], []
     for number, image in enumerate(
         tqdm(images, what, disable=None if several else True)
     ):
         name = f"{source}[{number}]" if several else source
         start = time.perf_counter()
         model = models(image.shape[0])
-        x_hat, info = _image(model, image[None], args)
+        with naming(name):
+            x_hat, info = _image(model, image[None], args)
         seconds = time.perf_counter() - start
         results.append(x_hat)
-        converged &= report(f"{name} -> {target}", info, seconds, args.likelihood)
+        reports.append((f"{name} -> {target}", info, seconds))
     result = torch.cat(results)
     result = picture.pages(result) if is_volume else result
     if forgets_place(target, picture):
         say([f"{target} does not keep where the voxels of {source} lie."])
     args.likelihood.doubt_rounding(target, result, picture)
     write_picture(target, result, picture)
+    converged = all([report(*told, args.likelihood) for told in reports])
     if truth is not None:
         print_quality(result, truth, args.likelihood.shown_white(truth, args.white))
     if args.figure:

@@ -13,6 +13,7 @@ from deepinv_deal.cli._options import (
     add_model_options,
     channels_of,
     make_model,
+    noise_level,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--data", required=True, help="folder of images")
     evaluate.add_argument(
         "--sigma",
-        type=float,
+        type=noise_level,
         nargs="+",
         help="noise levels, gray levels; if unset, the published ones",
     )
@@ -103,6 +104,7 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from deepinv_deal._atomic import check_writable
     from deepinv_deal.evaluation import (
         TASKS,
         evaluate,
@@ -117,6 +119,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     given = (args.lambda_reg, args.beta)
     if args.tune and given != (None, None):
         raise ValueError("Give either --lambda-reg and --beta, or --tune, not both.")
+    if args.csv:
+        check_writable(args.csv)
     options = {"kernels": args.kernel} if args.kernel else {}
     task = TASKS[args.task](noise=args.sigma, **options)
     every = task
@@ -146,9 +150,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         sigma=args.sigma_model,
         beta=args.beta,
     )
+    print(summarise(scores, args.task, channels, differences=differences))
     if args.csv:
         write_csv(scores, args.csv)
-    print(summarise(scores, args.task, channels, differences=differences))
     return 0 if all(score.converged for score in scores) else 1
 
 

@@ -15,10 +15,12 @@ from deepinv_deal.cli._options import (
     add_outcome_options,
     add_slices_option,
     add_truth_option,
+    add_truth_white_option,
     add_white_option,
     channels_of,
     make_model,
     print_quality,
+    read_truth,
     report,
     say,
 )
@@ -136,6 +138,8 @@ def _operator(
     if name != "mri":
         add_white_option(parser)
     add_truth_option(parser)
+    if name != "mri":
+        add_truth_white_option(parser)
     add_likelihood_option(parser)
     both = "deal_gray, deal_color for colour"
     add_model_options(parser, default="deal_gray" if name == "mri" else both)
@@ -194,7 +198,7 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
     if not is_mri and forgets_place(args.output, like):
         say([f"{args.output} does not keep where the voxels of {args.input} lie."])
     converged = report(f"{args.input} -> {args.output}", infos, seconds, likelihood)
-    truth = _truth(args, x_hat, is_mri)
+    truth = _truth(args, x_hat, like, is_mri)
     if args.figure:
         first = _first(problems[0], split)
         first = _middle(first, size) if is_mri else first
@@ -282,13 +286,13 @@ def _magnitude(x: Any) -> Any:
     return x.square().sum(1, keepdim=True).sqrt()
 
 
-def _truth(args: argparse.Namespace, x_hat: Any, is_mri: bool) -> Any:
+def _truth(args: argparse.Namespace, x_hat: Any, like: Any, is_mri: bool) -> Any:
     """Reads the true image, if there is one, and prints the PSNR."""
     if not args.truth:
         return None
     import torch
 
-    from deepinv_deal.files import read_array, read_picture
+    from deepinv_deal.files import read_array
 
     if is_mri:
         array = torch.from_numpy(read_array(args.truth)).abs().float()
@@ -297,7 +301,7 @@ def _truth(args: argparse.Namespace, x_hat: Any, is_mri: bool) -> Any:
         unit = float(x.max()) or 1.0
         x, x_hat, unit = x / unit, x_hat / unit, 1.0
     else:
-        x = read_picture(args.truth, args.likelihood.white(args.white)).x
+        x = read_truth(args, like)
         unit = args.likelihood.shown_white(x, args.white)
     print_quality(x_hat, x, unit)
     return x

@@ -7,7 +7,7 @@ import re
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from deepinv_deal.cli._options import Commands, load_class
+from deepinv_deal.cli._options import Commands, load_class, positive_int
 from deepinv_deal.training.recipes import (
     AttentiveL1Recipe,
     DEALRecipe,
@@ -115,7 +115,7 @@ def _add_model(
                 "default": default and f"{255 * float(str(default)):g}",
             }
         command.add_argument("--" + field.name.replace("_", "-"), **options)  # type: ignore[arg-type]
-    command.add_argument("--threads", type=int, help="number of CPU threads")
+    command.add_argument("--threads", type=positive_int, help="number of CPU threads")
     command.add_argument(
         "--restart",
         action="store_true",
@@ -154,6 +154,11 @@ def _train(args: argparse.Namespace) -> int:
     from deepinv_deal import training
     from deepinv_deal.training.processes import process_group
 
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA in torch
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {args.device} cannot be used: {reason}") from error
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {
@@ -275,7 +280,7 @@ def _gray_levels(text: str) -> float:
 
 def _duration(text: str) -> float:
     """Reads ``90``, ``90s``, ``30m`` or ``1.5h`` as seconds."""
-    match = re.fullmatch(r"([0-9.]+)\s*([smh]?)", text.strip())
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([smh]?)", text.strip())
     if not match:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no duration: try 90s, 30m or 2h."

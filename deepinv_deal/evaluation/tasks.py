@@ -245,13 +245,15 @@ def make_kernel(text: str) -> tuple[str, Tensor]:
     if kind in ("gaussian", "motion", "square"):
         try:
             number = float(value)
-            if not 0 < number < 1000:
+            whole = kind == "gaussian" or number.is_integer()
+            if not (0 < number < 1000 and whole):
                 raise ValueError
         except ValueError as error:
+            what = "positive number" if kind == "gaussian" else "number of pixels"
             raise ValueError(
-                f"Kernel {text!r}: a positive number must follow, as in {kind}:2."
+                f"Kernel {text!r}: a {what} must follow, as in {kind}:2."
             ) from error
-        size = max(1, round(number))
+        size = round(number)
         if kind == "gaussian":
             kernel = gaussian_blur(sigma=(number, number))
         elif kind == "square":

@@ -14,6 +14,7 @@ from deepinv_deal.files.kinds import Picture, suffix_of
 from deepinv_deal.files.kspace import KSpace, read_k_space
 from deepinv_deal.files.pictures import (
     IN_FOLDERS,
+    NOT_IN_FOLDERS,
     WRITABLE,
     check_target,
     forgets_place,
@@ -26,6 +27,7 @@ __all__ = [
     "ARRAYS",
     "IMAGES",
     "IN_FOLDERS",
+    "NOT_IN_FOLDERS",
     "WRITABLE",
     "KSpace",
     "Picture",

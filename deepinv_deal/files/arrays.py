@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from deepinv_deal._atomic import replacing
 from deepinv_deal.files import nifti
 from deepinv_deal.files.decode import IMAGES, decode
 from deepinv_deal.files.kinds import (
+    NAME,
     ArrayHeader,
     Kind,
     NamedError,
@@ -102,14 +105,8 @@ def _as_tensor(file: Path, data: Any) -> Tensor:
 
 def _read_hdf5(file: Path, name: str | None) -> tuple[np.ndarray, ArrayHeader]:
     h5py = needs("h5py", file)
+    name = _choose(file, name and name.strip("/"), _names_hdf5(file))
     with h5py.File(file) as root:
-        found: list[str] = []
-        root.visititems(
-            lambda key, item: (
-                found.append(key) if isinstance(item, h5py.Dataset) else None
-            )
-        )
-        name = _choose(file, name and name.strip("/"), found)
         parts = name.split("/")
         paths = ["/", *("/".join(parts[: i + 1]) for i in range(len(parts)))]
         attributes = {path: dict(root[path].attrs) for path in paths}
@@ -212,15 +209,62 @@ def _pages_of_array(
 
 def check(file: Path, like: Picture) -> None:
     """
-    Checks that a picture can be written: always, if the library is there.
+    Checks that a picture can be written: if no other array is there, and the library.
 
     :param pathlib.Path file: the file to be written.
     :param Picture like: the picture.
-    :raises ValueError: if h5py is missing.
+    :raises ValueError: if the file holds other arrays, or h5py is missing.
     """
-    del like
     if suffix_of(file) in HDF5:
         needs("h5py", file)
+    others = sorted(set(_names(file)) - {_name(file, like)})
+    if others:
+        raise ValueError(
+            f"{file} holds other arrays ({', '.join(others)}), which would be lost. "
+            "Give another name."
+        )
+
+
+def _names(file: Path) -> list[str]:
+    """Returns the names of the arrays of a file, none if it has no names."""
+    suffix = suffix_of(file)
+    if suffix not in (".npz", ".mat", *HDF5) or not file.is_file():
+        return []
+    with named(file):
+        if suffix == ".npz":
+            with np.load(file, allow_pickle=False) as arrays:
+                return list(arrays.files)
+        if suffix in HDF5:
+            return _names_hdf5(file)
+        from scipy.io import whosmat
+
+        try:
+            return [name for name, *_ in whosmat(file)]
+        except NotImplementedError:  # version 7.3, which is HDF5
+            return _names_hdf5(file)
+
+
+def _names_hdf5(file: Path) -> list[str]:
+    h5py = needs("h5py", file)
+    found: list[str] = []
+    with h5py.File(file) as root:
+        root.visititems(
+            lambda key, item: (
+                found.append(key) if isinstance(item, h5py.Dataset) else None
+            )
+        )
+    return found
+
+
+def _name(file: Path, like: Picture) -> str:
+    """Returns the name under which a file gets its array."""
+    header = like.header if isinstance(like.header, ArrayHeader) else ArrayHeader()
+    if suffix_of(file) in HDF5:
+        return header.name
+    name = header.name.replace("/", "_")
+    if suffix_of(file) == ".mat":  # names of MATLAB begin with a letter
+        name = re.sub(r"\W", "_", name, flags=re.ASCII).lstrip("_0123456789") or NAME
+    return name
 
 
 def write(file: Path, pages: Tensor, like: Picture) -> None:
@@ -238,13 +282,15 @@ def write(file: Path, pages: Tensor, like: Picture) -> None:
         if suffix in HDF5:
             _write_hdf5(temporary, array, header)
             return
-        name = header.name.replace("/", "_")
+        name = _name(file, like)
         with open(temporary, "wb") as stream:
             if suffix == ".npy":
                 np.save(stream, array)
             elif suffix == ".npz":
-                arrays: dict[str, Any] = {name: array}
-                np.savez_compressed(stream, **arrays)
+                # As NumPy does, which has arguments that no array can be named like.
+                with ZipFile(stream, "w", ZIP_DEFLATED) as archive:
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        np.lib.format.write_array(entry, array)
             elif suffix == ".pt":
                 torch.save(torch.from_numpy(array).clone(), stream)
             else:

@@ -16,6 +16,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 TIFF = (".tif", ".tiff")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", *TIFF, ".webp")
 
+#: Files that may be compressed with losses.
+LOSSY = (".jpg", ".jpeg", ".webp")
+
 #: What picture files other than TIFF can hold: depths for gray and colour, and whether
 #: there may be transparency.
 _CAPABILITIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
@@ -30,7 +33,7 @@ _CAPABILITIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
 _SAVING: dict[str, dict[str, Any]] = {
     ".jpg": {"quality": 95, "subsampling": 0},
     ".jpeg": {"quality": 95, "subsampling": 0},
-    ".webp": {"lossless": True},
+    ".webp": {"lossless": True, "exact": True},  # also where it is transparent
 }
 
 _GRAY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
@@ -60,7 +63,7 @@ class Decoded:
     :param numpy.ndarray pixels: ``(P, H, W)`` or ``(P, H, W, 3)``, upright.
     :param numpy.ndarray alpha: opacity ``(P, H, W)``, if there is one.
     :param dict metadata: ``icc_profile``, ``dpi``, ``exif`` and ``imagej``, where there
-        are any.
+        are any, for pixels of this size.
     :param tuple stack: sizes of the axes that the pages run through, slowest first.
     :param int depth: which of them is that of slices, ``None``: there is none.
     """
@@ -137,6 +140,11 @@ def _pixels(image: Image.Image, file: Path) -> np.ndarray:
         image = image.convert("LA")
     elif image.mode == "RGB" and "transparency" in image.info:
         image = image.convert("RGBA")
+    if image.mode in (*_GRAY_16, "I") and "transparency" in image.info:
+        raise ValueError(
+            f"{file} has 16 bit and a value that is transparent. Save it as TIFF with "
+            "an opacity, or without."
+        )
     if image.mode in _GRAY_16:
         return np.array(image).astype(np.uint16)
     if image.mode == "I":  # 16 bit in older versions of Pillow
@@ -219,6 +227,7 @@ def _decode_tiff(file: Path) -> Decoded | None:
                 f"{tifffile.PHOTOMETRIC(first.photometric).name}. Convert it to gray "
                 "or RGB."
             )
+        _check_extra_channels(first, channels, file)
         metadata = _tiff_metadata(first)
         if tiff.is_imagej:
             known_to = tiff.imagej_metadata or {}
@@ -229,6 +238,25 @@ def _decode_tiff(file: Path) -> Decoded | None:
         decoded = _split_alpha(np.ascontiguousarray(pixels), metadata)
         depth = next((axes.rindex(a) for a in "ZIQT" if a in axes), None)
         return replace(decoded, stack=shape, depth=depth)
+
+
+def _check_extra_channels(page: Any, channels: int, file: Path) -> None:
+    """Checks that what follows gray or RGB is an opacity, and no other channel."""
+    colour = page.photometric == tifffile.PHOTOMETRIC.RGB
+    extra = channels - (3 if colour else 1)
+    kinds = [tifffile.EXTRASAMPLE(kind) for kind in page.extrasamples]
+    if extra == 0 or (extra == 1 and kinds == [tifffile.EXTRASAMPLE.UNASSALPHA]):
+        return
+    name = "RGB" if colour else "gray"
+    if extra == 1 and kinds == [tifffile.EXTRASAMPLE.ASSOCALPHA]:
+        raise ValueError(
+            f"{file} has colours that are multiplied by their opacity. Save it with an "
+            "opacity that stands by itself (UNASSALPHA)."
+        )
+    raise ValueError(
+        f"{file} has {channels} channels, of which {name} is known and the rest is no "
+        "opacity. Save RGB as such, and other channels as pages or files."
+    )
 
 
 def _next_page(tiff: tifffile.TiffFile) -> int:
@@ -335,6 +363,31 @@ def check_capability(
             f"{file}: a {suffix} file cannot hold {lost}. Give a name that ends in "
             ".tif."
         )
+
+
+def resized(picture: Decoded, size: tuple[int, int]) -> Decoded:
+    """
+    Returns a picture whose resolution is that of its pixels.
+
+    :param Decoded picture: pixels, with the metadata of others.
+    :param tuple size: height and width of those.
+    """
+    height, width = picture.pixels.shape[1:3]
+    factors = width / size[1], height / size[0]
+    metadata = dict(picture.metadata)
+    for name in ("dpi", "resolution"):
+        if name in metadata and factors != (1.0, 1.0):
+            pairs = zip(metadata[name], factors, strict=True)
+            metadata[name] = tuple(_number(value) * by for value, by in pairs)
+    return replace(picture, metadata=metadata)
+
+
+def _number(value: Any) -> float:
+    """Returns a number that TIFF files have as a ratio."""
+    if isinstance(value, tuple):
+        above, below = value
+        return float(above / below) if below else 0.0
+    return float(value)
 
 
 def encode(stream: IO[bytes], suffix: str, picture: Decoded) -> None:

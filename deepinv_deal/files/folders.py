@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,18 +24,30 @@ def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """
     Returns the files of a folder and its subfolders with these suffixes, in order.
 
-    Files of macOS that only describe others, ``._NAME``, are left out.
+    Links are followed. Files of macOS that only describe others, ``._NAME``, are left
+    out.
 
     :param pathlib.Path folder: the folder.
     :param list suffixes: the suffixes, with their dots, in lower case.
     """
     return sorted(
         path
-        for path in folder.rglob("*")
-        if suffix_of(path) in suffixes
-        and path.is_file()
-        and not path.name.startswith("._")
+        for path in _all_below(folder, set())
+        if suffix_of(path) in suffixes and not path.name.startswith("._")
     )
+
+
+def _all_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Gives all files of a folder and its subfolders, of links to folders, too."""
+    real = folder.resolve()
+    if real in seen:  # a link to a folder above
+        return
+    seen.add(real)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _all_below(path, seen)
+        elif path.is_file():
+            yield path
 
 
 def load_image(path: str | os.PathLike[str], channels: int) -> Tensor:
@@ -77,13 +90,18 @@ def as_float(image: Tensor) -> Tensor:
 
 
 def load_image_folder(
-    folder: str | os.PathLike[str], channels: int, *, progress: bool | None = None
+    folder: str | os.PathLike[str],
+    channels: int,
+    *,
+    leave_out: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
 ) -> list[tuple[str, Tensor]]:
     """
     Reads all images of a folder and its subfolders, in the order of their paths.
 
     :param str folder: folder with image files.
     :param int channels: 1 (gray) or 3 (colour).
+    :param str leave_out: a folder whose files do not count, if it is below.
     :param bool progress: show a progress bar; on terminals if ``None``.
     :return: pairs of path below ``folder`` and image ``(channels, H, W)``, see
         :func:`load_image`.
@@ -95,6 +113,9 @@ def load_image_folder(
             f"The data folder {str(root)!r} does not exist. Give a folder of images."
         )
     paths = files_below(root, IMAGES)
+    if leave_out is not None:
+        inside = Path(leave_out).resolve()
+        paths = [p for p in paths if not p.resolve().is_relative_to(inside)]
     if not paths:
         raise FileNotFoundError(
             f"No image found in {str(root)!r} (looked for {', '.join(IMAGES)})."
@@ -105,6 +126,8 @@ def load_image_folder(
     return [(str(path.relative_to(root)), load_image(path, channels)) for path in bar]
 
 
-def load_images(folder: str | os.PathLike[str], channels: int) -> list[Tensor]:
+def load_images(
+    folder: str | os.PathLike[str], channels: int, **options: Any
+) -> list[Tensor]:
     """Reads the images of :func:`load_image_folder` without their names."""
-    return [image for _, image in load_image_folder(folder, channels)]
+    return [image for _, image in load_image_folder(folder, channels, **options)]

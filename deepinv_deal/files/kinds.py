@@ -55,6 +55,7 @@ class Picture:
     :param numpy.ndarray affine: ``(4, 4)``, from (column, row, slice) to millimetres to
         the right, front and top of the patient, if the file says so.
     :param bool says_white: whether unsigned integers are meant to use their range.
+    :param tuple size: height and width in the file, for which its resolution is.
     :param list notes: what the user should know about the file.
     """
 
@@ -70,6 +71,7 @@ class Picture:
     header: Any = None
     affine: np.ndarray | None = None
     says_white: bool = True
+    size: tuple[int, int] | None = None
     notes: list[str] = field(default_factory=list)
 
     def values(self, x: Tensor) -> Tensor:

@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepinv_deal._atomic import replacing
+from deepinv_deal._atomic import check_writable, replacing
 from deepinv_deal.files import arrays
 from deepinv_deal.files.arrays import ARRAY, read_array
 from deepinv_deal.files.decode import (
     IMAGES,
+    LOSSY,
     TIFF,
     Decoded,
     check_capability,
     decode,
     encode,
+    resized,
 )
 from deepinv_deal.files.dicom import DICOM, DicomHeader, is_dicom
 from deepinv_deal.files.kinds import (
@@ -110,6 +112,8 @@ def _white(
         return 1.0
     if dtype.kind == "f":
         top = float(np.nanmax(values.abs().numpy(), initial=0.0))
+        if top == math.inf:
+            raise ValueError(f"{path} holds infinite numbers. Remove them.")
         if top > LARGEST_FLOAT:
             raise ValueError(
                 f"{path} holds floating point numbers up to {top:g}, but 1 counts as "
@@ -140,6 +144,7 @@ def _read_image(file: Path, name: str | None) -> Picture:
         metadata=decoded.metadata,
         stack=decoded.stack or (len(pages),),
         depth=decoded.depth,
+        size=(pages.shape[-2], pages.shape[-1]),
     )
 
 
@@ -153,11 +158,13 @@ def check_target(path: str | os.PathLike[str], like: Picture) -> None:
     :param str path: the file to be written, or a folder for a DICOM series.
     :param Picture like: the image that it comes from; the size of the result, if that
         is another one, is that of ``like.x``.
-    :raises ValueError: if its suffix is unknown, the file would lose depth, pages or
-        transparency, a header does not fit, or a library is missing.
+    :raises ValueError: if its suffix is unknown, the file would lose depth, pages,
+        transparency or other arrays, a header does not fit, or a library is missing.
+    :raises OSError: if no file can be written there.
     """
     kind = _kind_to_write(Path(path), like)
     kind.check(Path(path), like)
+    check_writable(path)
     size, source = tuple(like.x.shape[-2:]), _size_of_source(like)
     if kind in (NIFTI, DICOM) and source not in (None, size):
         raise ValueError(
@@ -221,6 +228,11 @@ def _kind_to_write(path: Path, like: Picture) -> Kind:
 
 
 def _check_image(file: Path, like: Picture) -> None:
+    if like.alpha is not None and like.alpha.shape[-2:] != like.x.shape[-2:]:
+        raise ValueError(
+            f"{file}: the image has {tuple(like.x.shape[-2:])} pixels and its opacity "
+            f"{like.alpha.shape[-2:]}. Save the input without opacity."
+        )
     check_capability(
         file,
         _depth(like, file)[0],
@@ -243,6 +255,8 @@ def _write_image(file: Path, pages: Tensor, like: Picture) -> None:
         like.stack or (len(pixels),),
         like.depth,
     )
+    if like.size is not None:
+        decoded = resized(decoded, like.size)
     with replacing(file) as temporary, open(temporary, "wb") as stream:
         encode(stream, file.suffix.lower(), decoded)
 
@@ -252,7 +266,8 @@ def _depth(like: Picture, file: Path) -> tuple[np.dtype, bool]:
     if like.dtype.kind in "ui":
         return like.dtype, True
     if file.suffix.lower() in TIFF:
-        return np.dtype(np.float32), True
+        double = like.dtype == np.float64
+        return np.dtype(np.float64 if double else np.float32), True
     return np.dtype(np.uint8), False
 
 
@@ -271,6 +286,7 @@ WRITABLE = tuple(_BY_SUFFIX)
 
 #: Suffixes of the images of a folder. Other files of arrays are masks and the like.
 IN_FOLDERS = (*IMAGES, ".npy", ".pt", *NIFTI.suffixes)
+NOT_IN_FOLDERS = tuple(suffix for suffix in WRITABLE if suffix not in IN_FOLDERS)
 
 
 # -- masks --------------------------------------------------------------------------
@@ -303,10 +319,13 @@ def read_mask(path: str | os.PathLike[str]) -> Tensor:
     top = values.max(initial=0.0)
     if top == 0:
         raise ValueError(f"The mask {path} is zero everywhere: nothing was measured.")
-    between = int(((values > MASK_LOW * top) & (values < MASK_HIGH * top)).sum())
+    # Compression with losses moves zero and white a bit.
+    lossy = suffix_of(split_name(path)[0]) in LOSSY
+    low, high = (MASK_LOW * top, MASK_HIGH * top) if lossy else (0.0, top)
+    between = int(((values > low) & (values < high)).sum())
     if between:
         raise ValueError(
             f"The mask {path} has {between} entries between zero and its largest, "
             f"{top:g}. Give a file with two values; JPEG and resizing make others."
         )
-    return torch.from_numpy(values > MASK_LOW * top)
+    return torch.from_numpy(values > low)

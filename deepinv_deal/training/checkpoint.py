@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,17 @@ def read_checkpoint(path: Path, recipe: Any, processes: int) -> dict[str, Any]:
     :param pathlib.Path path: file.
     :param Recipe recipe: settings of the continuation.
     :param int processes: number of processes that go on.
-    :raises ValueError: if the settings or the number of processes are others.
+    :raises ValueError: if the file is damaged, or the settings or the number of
+        processes are others.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is damaged and cannot be read ({reason}). Start anew (--restart, "
+            "or resume=False), from best.safetensors beside it (init), if it is good."
+        ) from error
     ours, theirs = _comparable(recipe), state["recipe"]
     # A setting that is newer than the file had no other value.
     differing = sorted(k for k in ours if k in theirs and theirs[k] != ours[k])

@@ -93,6 +93,7 @@ class DenoisingSampler:
     :param int seed: seed.
     :param float skew: noise levels are :math:`\sigma_{\max} u^{\text{skew}}` with
         :math:`u` uniform in [0, 1].
+    :param list names: what to call the images in errors; ``None``: their numbers.
     :raises ValueError: if an image is smaller than a patch, or none is given.
     """
 
@@ -103,13 +104,15 @@ class DenoisingSampler:
         sigma_max: float,
         seed: int = 0,
         skew: float = 1.0,
+        names: Sequence[str] | None = None,
     ):
         if not images:
             raise ValueError("images is empty: at least one training image is needed.")
         for i, image in enumerate(images):
             if min(image.shape[-2:]) < patch_size:
+                name = f"Image {i}" if names is None else names[i]
                 raise ValueError(
-                    f"Image {i} has size {tuple(image.shape[-2:])}, smaller than "
+                    f"{name} has size {tuple(image.shape[-2:])}, smaller than "
                     f"patch_size={patch_size}. Remove it or choose a smaller "
                     "patch_size."
                 )

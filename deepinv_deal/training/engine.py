@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from deepinv_deal._atomic import replacing
 from deepinv_deal._warnings import warn
-from deepinv_deal.files import load_images
+from deepinv_deal.files import load_image_folder, load_images
 from deepinv_deal.priors import Configurable
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.solvers.precision import rough_solvers, tf32_convolutions
@@ -78,7 +78,9 @@ class Trainer(ABC, Generic[R, P]):
             )
         self.out = Path(recipe.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        images = load_images(recipe.data, recipe.channels)
+        # Pictures of the training itself are no images to train on.
+        loaded = load_image_folder(recipe.data, recipe.channels, leave_out=self.out)
+        names, images = ([*column] for column in zip(*loaded, strict=True))
         if recipe.val is None:
             held_out = max(1, len(images) // 20)
             if len(images) == 1:
@@ -88,12 +90,12 @@ class Trainer(ABC, Generic[R, P]):
                 )
             images, validation = images[:-held_out], images[-held_out:]
         else:
-            validation = load_images(recipe.val, recipe.channels)
+            validation = load_images(recipe.val, recipe.channels, leave_out=self.out)
         #: What training and validation images are, so that a change is noticed.
         self.seen = {"data": fingerprint(images), "val": fingerprint(validation)}
         sigma_max, skew = recipe.noise
         self.sampler = DenoisingSampler(
-            images, recipe.patch_size, sigma_max, recipe.seed, skew
+            images, recipe.patch_size, sigma_max, recipe.seed, skew, names
         )
         self.batches = Prefetched(self.sampler, recipe.batch_size, self.device)
         self.validation = noisy_crops(
@@ -124,6 +126,8 @@ class Trainer(ABC, Generic[R, P]):
         self.step, self.elapsed, self.best = 0, 0.0, -math.inf
         #: The step whose weights were the best; ``None``: there is none yet.
         self.best_step: int | None = None
+        #: Whether ``lambda_reg`` was chosen anew, at the end.
+        self.chosen = False
         self.pool: dict[int, tuple[Problems, Tensor]] = {}
         if resume:
             self._load()
@@ -194,7 +198,7 @@ class Trainer(ABC, Generic[R, P]):
         :raises FloatingPointError: if the loss is not finite; the last good weights and
             checkpoint are kept.
         """
-        recipe, done = self.recipe, self.progress() >= 1
+        recipe = self.recipe
         start = time.monotonic()
         offset = last_save = last_told = self.elapsed
         bar = tqdm(
@@ -204,6 +208,7 @@ class Trainer(ABC, Generic[R, P]):
             disable=None if self.processes.first else True,
         )
         losses: list[float] = []
+        self._prepare_log()
         if self.step == 0 and recipe.init is not None:
             self._validate(None)  # so that the best weights are no worse than these
         while self.progress() < 1:
@@ -229,10 +234,10 @@ class Trainer(ABC, Generic[R, P]):
         self.save()
         if self.processes.first:
             self.save_prior(self.out / "last.safetensors", {})
-        if self.chooses_lambda and not done:  # not when the command is repeated
+        if self.chooses_lambda and not self.chosen:  # once, however often it is killed
             if self.processes.first:
                 self._choose_lambda(self.out / "best.safetensors")
-            self.best = self._agreed(self.best)
+            self.best, self.chosen = self._agreed(self.best), True
             self.save()
         return self._agreed(self.best)  # and wait until the files are there
 
@@ -430,6 +435,7 @@ class Trainer(ABC, Generic[R, P]):
                 "elapsed": self.elapsed,
                 "best": self.best,
                 "best_step": self.best_step,
+                "chosen": self.chosen,
                 "pools": pools,  # one for each process
                 "seen": self.seen,
             }
@@ -449,10 +455,41 @@ class Trainer(ABC, Generic[R, P]):
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.best, self.best_step = state["best"], state.get("best_step")
+        # A checkpoint without it is from before there was this question.
+        self.chosen = state.get("chosen", self.progress() >= 1)
+        self._note_best()
         self.pool = {
             slot: (Problems(x, y, sigma).to(self.device), end.to(self.device))
             for slot, (x, y, sigma, end) in state["pools"][self.processes.rank].items()
         }
+
+    def _note_best(self) -> None:
+        """Takes note of weights that are better than those before the checkpoint."""
+        try:
+            told = read_header(self.out / "best.safetensors").get("log", "")
+            log = (self.out / LOG).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            return  # they are not there, or damaged: the next validation writes them
+        if told not in log:  # of another training, which this one replaces
+            return
+        entry = json.loads(told)
+        if entry["psnr_mean"] > self.best:
+            self.best, self.best_step = entry["psnr_mean"], entry["step"]
+
+    def _prepare_log(self) -> None:
+        """Leaves of the log what belongs to this training, up to its step."""
+        path = self.out / LOG
+        if not self.processes.first or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if self.step else ():
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # it was cut off
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _compare(pretrained: str, theirs: dict[str, Any], expected: dict[str, Any]) -> None:

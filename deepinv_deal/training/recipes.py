@@ -99,6 +99,7 @@ class Recipe:
         "patch_size",
         "reuse",
         "pool",
+        "val_every",
         "val_images",
         "val_size",
     )
@@ -232,6 +233,16 @@ class DEALRecipe(Recipe):
     nonnegative: ClassVar[tuple[str, ...]] = ("gamma", "drift")
 
     levels: ClassVar[tuple[str, ...]] = ("sigma_max",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for prefix in ("", "warm_"):
+            name, largest = f"{prefix}depth_min", f"{prefix}depth_max"
+            low, high = getattr(self, name), getattr(self, largest)
+            if not 1 <= low <= high:
+                raise ValueError(
+                    f"{name} must be from 1 to {largest}={high}, got {low}."
+                )
 
     @property
     def channels(self) -> int:

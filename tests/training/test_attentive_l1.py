@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from skimage.data import astronaut
 from trainers import KINDS, SOLVE, slopes_of_the_loss, stopping_at, weights_after
 
@@ -221,3 +222,33 @@ def test_weights_of_another_noise_level_are_rescaled(folder, tmp_path, model):
         start(folder, tmp_path / "d", init_sigma=15, **settings)
     with pytest.raises(ValueError, match="factor must be positive, got 0"):
         first.prior.rescale(0)
+
+
+def test_a_weight_is_chosen_once_whenever_the_training_was_killed(
+    folder, tmp_path, monkeypatch
+):
+    """Killed before it was chosen, a training never chose it, and said nothing."""
+    kind, out = KINDS["safi"], tmp_path / "out"
+
+    def killed(_self, _path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind.trainer, "_choose_lambda", killed)
+        with pytest.raises(KeyboardInterrupt):
+            kind.start(folder, out).train()
+    assert (out / "last.safetensors").exists()
+    calls = []
+    choose = kind.trainer._choose_lambda
+
+    def counted(self, path):
+        calls.append(path)
+        choose(self, path)
+
+    monkeypatch.setattr(kind.trainer, "_choose_lambda", counted)
+    resumed = [kind.start(folder, out, resume=True).train() for _ in range(2)]
+    whole = kind.start(folder, tmp_path / "whole").train()
+    assert len(calls) == 2 and resumed == [whole, whole]
+    folders = out, tmp_path / "whole"
+    found = [load_file(folder / "best.safetensors") for folder in folders]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from deepinv_deal.training import (
     mask_drift,
     plot_learning_curve,
 )
+from deepinv_deal.training.curve import read_log
 from deepinv_deal.training.growth import OPPONENT_COLORS
 from deepinv_deal.training.losses import LOG_WEIGHT
 from deepinv_deal.weights import save
@@ -377,13 +379,87 @@ def test_learning_curve_names_what_it_cannot_show(tmp_path):
         plot_learning_curve(high, low)
 
 
-def test_a_log_that_was_cut_off_does_not_end_a_training(folder, tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "psn')
-    trainer = DEALTrainer(recipe(folder, tmp_path))
-    with pytest.warns(UserWarning, match=r"curve.png could not be drawn: .*cut off"):
-        trainer.train()
+def steps_of(log):
+    return [entry["step"] for entry in read_log(log)]
+
+
+def test_the_log_of_a_training_holds_that_training_only(folder, tmp_path):
+    log = tmp_path / "log.jsonl"
+    DEALTrainer(recipe(folder, tmp_path, val_every=2)).train()
+    assert steps_of(log) == [2, 4, 6]
+    DEALTrainer(recipe(folder, tmp_path), resume=False).train()
+    assert steps_of(log) == [3, 6]
+    # What came after the checkpoint comes again, and a line that was cut off is none.
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save(state | {"step": 4, "elapsed": 0.0}, tmp_path / "state.pt")
+    with open(log, "a") as stream:
+        stream.write('{"step": 9, "psn')
+    DEALTrainer(recipe(folder, tmp_path, val_every=5)).train()
+    assert steps_of(log) == [3, 5, 6]
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_training(folder, tmp_path):
+    (tmp_path / "curve.png").mkdir()
+    with pytest.warns(UserWarning, match=r"curve.png could not be drawn"):
+        DEALTrainer(recipe(folder, tmp_path)).train()
     assert (tmp_path / "best.safetensors").exists()
     assert (tmp_path / "last.safetensors").exists()
+
+
+def test_weights_better_than_those_of_the_checkpoint_are_kept(folder, tmp_path):
+    best = tmp_path / "best.safetensors"
+    trainer = DEALTrainer(recipe(folder, tmp_path, val_every=2))
+    trainer.train()
+    assert trainer.best_step == 6  # each validation was better than the one before
+    before = best.read_bytes()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    old = {"step": 5, "elapsed": 0.0, "best": state["best"] - 1, "best_step": 4}
+    torch.save(state | old, tmp_path / "state.pt")
+    resumed = DEALTrainer(recipe(folder, tmp_path, val_every=2))
+    assert resumed.best == pytest.approx(state["best"], abs=1e-4)
+    # Those of another training, which this one is to replace, do not count.
+    (tmp_path / "log.jsonl").write_text("")
+    assert DEALTrainer(recipe(folder, tmp_path, val_every=2)).best == old["best"]
+    assert best.read_bytes() == before
+
+
+def test_pictures_of_a_training_are_no_images_to_train_on(tmp_path, folder):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    settings = {"out": data / "run", "val": str(data)}
+    first = DEALTrainer(recipe(data, **settings))
+    first.train()
+    assert (data / "run" / "curve.png").exists()
+    again = DEALTrainer(recipe(data, **settings))  # was: data has changed
+    assert again.step == 6 and again.seen == first.seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val_every": 0}, "val_every must be positive"),
+        ({"depth_min": 9, "depth_max": 3}, "depth_min must be from 1 to depth_max=3"),
+        ({"warm_depth_min": 0}, "warm_depth_min must be from 1"),
+    ],
+)
+def test_more_settings_that_cannot_be(folder, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(folder, tmp_path, **settings)
+
+
+def test_a_damaged_checkpoint_and_a_small_image_are_named(folder, tmp_path):
+    state = tmp_path / "state.pt"
+    DEALTrainer(recipe(folder, tmp_path)).save()
+    whole = state.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"no archive"):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"state\.pt is damaged .*--restart"):
+            DEALTrainer(recipe(folder, tmp_path))
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    image.imsave(data / "small.png", np.zeros((8, 30)), cmap="gray")
+    with pytest.raises(ValueError, match=r"small\.png has size \(8, 30\)"):
+        DEALTrainer(recipe(data, tmp_path / "out", val=str(folder)))
 
 
 def train(folder, out, **settings):
