@@ -36,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     :return: exit code: 0 if all went well, 1 if something did not converge (for
         ``denoise`` and ``reconstruct`` with ``--strict``) or some files of a folder
         could not be denoised, 2 for bad input, 130 after Ctrl-C, 141 if the output
-        goes to a pipe that was closed.
+        went to a pipe that was closed (``denoise`` and ``reconstruct`` go on).
     """
     args = _parser().parse_args(argv)
     keep_freed_memory()
     try:
         return int(args.run(args))
     except BrokenPipeError:  # as when the output goes to head
-        drop_output()
+        drop_output(sys.stdout)
         return BROKEN_PIPE
     except BAD_INPUT as error:
         print(f"deepinv-deal: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -322,18 +322,25 @@ def positive_int(text: str) -> int:
 
 
 def add_truth_option(parser: argparse.ArgumentParser) -> None:
-    """Adds the options to compare with the true image."""
+    """Adds the option to compare with the true image."""
     parser.add_argument("--truth", help="file with the true image: print the PSNR")
 
 
-def add_truth_white_option(parser: argparse.ArgumentParser) -> None:
-    """Adds the option for what is white in the true image."""
+def add_truth_unit_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for what is white and black in the true image."""
     parser.add_argument(
         "--truth-white",
         type=float,
         metavar="VALUE",
         help="value in the file of --truth that is white; if unset, that of INPUT if "
         "the numbers are of one kind, else as for --white",
+    )
+    parser.add_argument(
+        "--truth-black",
+        type=float,
+        metavar="VALUE",
+        help="value in the file of --truth that is black; if unset, that of INPUT if "
+        "the numbers are of one kind, else 0",
     )
 
 
@@ -349,16 +356,13 @@ def read_truth(
     """
     from deepinv_deal.files import read_picture
 
-    path, white, options = args.truth, args.truth_white, {"volume": volume}
-    if white is None and args.likelihood.has_unit:
-        return read_picture(path, like.white, black=like.black, **options).x
-    if white is not None:
-        return read_picture(path, white, **options).x
-    # In one unit, its largest value says nothing.
-    raw = read_picture(path, 1.0, **options)
-    if raw.dtype == like.dtype:
-        return read_picture(path, like.white, black=like.black, **options).x
-    return read_picture(path, **options).x
+    white, black, path = args.truth_white, args.truth_black, args.truth
+    given = read_picture(path, 1.0, volume=volume).dtype
+    one_kind = given == like.dtype or given.kind == like.dtype.kind == "f"
+    if one_kind or args.likelihood.has_unit:
+        white = like.white if white is None else white
+        black = like.black if black is None else black
+    return read_picture(path, white, black=black or 0.0, volume=volume).x
 
 
 @contextlib.contextmanager
@@ -376,30 +380,36 @@ def naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def tell(text: str) -> None:
+def tell(text: str, stream: TextIO | None = None) -> None:
     """
     Prints a line, also where nobody reads on, as in a pipe to ``head``: results that
     are computed afterwards are not to be lost by that.
 
     :param str text: the line.
+    :param TextIO stream: where to; ``None``: the output.
     """
+    stream = sys.stdout if stream is None else stream
     try:
-        print(text, flush=True)
+        print(text, file=stream, flush=True)
     except BrokenPipeError:
-        drop_output()
+        drop_output(stream)
 
 
-def drop_output() -> None:
-    """Drops what is printed from now on, and what a closed pipe did not take."""
+def drop_output(stream: TextIO) -> None:
+    """
+    Drops what is printed from now on, and what a closed pipe did not take.
+
+    :param TextIO stream: the output.
+    """
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, stream.fileno())
         os.close(null)
 
 
 def print_quality(x_hat: Tensor, x: Tensor, unit: float) -> None:
     """
-    Prints PSNR and SSIM of a result.
+    Prints PSNR and SSIM of a result, and doubts that it is in the unit of the truth.
 
     :param torch.Tensor x_hat: the result.
     :param torch.Tensor x: the true image.
@@ -418,8 +428,7 @@ def print_quality(x_hat: Tensor, x: Tensor, unit: float) -> None:
         say(
             [
                 f"The true image goes up to {top:.3g}, the result to {top_hat:.3g}, if "
-                "white is 1. Are they in one unit? --truth-white says what is white in "
-                "the file of --truth."
+                "white is 1. Are they in one unit? See --truth-white."
             ]
         )
     scores = quality(x_hat, x)
@@ -463,4 +472,4 @@ def report(
 def say(notes: Iterable[str]) -> None:
     """Prints notes on what was decided for the user."""
     for note in notes:
-        print(f"  {note}", file=sys.stderr)
+        tell(f"  {note}", sys.stderr)

@@ -19,7 +19,7 @@ from deepinv_deal.cli._options import (
     add_outcome_options,
     add_slices_option,
     add_truth_option,
-    add_truth_white_option,
+    add_truth_unit_options,
     add_white_option,
     channels_of,
     make_model,
@@ -65,7 +65,7 @@ def add_denoise(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     add_slices_option(denoise, "pages", "denoised")
     add_truth_option(denoise)
-    add_truth_white_option(denoise)
+    add_truth_unit_options(denoise)
     add_likelihood_option(denoise)
     add_model_options(denoise, default="deal_gray, deal_color for colour")
     add_outcome_options(denoise)

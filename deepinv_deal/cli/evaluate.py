@@ -54,7 +54,7 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--data", required=True, help="folder of images")
     evaluate.add_argument(
         "--sigma",
-        type=noise_level,
+        type=_level,
         nargs="+",
         help="noise levels, gray levels; if unset, the published ones",
     )
@@ -103,6 +103,11 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     evaluate.set_defaults(run=_evaluate)
 
 
+def _level(text: str) -> float:
+    """Reads a noise level in gray levels, which may be zero."""
+    return 0.0 if text in ("0", "0.0") else noise_level(text)
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     from deepinv_deal._atomic import check_writable
     from deepinv_deal.evaluation import (
@@ -119,6 +124,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     given = (args.lambda_reg, args.beta)
     if args.tune and given != (None, None):
         raise ValueError("Give either --lambda-reg and --beta, or --tune, not both.")
+    if args.sigma and 0 in args.sigma and args.task == "denoising":
+        raise ValueError("--sigma 0 leaves nothing to denoise. Give a positive level.")
     if args.csv:
         check_writable(args.csv)
     options = {"kernels": args.kernel} if args.kernel else {}
@@ -150,9 +157,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         sigma=args.sigma_model,
         beta=args.beta,
     )
-    print(summarise(scores, args.task, channels, differences=differences))
-    if args.csv:
-        write_csv(scores, args.csv)
+    try:
+        print(summarise(scores, args.task, channels, differences=differences))
+    finally:  # whoever reads what is printed
+        if args.csv:
+            write_csv(scores, args.csv)
     return 0 if all(score.converged for score in scores) else 1
 
 

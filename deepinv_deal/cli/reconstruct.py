@@ -15,7 +15,7 @@ from deepinv_deal.cli._options import (
     add_outcome_options,
     add_slices_option,
     add_truth_option,
-    add_truth_white_option,
+    add_truth_unit_options,
     add_white_option,
     channels_of,
     make_model,
@@ -23,6 +23,7 @@ from deepinv_deal.cli._options import (
     read_truth,
     report,
     say,
+    tell,
 )
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _operator(
         add_white_option(parser)
     add_truth_option(parser)
     if name != "mri":
-        add_truth_white_option(parser)
+        add_truth_unit_options(parser)
     add_likelihood_option(parser)
     both = "deal_gray, deal_color for colour"
     add_model_options(parser, default="deal_gray" if name == "mri" else both)
@@ -177,6 +178,8 @@ def _reconstruct(args: argparse.Namespace, load: Any) -> int:
         # The channels of a colour image one by one, if the filters are gray.
         split = channels_of(model) == 1
         problems = [load(args, like.x.transpose(0, 1) if split else like.x)]
+    if load is _downsampling:
+        like.size = (like.x.shape[-2], like.x.shape[-1])
     result = like if is_mri else replace(like, x=_first(problems[0], split))
     check_target(args.output, result)
     if args.figure and len(like.x) > 1:
@@ -275,10 +278,10 @@ def _write(path: str, x_hat: Any, like: Picture, is_mri: bool, write: Any) -> No
             x_hat = x_hat.abs()
         if suffix_of(path) in IMAGES:
             top = float(x_hat.max())
-            print(f"White in {path} is a magnitude of {top:.6g}.")
+            tell(f"White in {path} is a magnitude of {top:.6g}.")
             x_hat = x_hat / (top or 1.0)
         elif not x_hat.is_complex():
-            print(f"{path} holds magnitudes; .npy and .h5 hold complex images.")
+            tell(f"{path} holds magnitudes; .npy and .h5 hold complex images.")
     write(path, x_hat, like)
 
 

@@ -154,11 +154,6 @@ def _train(args: argparse.Namespace) -> int:
     from deepinv_deal import training
     from deepinv_deal.training.processes import process_group
 
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # the latter without CUDA in torch
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used: {reason}") from error
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {
@@ -172,7 +167,19 @@ def _train(args: argparse.Namespace) -> int:
     if args.prior is not None:
         trainer = _own_trainer(args.prior, trainer)
     with process_group(args.device) as settings["device"]:
+        _check_device(settings["device"])
         return _run(trainer(args.recipe(**settings), resume=not args.restart), found)
+
+
+def _check_device(device: str) -> None:
+    """Raises an error if there is no such device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA in torch
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used: {reason}") from error
 
 
 def _from_init(args: argparse.Namespace) -> dict[str, Any]:

@@ -226,14 +226,14 @@ def check(file: Path, like: Picture) -> None:
 
 
 def _names(file: Path) -> list[str]:
-    """Returns the names of the arrays of a file, none if it has no names."""
+    """Returns the names of the arrays of a file, none if it has none or is damaged."""
     suffix = suffix_of(file)
     if suffix not in (".npz", ".mat", *HDF5) or not file.is_file():
         return []
-    with named(file):
+    try:
         if suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
-                return list(arrays.files)
+            with ZipFile(file) as archive:
+                return [name.removesuffix(".npy") for name in archive.namelist()]
         if suffix in HDF5:
             return _names_hdf5(file)
         from scipy.io import whosmat
@@ -242,6 +242,8 @@ def _names(file: Path) -> list[str]:
             return [name for name, *_ in whosmat(file)]
         except NotImplementedError:  # version 7.3, which is HDF5
             return _names_hdf5(file)
+    except Exception:  # a damaged file, of which nothing can be lost
+        return []
 
 
 def _names_hdf5(file: Path) -> list[str]:

@@ -227,7 +227,7 @@ def _decode_tiff(file: Path) -> Decoded | None:
                 f"{tifffile.PHOTOMETRIC(first.photometric).name}. Convert it to gray "
                 "or RGB."
             )
-        _check_extra_channels(first, channels, file)
+        _check_extra_channels(first, pixels, file)
         metadata = _tiff_metadata(first)
         if tiff.is_imagej:
             known_to = tiff.imagej_metadata or {}
@@ -240,13 +240,17 @@ def _decode_tiff(file: Path) -> Decoded | None:
         return replace(decoded, stack=shape, depth=depth)
 
 
-def _check_extra_channels(page: Any, channels: int, file: Path) -> None:
+def _check_extra_channels(page: Any, pixels: np.ndarray, file: Path) -> None:
     """Checks that what follows gray or RGB is an opacity, and no other channel."""
+    channels = pixels.shape[-1] if pixels.ndim == 4 else 1
     colour = page.photometric == tifffile.PHOTOMETRIC.RGB
     extra = channels - (3 if colour else 1)
     kinds = [tifffile.EXTRASAMPLE(kind) for kind in page.extrasamples]
     if extra == 0 or (extra == 1 and kinds == [tifffile.EXTRASAMPLE.UNASSALPHA]):
         return
+    if extra == 1 and pixels.dtype.kind == "u":
+        if (pixels[..., -1] == np.iinfo(pixels.dtype).max).all():
+            return  # opaque, whatever it is meant to be
     name = "RGB" if colour else "gray"
     if extra == 1 and kinds == [tifffile.EXTRASAMPLE.ASSOCALPHA]:
         raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from deepinv_deal._warnings import warn
 from deepinv_deal.files.decode import IMAGES
 from deepinv_deal.files.kinds import suffix_of
 from deepinv_deal.files.pictures import read_picture
@@ -39,13 +40,28 @@ def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 def _all_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
     """Gives all files of a folder and its subfolders, of links to folders, too."""
+    links: list[Path] = []
+    yield from _own_below(folder, seen, links)
+    for link in links:  # last: what they lead to may be there under its own name
+        yield from _all_below(link, seen)
+
+
+def _own_below(folder: Path, seen: set[Path], links: list[Path]) -> Iterator[Path]:
+    """Does the same without links, which are collected."""
     real = folder.resolve()
-    if real in seen:  # a link to a folder above
+    if real in seen:
         return
     seen.add(real)
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from _all_below(path, seen)
+    try:
+        paths = sorted(folder.iterdir())
+    except PermissionError:
+        warn(f"The folder {folder} cannot be read and is left out.")
+        return
+    for path in paths:
+        if path.is_dir() and path.is_symlink():
+            links.append(path)
+        elif path.is_dir():
+            yield from _own_below(path, seen, links)
         elif path.is_file():
             yield path
 
@@ -101,7 +117,7 @@ def load_image_folder(
 
     :param str folder: folder with image files.
     :param int channels: 1 (gray) or 3 (colour).
-    :param str leave_out: a folder whose files do not count, if it is below.
+    :param str leave_out: a file that does not count, if it is there.
     :param bool progress: show a progress bar; on terminals if ``None``.
     :return: pairs of path below ``folder`` and image ``(channels, H, W)``, see
         :func:`load_image`.
@@ -114,8 +130,8 @@ def load_image_folder(
         )
     paths = files_below(root, IMAGES)
     if leave_out is not None:
-        inside = Path(leave_out).resolve()
-        paths = [p for p in paths if not p.resolve().is_relative_to(inside)]
+        own = Path(leave_out).resolve()
+        paths = [path for path in paths if path.resolve() != own]
     if not paths:
         raise FileNotFoundError(
             f"No image found in {str(root)!r} (looked for {', '.join(IMAGES)})."

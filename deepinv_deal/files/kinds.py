@@ -55,7 +55,9 @@ class Picture:
     :param numpy.ndarray affine: ``(4, 4)``, from (column, row, slice) to millimetres to
         the right, front and top of the patient, if the file says so.
     :param bool says_white: whether unsigned integers are meant to use their range.
-    :param tuple size: height and width in the file, for which its resolution is.
+    :param tuple size: height and width for which the resolution of the file is, where
+        what is written shows the same in another number of pixels; ``None``: its pixels
+        have the size of those in the file.
     :param list notes: what the user should know about the file.
     """
 

@@ -40,7 +40,7 @@ LARGEST_FLOAT = 2.0
 
 #: A mask of two values, one of them zero, has entries below and above these fractions
 #: of its largest one.
-MASK_LOW, MASK_HIGH = 0.25, 0.75
+MASK_MARGIN, LOSSY_MARGIN = 0.01, 0.25
 
 
 # -- reading ------------------------------------------------------------------------
@@ -144,7 +144,6 @@ def _read_image(file: Path, name: str | None) -> Picture:
         metadata=decoded.metadata,
         stack=decoded.stack or (len(pages),),
         depth=decoded.depth,
-        size=(pages.shape[-2], pages.shape[-1]),
     )
 
 
@@ -319,9 +318,10 @@ def read_mask(path: str | os.PathLike[str]) -> Tensor:
     top = values.max(initial=0.0)
     if top == 0:
         raise ValueError(f"The mask {path} is zero everywhere: nothing was measured.")
-    # Compression with losses moves zero and white a bit.
+    # Compression with losses moves zero and white a bit, rounding much less.
     lossy = suffix_of(split_name(path)[0]) in LOSSY
-    low, high = (MASK_LOW * top, MASK_HIGH * top) if lossy else (0.0, top)
+    margin = top * (LOSSY_MARGIN if lossy else MASK_MARGIN)
+    low, high = margin, top - margin
     between = int(((values > low) & (values < high)).sum())
     if between:
         raise ValueError(

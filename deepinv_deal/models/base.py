@@ -153,6 +153,9 @@ class ReconstructionModel(Reconstructor, Denoiser):
     #: Hyperparameters that only some models have, as arguments of a call.
     hyperparameters: ClassVar[tuple[str, ...]] = ()
 
+    #: Of models that were pickled before there was this setting, too.
+    show_progress_bar: bool | None = False
+
     #: What to do if the solver does not converge.
     advice = "The image is the best iterate found. Raise max_iter, or relax rtol."
 
@@ -529,7 +532,7 @@ class ReconstructionModel(Reconstructor, Denoiser):
             slices=self.slices,
             scale=scale,
             # Counts and the like are zero where nothing was.
-            pedestal=likelihood is None,
+            pedestal=likelihood is None or likelihood.of_misfit,
         )
         if note is not None:
             data.notes.append(f"data_fidelity='auto': {note}.")

@@ -131,7 +131,7 @@ def per_sample(
         # Not by way of float32, which is what torch makes of a list.
         values = torch.as_tensor(value, dtype=like.dtype, device=like.device)
         values = values.reshape(-1)
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) and value.requires_grad:
             # A step of an optimizer may go below zero. The derivative is that at zero,
             # so that the next one can come back.
             values = values + (values.clamp_min(0) - values).detach()

@@ -31,7 +31,7 @@ GUESS_RTOL, GUESS_MAX_ITER, GUESS_QUANTILE = 1e-2, 8, 0.999
 #: than this, relative to the constant.
 PEDESTAL = 0.03
 
-#: Pedestals are multiples of this, relative to the intensity of what stands on them.
+#: Pedestals are multiples of this, relative to the scale of what stands on them.
 PEDESTAL_STEP = 1 / 8
 
 #: An image has values beyond zero and one if means over so many pixels squared are, of

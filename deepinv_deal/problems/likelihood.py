@@ -53,6 +53,9 @@ class Likelihood(ABC):
     #: [0, 1], see :meth:`in_unit`.
     unitless: bool = True
 
+    #: Whether it depends on the misfit only, so that images may stand on a pedestal.
+    of_misfit: bool = False
+
     def in_unit(self, scale: Tensor) -> Likelihood:
         """
         Returns the likelihood of measurements as they are; itself if it has a unit.
@@ -151,6 +154,8 @@ class Gaussian(Likelihood):
         [0, 1], or of the measurements as they are.
     """
 
+    of_misfit = True
+
     def __init__(self, weights: Any, *, unitless: bool = True):
         self.unitless = unitless
         parts = list(weights) if isinstance(weights, TensorList) else [weights]
@@ -213,6 +218,8 @@ class SmoothedAbsolute(Likelihood):
 
     :param float delta: misfit below which it is quadratic, in units of the model.
     """
+
+    of_misfit = True
 
     def __init__(self, delta: float):
         self.delta = delta
@@ -520,6 +527,7 @@ class Stacked(Likelihood):
     def __init__(self, parts: list[Likelihood]):
         self.parts = parts
         self.unitless = any(part.unitless for part in parts)
+        self.of_misfit = all(part.of_misfit for part in parts)
 
     def _paired(self, *values: Any) -> Any:
         number = len(values[0]) if isinstance(values[0], TensorList) else 1
@@ -596,6 +604,8 @@ class Correlated(Likelihood):
     :param torch.Tensor covariance: :math:`\Psi`, ``(N, N)``.
     :param int dim: the dimension of the measurements that it mixes.
     """
+
+    of_misfit = True
 
     def __init__(self, covariance: Tensor, dim: int):
         self.dim = dim

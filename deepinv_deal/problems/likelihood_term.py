@@ -65,6 +65,12 @@ class LikelihoodTerm(DataTerm):
         """
         settings = {f.name: getattr(data, f.name) for f in fields(data)}
         settings |= {"y": y, "notes": data.notes + likelihood.check(y)}
+        if data.offset is not None:  # the likelihood is one of the misfit
+            pedestal = expand(data.offset, data.b).expand_as(data.b)
+            pedestal = pedestal if data.layout is None else data.layout.embed(pedestal)
+            settings["y"] = y - (
+                pedestal if data.H is None else data.physics.A(pedestal)
+            )
         if data.scale is not None:
             likelihood = likelihood.in_unit(data.scale)
         return cls(**settings, likelihood=likelihood, relative=relative)

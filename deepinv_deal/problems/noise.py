@@ -196,6 +196,12 @@ def _levels_differ(noises: list[Any]) -> bool:
     if not all(map(_has_level, noises)):
         return False
     first, *others = [noise.sigma.flatten() for noise in noises]
+    lengths = {len(sigma) for sigma in (first, *others)} - {1}
+    if len(lengths) > 1:
+        raise ValueError(
+            "noise_model: the parts of the stack have levels of different numbers of "
+            f"samples, {sorted(lengths)}. Give each one level, or one per sample."
+        )
     return any(not bool(((s - first).abs() <= 1e-6 * first).all()) for s in others)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -58,6 +59,8 @@ def read_checkpoint(path: Path, recipe: Any, processes: int) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # it may be whole, but cannot be reached
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} is damaged and cannot be read ({reason}). Start anew (--restart, "

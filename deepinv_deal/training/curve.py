@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOG = "log.jsonl"
+LOG, CURVE = "log.jsonl", "curve.png"
 
 
 def read_log(run: str | os.PathLike[str]) -> list[dict[str, Any]]:

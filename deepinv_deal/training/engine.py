@@ -25,7 +25,7 @@ from deepinv_deal.priors import Configurable
 from deepinv_deal.solvers import ConvergenceWarning
 from deepinv_deal.solvers.precision import rough_solvers, tf32_convolutions
 from deepinv_deal.training.checkpoint import read_checkpoint, write_checkpoint
-from deepinv_deal.training.curve import LOG, plot_learning_curve
+from deepinv_deal.training.curve import CURVE, LOG, plot_learning_curve
 from deepinv_deal.training.data import (
     DenoisingSampler,
     Prefetched,
@@ -78,8 +78,8 @@ class Trainer(ABC, Generic[R, P]):
             )
         self.out = Path(recipe.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        # Pictures of the training itself are no images to train on.
-        loaded = load_image_folder(recipe.data, recipe.channels, leave_out=self.out)
+        own = self.out / CURVE  # no image to train on
+        loaded = load_image_folder(recipe.data, recipe.channels, leave_out=own)
         names, images = ([*column] for column in zip(*loaded, strict=True))
         if recipe.val is None:
             held_out = max(1, len(images) // 20)
@@ -90,7 +90,7 @@ class Trainer(ABC, Generic[R, P]):
                 )
             images, validation = images[:-held_out], images[-held_out:]
         else:
-            validation = load_images(recipe.val, recipe.channels, leave_out=self.out)
+            validation = load_images(recipe.val, recipe.channels, leave_out=own)
         #: What training and validation images are, so that a change is noticed.
         self.seen = {"data": fingerprint(images), "val": fingerprint(validation)}
         sigma_max, skew = recipe.noise
@@ -397,7 +397,7 @@ class Trainer(ABC, Generic[R, P]):
         }
         better = mean > self.best
         if better:
-            self.best, self.best_step = mean, self.step
+            self.best, self.best_step, self.chosen = mean, self.step, False
         if not self.processes.first:  # all have the same weights
             return
         with open(self.out / LOG, "a", encoding="utf-8") as log:
@@ -411,10 +411,10 @@ class Trainer(ABC, Generic[R, P]):
         if better:
             self.save_prior(self.out / "best.safetensors", {"log": json.dumps(entry)})
         try:
-            with replacing(self.out / "curve.png") as temporary:
+            with replacing(self.out / CURVE) as temporary:
                 plot_learning_curve(self.out).savefig(temporary, format="png", dpi=120)
         except (OSError, ValueError) as error:  # a picture is not worth a training
-            warn(f"curve.png could not be drawn: {error}")
+            warn(f"{CURVE} could not be drawn: {error}")
 
     # -- checkpoints ---------------------------------------------------------------
 
@@ -465,26 +465,32 @@ class Trainer(ABC, Generic[R, P]):
 
     def _note_best(self) -> None:
         """Takes note of weights that are better than those before the checkpoint."""
-        try:
-            told = read_header(self.out / "best.safetensors").get("log", "")
-            log = (self.out / LOG).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError):
-            return  # they are not there, or damaged: the next validation writes them
-        if told not in log:  # of another training, which this one replaces
+        told = self._validation_of_best()
+        if not told:
             return
         entry = json.loads(told)
         if entry["psnr_mean"] > self.best:
             self.best, self.best_step = entry["psnr_mean"], entry["step"]
+
+    def _validation_of_best(self) -> str:
+        """Returns the line of the log about the best weights, if it is there."""
+        try:
+            told = read_header(self.out / "best.safetensors").get("log", "")
+            log = (self.out / LOG).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            return ""  # they are missing or damaged: the next validation writes them
+        return told if told in log else ""  # else that of another training
 
     def _prepare_log(self) -> None:
         """Leaves of the log what belongs to this training, up to its step."""
         path = self.out / LOG
         if not self.processes.first or not path.exists():
             return
-        kept = []
+        # The weights are there, though the training goes on from before them.
+        kept, best = [], self._validation_of_best()
         for line in path.read_text(encoding="utf-8").splitlines() if self.step else ():
             try:
-                if json.loads(line)["step"] <= self.step:
+                if json.loads(line)["step"] <= self.step or line == best:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # it was cut off

@@ -12,6 +12,7 @@ from problems import DOUBLE, generator, images, random_l1_prior, random_prior
 from skimage.data import camera
 
 from deepinv_deal import DEAL, AdjointOptions, ConvergenceWarning, SAFIPrior
+from deepinv_deal.optim import SmoothedL1, WeightedL2
 from deepinv_deal.priors import PatchSynthesisPrior
 
 PRECISE = {
@@ -78,6 +79,44 @@ def test_levels_of_samples_make_weights_too():
         torch.testing.assert_close(
             x_hat[i : i + 1], small_model(**PRECISE)(single, one), rtol=0, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("kind", ["stack", "map", "l1"])
+def test_images_with_weights_may_stand_on_a_pedestal(kind):
+    """Where a stack became one with weights, its pedestal was not recognised."""
+    x = torch.from_numpy(camera()[80:104, 200:224] / 255).double()[None, None]
+    settings = {}
+    if kind == "stack":
+        physics = stack(0.1, 0.2)
+        y = measured(physics, x)
+    else:
+        y, physics = x + 0.1 * white(x.shape), None
+        settings = {"sigma": 0.1, "lambda_reg": 1.0}
+        if kind == "map":
+            weights = 100 + 50 * white(x.shape, 2).tanh()
+            settings["data_fidelity"] = WeightedL2(weights)
+        else:
+            settings["data_fidelity"] = SmoothedL1(0.1)
+
+    def on(height):
+        if kind == "stack":
+            return dinv.utils.TensorList([part + height for part in y])
+        return y + height
+
+    model = DEAL(rtol=1e-8, **settings).double()
+    x_hat, info = model(on(1000), physics, return_info=True)
+    assert info.converged and any("pedestal" in note for note in info.notes)
+    offset = float(model.pose(on(1000), physics).data.offset)
+    assert abs(offset - 1000) < 1
+    rest = DEAL(rtol=1e-8, scale=1.0, **settings).double()(on(1000 - offset), physics)
+    torch.testing.assert_close(x_hat, rest + offset, rtol=0, atol=1e-6)
+
+
+def test_levels_of_other_numbers_of_samples_are_named():
+    x = images(3, 1, 8, 8)
+    physics = stack(torch.tensor([0.1, 0.2]), torch.tensor([0.1, 0.2, 0.3]))
+    with pytest.raises(ValueError, match=r"noise_model: .* numbers of samples, \[2, 3"):
+        small_model()(measured(stack(0.1, 0.1), x), physics)
 
 
 def test_one_level_is_no_map_whatever_its_shape():
@@ -176,8 +215,10 @@ def test_a_weight_in_training_may_step_below_zero_and_come_back():
     torch.testing.assert_close(x_hat, y)
     (slope,) = torch.autograd.grad(x_hat.square().sum(), model.lambda_reg)
     assert slope == at_zero != 0
-    with pytest.raises(ValueError, match="lambda_reg must not be negative"):
-        model(y, lambda_reg=-0.3)
+    frozen = torch.nn.Parameter(torch.tensor(-0.3), requires_grad=False)
+    for negative in (-0.3, torch.tensor(-0.3), frozen):
+        with pytest.raises(ValueError, match="lambda_reg must not be negative"):
+            model(y, lambda_reg=negative)
 
 
 @pytest.mark.parametrize(

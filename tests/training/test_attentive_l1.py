@@ -252,3 +252,19 @@ def test_a_weight_is_chosen_once_whenever_the_training_was_killed(
     folders = out, tmp_path / "whole"
     found = [load_file(folder / "best.safetensors") for folder in folders]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_better_weights_get_a_weight_of_their_own(folder, tmp_path, monkeypatch):
+    """Also where a training that was complete is given more time."""
+    kind, calls = KINDS["safi"], []
+
+    def choose(self, _path):
+        calls.append(self.step)
+
+    monkeypatch.setattr(kind.trainer, "_choose_lambda", choose)
+    settings = {"steps": None, "time_budget": 0.5}
+    kind.start(folder, tmp_path, **settings).train()
+    longer = kind.start(folder, tmp_path, resume=True, **settings | {"time_budget": 3})
+    longer.best = -1.0  # so that the next validation is better
+    longer.train()
+    assert len(calls) == 2 and calls[0] < calls[1]

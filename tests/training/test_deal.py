@@ -415,8 +415,11 @@ def test_weights_better_than_those_of_the_checkpoint_are_kept(folder, tmp_path):
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     old = {"step": 5, "elapsed": 0.0, "best": state["best"] - 1, "best_step": 4}
     torch.save(state | old, tmp_path / "state.pt")
-    resumed = DEALTrainer(recipe(folder, tmp_path, val_every=2))
-    assert resumed.best == pytest.approx(state["best"], abs=1e-4)
+    for _ in range(2):  # killed before the next checkpoint, too
+        resumed = DEALTrainer(recipe(folder, tmp_path, val_every=2))
+        assert resumed.best == pytest.approx(state["best"], abs=1e-4)
+        resumed._prepare_log()
+        assert steps_of(tmp_path) == [2, 4, 6]
     # Those of another training, which this one is to replace, do not count.
     (tmp_path / "log.jsonl").write_text("")
     assert DEALTrainer(recipe(folder, tmp_path, val_every=2)).best == old["best"]
@@ -426,12 +429,14 @@ def test_weights_better_than_those_of_the_checkpoint_are_kept(folder, tmp_path):
 def test_pictures_of_a_training_are_no_images_to_train_on(tmp_path, folder):
     data = tmp_path / "data"
     shutil.copytree(folder, data)
-    settings = {"out": data / "run", "val": str(data)}
-    first = DEALTrainer(recipe(data, **settings))
-    first.train()
-    assert (data / "run" / "curve.png").exists()
-    again = DEALTrainer(recipe(data, **settings))  # was: data has changed
-    assert again.step == 6 and again.seen == first.seen
+    for out in (data / "run", data, tmp_path):  # below, the same, above
+        first = DEALTrainer(recipe(data, out, val=str(data)), resume=False)
+        first.train()
+        assert (out / "curve.png").exists()
+        again = DEALTrainer(recipe(data, out, val=str(data)))  # was: data has changed
+        assert again.step == 6 and again.seen == first.seen
+        shutil.rmtree(data / "run", ignore_errors=True)
+        (out / "curve.png").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
