@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Steps are shortened by the first factor when they overshoot, lengthened by the second
-#: otherwise, and never shorter than the third.
-DAMPING, RECOVERY, SHORTEST_STEP = 0.7, 1.05, 0.2
+#: Steps are shortened by the first factor when the residual rises, and lengthened by
+#: the second otherwise, but no shorter than the third.
+DAMPING, RECOVERY, SHORT_STEP = 0.7, 1.2, 0.6
+
+#: Where they turn back, they are lengthened slowly, and may become shorter.
+SLOW_RECOVERY, SHORTEST_STEP = 1.05, 0.2
 
 #: Cosine between two steps below which the second turns back.
 TURNED = -0.5
@@ -47,9 +50,12 @@ class Damping:
         :param torch.Tensor plain: samples that made it, without acceleration; a
             combination that raises the residual says nothing about steps.
         """
-        # Overshooting shows as a residual that rises while the iterates go back and
-        # forth. Rough inner solves let it fluctuate, too, but not the direction.
-        overshot = (after >= before) & (turned < TURNED)
-        shorter = self.enabled & plain & overshot
-        omega = torch.where(shorter, DAMPING * omega, RECOVERY * omega)
-        return omega.clamp(SHORTEST_STEP, 1.0)
+        # Overshooting shows as steps that go back and forth. A rise alone may come from
+        # rough inner solves, and shortening for long would slow down.
+        turns_back = turned < TURNED
+        least = omega.clamp(max=SHORT_STEP).where(~turns_back, SHORTEST_STEP)
+        shorter = torch.maximum(DAMPING * omega, least)
+        longer = omega * torch.where(turns_back, SLOW_RECOVERY, RECOVERY)
+        rises = after >= before
+        omega = shorter.where(self.enabled & plain & rises, longer)
+        return omega.clamp(max=1.0)
