@@ -52,9 +52,9 @@ def fixed_point(
     (choice 1 of :footcite:t:`eisenstat1996choosing`).
 
     Where :math:`T` overshoots, the iterates would oscillate. Steps are therefore
-    damped: a sample whose residual has not fallen while its last two steps went back
-    and forth moves only a fraction of the way to :math:`T(x_k)`, and returns to full
-    steps after. Fixed points stay the same.
+    damped: a sample whose residual has not fallen moves only a fraction of the way to
+    :math:`T(x_k)`, and soon returns to full steps, later and from a smaller fraction
+    if its last two steps went back and forth. Fixed points stay the same.
 
     With ``anderson=m``, a step starts at the combination of the last :math:`m` images
     and :math:`x_k` that would have the least residual if residuals were affine,
@@ -84,7 +84,7 @@ def fixed_point(
     :param float forcing: largest factor, in (0, 1), by which an inner solve reduces the
         residual.
     :param int anderson: depth of the acceleration; ``0`` switches it off.
-    :param bool damped: shorten steps that overshoot; with Anderson acceleration from
+    :param bool damped: shorten steps where the residual rises; with Anderson acceleration from
         when it is given up.
     :param Callable callback: called as ``callback(k, x_previous, x)`` after each
         iteration.
