@@ -84,8 +84,8 @@ def fixed_point(
     :param float forcing: largest factor, in (0, 1), by which an inner solve reduces the
         residual.
     :param int anderson: depth of the acceleration; ``0`` switches it off.
-    :param bool damped: shorten steps where the residual rises; with Anderson acceleration from
-        when it is given up.
+    :param bool damped: shorten steps where the residual rises; with Anderson
+        acceleration from when it is given up.
     :param Callable callback: called as ``callback(k, x_previous, x)`` after each
         iteration.
     :return: (:class:`SolverResult`) with the inner iterations in ``n_inner``, the
