@@ -289,16 +289,18 @@ def _white(text: str) -> float | str:
         ) from error
 
 
-def noise_level(text: str, otherwise: str = "") -> float:
+def noise_level(text: str, otherwise: str = "", *, zero: bool = False) -> float:
     """
     Reads a noise level in gray levels.
 
     :param str text: the argument.
     :param str otherwise: what else may be given, for the message.
+    :param bool zero: whether there may be no noise.
+    :raises argparse.ArgumentTypeError: for anything else.
     """
     try:
         level = float(text)
-        if not 0 < level <= 255:
+        if not (0 < level <= 255 or (zero and level == 0)):
             raise ValueError
     except ValueError as error:
         end = f", {otherwise}" if otherwise else ""

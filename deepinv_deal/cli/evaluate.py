@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from deepinv_deal.cli._options import (
@@ -54,7 +55,7 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--data", required=True, help="folder of images")
     evaluate.add_argument(
         "--sigma",
-        type=_level,
+        type=partial(noise_level, zero=True),
         nargs="+",
         help="noise levels, gray levels; if unset, the published ones",
     )
@@ -101,11 +102,6 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     evaluate.add_argument("--csv", help="file for one line per image and condition")
     evaluate.set_defaults(run=_evaluate)
-
-
-def _level(text: str) -> float:
-    """Reads a noise level in gray levels, which may be zero."""
-    return 0.0 if text in ("0", "0.0") else noise_level(text)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

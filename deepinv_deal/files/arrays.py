@@ -209,7 +209,7 @@ def _pages_of_array(
 
 def check(file: Path, like: Picture) -> None:
     """
-    Checks that a picture can be written: if no other array is there, and the library.
+    Checks that a picture can be written: no other array is lost, the library is there.
 
     :param pathlib.Path file: the file to be written.
     :param Picture like: the picture.

@@ -38,8 +38,8 @@ from deepinv_deal.files.nifti import NIFTI, NiftiHeader
 #: Up to this a floating-point image is taken to be one in [0, 1].
 LARGEST_FLOAT = 2.0
 
-#: A mask of two values, one of them zero, has entries below and above these fractions
-#: of its largest one.
+#: Entries of a mask of two values, one of them zero, differ from these by at most the
+#: first fraction of the larger one; the second if compression has moved them.
 MASK_MARGIN, LOSSY_MARGIN = 0.01, 0.25
 
 
@@ -161,9 +161,14 @@ def check_target(path: str | os.PathLike[str], like: Picture) -> None:
         transparency or other arrays, a header does not fit, or a library is missing.
     :raises OSError: if no file can be written there.
     """
+    _check_kept(path, like)
+    check_writable(path)
+
+
+def _check_kept(path: str | os.PathLike[str], like: Picture) -> None:
+    """Checks that nothing would be lost in a file."""
     kind = _kind_to_write(Path(path), like)
     kind.check(Path(path), like)
-    check_writable(path)
     size, source = tuple(like.x.shape[-2:]), _size_of_source(like)
     if kind in (NIFTI, DICOM) and source not in (None, size):
         raise ValueError(
@@ -198,7 +203,7 @@ def write_picture(path: str | os.PathLike[str], x: Tensor, like: Picture) -> Non
     :raises ValueError: for another suffix, or if something would be lost.
     :raises OSError: if the file cannot be written.
     """
-    check_target(path, replace(like, x=x))
+    _check_kept(path, replace(like, x=x))
     _kind_to_write(Path(path), like).write(Path(path), like.values(x), like)
 
 
@@ -321,11 +326,10 @@ def read_mask(path: str | os.PathLike[str]) -> Tensor:
     # Compression with losses moves zero and white a bit, rounding much less.
     lossy = suffix_of(split_name(path)[0]) in LOSSY
     margin = top * (LOSSY_MARGIN if lossy else MASK_MARGIN)
-    low, high = margin, top - margin
-    between = int(((values > low) & (values < high)).sum())
+    between = int(((values > margin) & (values < top - margin)).sum())
     if between:
         raise ValueError(
             f"The mask {path} has {between} entries between zero and its largest, "
             f"{top:g}. Give a file with two values; JPEG and resizing make others."
         )
-    return torch.from_numpy(values > low)
+    return torch.from_numpy(values > margin)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import chain
-from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -702,11 +701,7 @@ def _check_scale(scale: Any) -> None:
     if isinstance(scale, str):
         if scale != "auto":
             raise ValueError(f"scale must be 'auto', a number or None, got {scale!r}.")
-    elif (
-        scale is not None
-        and not isinstance(scale, Real)
-        and np.prod(np.shape(scale)) != 1
-    ):
+    elif scale is not None and np.prod(np.shape(scale)) != 1:
         raise ValueError(
             f"scale must be one number, got {np.shape(scale)}. Divide y and sigma by "
             "those of the samples, and multiply the images."

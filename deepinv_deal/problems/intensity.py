@@ -90,9 +90,9 @@ def guess_unit(data: DataTerm, *, pedestal: bool = True) -> Unit:
         # Round, as the scale is: it does not move with the data then, so that its
         # derivative is zero, as implicit differentiation has it.
         step = PEDESTAL_STEP * scale
-        round_ = ((offset + low) / step).floor() * step
-        x = torch.where(expand(stands, x), rest - expand(round_ - offset, x), x)
-        offset = torch.where(stands, round_, 0)
+        rounded = ((offset + low) / step).floor() * step
+        x = torch.where(expand(stands, x), rest - expand(rounded - offset, x), x)
+        offset = torch.where(stands, rounded, 0)
     x = x / expand(scale, x)
     side = min(BEYOND_SIDE, *x.shape[-2:])
     margin = DENOISING_MARGIN if data.identity else MARGIN

@@ -508,7 +508,7 @@ class FrozenSystem(LinearProblem):
         regularizer = equation.inner_regularizer if self.inner else equation.regularizer
         mask = mask.to(regularizer.dtype or mask.dtype)
         # Large features are evaluated in blocks, which need the plain mask.
-        small = mask.numel() * mask.element_size() <= BLOCK_BYTES
+        small = mask[:1].numel() * mask.element_size() <= BLOCK_BYTES
         return regularizer, regularizer.arranged(mask) if small else mask
 
     @cached_property
